@@ -1,0 +1,140 @@
+"""Which clips make up which batch: the whole schedule of a stage follows from the seed, so a resumed run only has to skip."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+class Draw(NamedTuple):
+    """One use of a row: which row, in which pass over the data, at which speed. Augmentation is seeded by (seed, row, epoch)."""
+
+    row: int
+    epoch: int
+    speed: float
+
+
+class BatchSchedule(Sampler[list[Draw]]):
+    """Length-grouped batches of Draws for one stage (a `batch_sampler`).
+
+    An optimiser step's clips are chosen first (neighbours in a noisy sort by length, in random order), then split into
+    `grad_accum * world_size` micro-batches. So 8 clips once and 1 clip eight times are the same step, and each rank walks
+    through its own part. Iterating yields `steps * grad_accum` micro-batches.
+
+    Args:
+        seconds: length of each row.
+        sources: index of each row's source in the mixture; with `weights`, each source's share of an epoch's draws.
+        steps, epochs: give one. batch_size (clips) or batch_seconds (padded seconds), per micro-batch: give one.
+    """
+
+    def __init__(
+        self,
+        seconds: list[float],
+        *,
+        steps: int | None = None,
+        epochs: float | None = None,
+        batch_size: int | None = None,
+        batch_seconds: float | None = None,
+        grad_accum: int = 1,
+        sources: list[int] | None = None,
+        weights: list[float | None] | None = None,
+        speeds: list[float] = (1.0,),
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        if not len(seconds):
+            raise ValueError("no rows to train on")
+        self.seconds = np.asarray(seconds, dtype=np.float64)
+        self.sources = np.zeros(len(seconds), dtype=int) if sources is None else np.asarray(sources)
+        self.weights = weights if weights and any(w is not None for w in weights) else None
+        self.batch_size, self.batch_seconds, self.grad_accum = batch_size, batch_seconds, grad_accum
+        self.speeds, self.seed, self.rank, self.world_size = list(speeds), seed, rank, world_size
+        self.split = grad_accum * world_size
+        if steps is None:
+            whole = sum(len(self._epoch(epoch)) for epoch in range(math.floor(epochs)))
+            part = math.ceil((epochs % 1) * len(self._epoch(math.floor(epochs)))) if epochs % 1 else 0
+            steps = max(1, whole + part)
+        self.steps = steps
+
+    def __len__(self) -> int:
+        return self.steps * self.grad_accum
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        done, epoch = 0, 0
+        while done < self.steps:
+            for step in self._epoch(epoch)[: self.steps - done]:
+                yield from self._micro_batches(step)[self.rank :: self.world_size]
+                done += 1
+            epoch += 1
+
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in the first pass (later ones differ slightly when batches are measured in seconds)."""
+        return len(self._epoch(0))
+
+    def longest(self) -> list[Draw]:
+        """The micro-batch with the most padded seconds in the first pass: what memory must hold."""
+        batches = [batch for step in self._epoch(0) for batch in self._micro_batches(step)]
+        return max(batches, key=lambda batch: len(batch) * max(self._length(draw) for draw in batch))
+
+    def median(self) -> list[Draw]:
+        """A micro-batch of median cost in the first pass, to time a step."""
+        batches = [batch for step in self._epoch(0) for batch in self._micro_batches(step)]
+        batches.sort(key=lambda batch: len(batch) * max(self._length(draw) for draw in batch))
+        return batches[len(batches) // 2]
+
+    def _length(self, draw: Draw) -> float:
+        return self.seconds[draw.row] / draw.speed
+
+    def _rows(self, rng: np.random.Generator) -> np.ndarray:
+        """Rows of one pass: all of them once, or as many draws in the mixture's proportions."""
+        if self.weights is None:
+            return np.arange(len(self.seconds))
+        share = np.array([1.0 if w is None else w for w in self.weights])
+        share = share * np.array([(self.sources == s).any() for s in range(len(share))])
+        counts = np.round(len(self.seconds) * share / share.sum()).astype(int)
+        drawn = []
+        for source, count in enumerate(counts):
+            rows = np.flatnonzero(self.sources == source)
+            if len(rows):
+                # Whole passes first, then a random part of one: no row is used twice before all are used once.
+                drawn += [rows] * (count // len(rows)) + [rng.choice(rows, count % len(rows), replace=False)]
+        return np.concatenate(drawn)
+
+    def _epoch(self, epoch: int) -> list[list[Draw]]:
+        """The optimiser steps of one pass, over all ranks: lists of Draws, sorted by length inside a step."""
+        rng = np.random.default_rng([self.seed, epoch])
+        rows = self._rows(rng)
+        speeds = np.array(self.speeds)[rng.integers(len(self.speeds), size=len(rows))]
+        length = self.seconds[rows] / speeds
+        order = np.argsort(length * rng.uniform(0.8, 1.25, size=len(rows)), kind="stable")
+        steps: list[list[int]] = [[]]
+        longest = 0.0
+        for i in order:
+            longest = max(longest, length[i])
+            if self.batch_size is not None:
+                full = len(steps[-1]) >= self.batch_size * self.split
+            else:
+                # A step has at least one clip for every micro-batch, however short batch_seconds is.
+                full = len(steps[-1]) >= self.split and longest * (len(steps[-1]) + 1) > self.batch_seconds * self.split
+            if full:
+                steps.append([])
+                longest = length[i]
+            steps[-1].append(i)
+        if len(steps) > 1 and len(steps[-1]) < self.split:
+            tail = steps.pop()
+            steps[-1] += tail
+        while len(steps[-1]) < self.split:
+            steps[-1] += steps[-1][: self.split - len(steps[-1])]
+        draws = []
+        for index in rng.permutation(len(steps)):
+            step = sorted(steps[index], key=lambda i: length[i])
+            draws.append([Draw(int(rows[i]), epoch, float(speeds[i])) for i in step])
+        return draws
+
+    def _micro_batches(self, step: list[Draw]) -> list[list[Draw]]:
+        edges = np.linspace(0, len(step), self.split + 1).round().astype(int)
+        return [step[a:b] for a, b in itertools.pairwise(edges)]

@@ -1,0 +1,349 @@
+"""Recipes: a short YAML file becomes typed dataclasses; every key can be overridden on the command line.
+
+    load_recipe("recipes/quickstart.yaml", ["--stages.0.steps", "10", "--adapter.type=mlp"])
+
+Every key is declared once, as a field below, with its type and default. A key that is not declared, a value of the wrong type and
+settings that contradict each other are `RecipeError`s which name the key (and the nearest valid one).
+"""
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+class RecipeError(ValueError):
+    """A recipe or an override that cannot be used; the message names the key and the fix."""
+
+
+@dataclass
+class Components:
+    """The two pretrained parts: Hub ids or local folders, with optional Hub revisions."""
+
+    audio: str
+    text: str
+    audio_revision: str | None = None
+    text_revision: str | None = None
+    quantize_text: Literal["none", "4bit"] = "none"  # "4bit": NF4 weights in the frozen LLM (QLoRA), needs bitsandbytes
+
+
+@dataclass
+class Alignment:
+    """CTC head over the LLM's embedding table. `merges`: keep the first N merges of the LLM's BPE (short units); null: all."""
+
+    merges: int | None = 400
+
+
+@dataclass
+class Source:
+    """One data set of a mixture. `path`: Hub id, folder, LibriSpeech tree, or a jsonl/csv/parquet manifest.
+
+    `weight` is the share in which sources are drawn (null everywhere: each row once an epoch). `filter` keeps and `exclude` drops
+    the rows whose column has one of the listed values, e.g. `{speaker: ["1272"]}`. `limit` keeps the first rows.
+    """
+
+    path: str
+    split: str | None = None
+    weight: float | None = None
+    audio_column: str | None = None
+    text_column: str | None = None
+    filter: dict[str, list] | None = None
+    exclude: dict[str, list] | None = None
+    limit: int | None = None
+    max_seconds: float | None = None
+
+
+@dataclass
+class Data:
+    """Training mixture, development set, and what to do with rows that cannot be used."""
+
+    train: list[Source]
+    eval: list[Source] = field(default_factory=list)
+    speeds: list[float] = field(default_factory=lambda: [1.0])  # speed perturbation: one factor is drawn per clip and epoch
+    max_bad_rows: float = 0.05  # share of rows without text or with unreadable audio above which the run stops
+    streaming: bool = False  # read rows as they come (no feature cache, no length grouping over the whole set)
+
+
+@dataclass
+class Evaluation:
+    """The small development evaluation during training (WER, listening gap)."""
+
+    clips: int = 64
+    batch_size: int = 16
+    max_new_tokens: int = 96
+
+
+@dataclass
+class Tune:
+    """What a stage trains. `adapter` covers the adapter, the alignment head, the readout and a learned layer mix."""
+
+    encoder: Literal["frozen", "full", "lora"] = "frozen"
+    adapter: Literal["frozen", "full"] = "full"
+    llm: Literal["frozen", "full", "lora"] = "frozen"
+
+
+@dataclass
+class Lora:
+    """Low-rank updates (Hu et al. 2021) for every part that a stage tunes with "lora"."""
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.05
+    target_modules: str | list[str] = "all-linear"
+
+
+@dataclass
+class SpecAugment:
+    """Masks on the encoder's output: `time_masks` per 100 frames of up to `time_width` frames; `feature_prob` of the channels."""
+
+    time_masks: float = 1.0
+    time_width: int = 15
+    feature_prob: float = 0.05
+
+
+@dataclass
+class Stage:
+    """One stage of training: a loss, what it tunes, and how long."""
+
+    name: str
+    loss: Literal["align", "lm", "both"]
+    tune: Tune = field(default_factory=Tune)
+    lora: Lora = field(default_factory=Lora)
+    steps: int | None = None  # optimiser steps; or
+    epochs: float | None = None  # passes over the mixture
+    batch_size: int | None = None  # clips per device and micro-batch; or
+    batch_seconds: float | None = None  # padded seconds of audio per device and micro-batch
+    grad_accum: int = 1
+    learning_rate: float = 1e-3  # adapter, alignment head, readout, layer mix
+    llm_learning_rate: float = 2e-4
+    encoder_learning_rate: float = 1e-5
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    warmup: float = 0.05  # share of the steps, or a number of steps from 1 up
+    weight_decay: float = 0.02
+    beta2: float = 0.98
+    max_grad_norm: float = 1.0
+    align_weight: float = 1.0  # weight of the alignment loss beside the LM loss when loss is "both"
+    noise: float = 0.0  # Gaussian noise on the encoder's output, in standard deviations of each frame
+    spec_augment: SpecAugment | None = None
+    eval_steps: int | None = None
+    save_steps: int | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    gradient_checkpointing: bool = False
+    data: list[Source] | None = None  # replaces data.train for this stage
+
+
+@dataclass
+class Recipe:
+    """A whole training run. `output_dir` gets one folder per stage, `final/`, logs, curves and the list of bad rows."""
+
+    name: str
+    components: Components
+    data: Data
+    stages: list[Stage]
+    init_from: str | None = None  # an AudioPhi checkpoint to start from instead of an untrained adapter
+    adapter: dict[str, Any] = field(default_factory=lambda: {"type": "mlp"})
+    encoder_layer: str | int = "last"
+    readout: Literal["frames", "collapse"] = "frames"
+    alignment: Alignment | None = None
+    text_case: Literal["lower", "keep"] = "lower"
+    instructions: list[str] = field(default_factory=lambda: ["Transcribe the speech."])
+    cache: bool = True  # keep the frozen encoder's outputs on disk
+    cache_dir: str = "cache"
+    cache_dtype: Literal["float16", "float32"] = "float16"
+    output_dir: str = "outputs/{name}"
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    seed: int = 0
+    logging_steps: int = 10
+    num_workers: int = 0
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+
+    def __post_init__(self):
+        self.output_dir = self.output_dir.replace("{name}", self.name)
+
+
+def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
+    """Reads a recipe and applies command line overrides (`--a.b value`, `--a.b=value`, list items by index).
+
+    Raises RecipeError for a missing file, unknown keys, wrong types and contradictions.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.yaml")], n=1)
+        raise RecipeError(f"no recipe at {path}" + (f"; did you mean {path.with_name(near[0] + '.yaml')}?" if near else ""))
+    data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path} is not a recipe: it must be a YAML mapping, got {type(data).__name__}")
+    for dotted, value in parse_overrides(overrides):
+        _apply(data, dotted, value)
+    return recipe_from_dict(data)
+
+
+def recipe_from_dict(data: dict) -> Recipe:
+    """Builds and checks a Recipe from plain data (as YAML gives it)."""
+    recipe = _build(Recipe, data, "")
+    _check(recipe)
+    return recipe
+
+
+def recipe_to_dict(recipe: Recipe) -> dict:
+    """The resolved recipe as plain data, every default filled in; recipe_from_dict() reads it back."""
+    return dataclasses.asdict(recipe)
+
+
+def parse_overrides(arguments: list[str]) -> list[tuple[str, Any]]:
+    """["--a.b", "1", "--c=x"] -> [("a.b", 1), ("c", "x")]; values are read as YAML. A flag without a value means true."""
+    pairs, rest = [], list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--") or flag == "--":
+            raise RecipeError(f"expected --key value, got {flag!r}")
+        key, equals, text = flag[2:].partition("=")
+        if not equals:
+            text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        try:
+            pairs.append((key, yaml.safe_load(text)))
+        except yaml.YAMLError:
+            pairs.append((key, text))
+    return pairs
+
+
+def _apply(data: dict, dotted: str, value: Any) -> None:
+    """Sets data["a"]["b"] for "a.b"; existing lists are indexed by number. Declared keys are checked later, by _build."""
+    keys = dotted.split(".")
+    node: Any = data
+    for depth, key in enumerate(keys):
+        last, where = depth == len(keys) - 1, ".".join(keys[: depth + 1])
+        if isinstance(node, list):
+            if not key.isdigit() or int(key) >= len(node):
+                raise RecipeError(f"--{dotted}: {where} is not an item of a list of {len(node)} (0 to {len(node) - 1})")
+            key = int(key)
+        elif not isinstance(node, dict):
+            raise RecipeError(f"--{dotted}: {'.'.join(keys[:depth])} is a plain value, it has no key {key!r}")
+        if last:
+            node[key] = value
+        elif isinstance(node, dict):
+            if node.get(key) is None:
+                node[key] = {}
+            node = node[key]
+        else:
+            node = node[key]
+
+
+def _build(kind: type, data: Any, where: str) -> Any:
+    """Instantiates dataclass `kind` from a dict, recursively; `where` is the dotted path for messages."""
+    label = where or "the recipe"
+    if not isinstance(data, dict):
+        raise RecipeError(f"{label}: expected keys and values, got {data!r}")
+    hints, fields = typing.get_type_hints(kind), {f.name: f for f in dataclasses.fields(kind)}
+    for key in data:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.4)
+            dotted = f"{where}.{key}" if where else key
+            fix = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(fields)}"
+            raise RecipeError(f"unknown key {dotted!r}: {fix}")
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise RecipeError(f"{label} lacks the key{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
+    return kind(**{k: _convert(hints[k], v, f"{where}.{k}" if where else k) for k, v in data.items()})
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    """Checks `value` against a type hint and converts what YAML 1.1 reads differently ("1e-3" is text to it)."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        options = [a for a in arguments if a is not type(None)]
+        for option in options:
+            try:
+                return _convert(option, value, where)
+            except RecipeError as error:
+                failure = error
+        if len(options) == 1:
+            raise failure
+        raise RecipeError(f"{where}: {value!r} is none of {', '.join(getattr(o, '__name__', str(o)) for o in options)}")
+    if origin is Literal:
+        if value not in arguments:
+            raise RecipeError(f"{where}: {value!r} is not one of {', '.join(map(repr, arguments))}")
+        return value
+    if origin is list:
+        if not isinstance(value, list):
+            raise RecipeError(f"{where}: expected a list, got {value!r}")
+        return [_convert(arguments[0], item, f"{where}.{i}") for i, item in enumerate(value)]
+    if kind is list or kind is dict or origin is dict:
+        expected = list if kind is list else dict
+        if not isinstance(value, expected):
+            raise RecipeError(f"{where}: expected a {expected.__name__}, got {value!r}")
+        return value if origin is None else {k: _convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
+    if dataclasses.is_dataclass(kind):
+        return _build(kind, value, where)
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            raise RecipeError(f"{where}: expected a number, got {value!r}") from None
+    if kind is int and isinstance(value, float) and value == int(value):
+        return int(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise RecipeError(f"{where}: expected {kind.__name__}, got {value!r}")
+    return value
+
+
+def _check(recipe: Recipe) -> None:
+    """Contradictions that types cannot express."""
+
+    def refuse(condition: bool, message: str) -> None:
+        if condition:
+            raise RecipeError(message)
+
+    refuse(not recipe.stages, "stages: a recipe needs at least one stage")
+    refuse(not recipe.instructions, "instructions: give at least one instruction, it is the user's turn in every prompt")
+    refuse(not 0 <= recipe.data.max_bad_rows <= 1, "data.max_bad_rows is a share between 0 and 1")
+    refuse(not recipe.data.speeds or min(recipe.data.speeds) <= 0, "data.speeds: give one or more factors above 0")
+    refuse(recipe.logging_steps < 1, "logging_steps must be 1 or more")
+    refuse(
+        recipe.readout == "collapse" and recipe.alignment is None and recipe.init_from is None,
+        "readout: collapse needs the alignment head; add `alignment: {merges: 400}`",
+    )
+    names = [stage.name for stage in recipe.stages]
+    refuse(len(set(names)) < len(names), f"stages: names must differ, got {', '.join(names)}")
+    for i, stage in enumerate(recipe.stages):
+        at = f"stages.{i}"
+        refuse(not re.fullmatch(r"[A-Za-z0-9][\w.-]*", stage.name), f"{at}.name: {stage.name!r} cannot name a folder")
+        refuse(stage.name in ("final", "logs"), f"{at}.name: {stage.name!r} is taken by the run's own folder of that name")
+        refuse((stage.steps is None) == (stage.epochs is None), f"{at}: give either steps or epochs")
+        refuse((stage.batch_size is None) == (stage.batch_seconds is None), f"{at}: give either batch_size or batch_seconds")
+        for key in ("steps", "epochs", "batch_size", "batch_seconds", "grad_accum", "eval_steps", "save_steps", "max_grad_norm"):
+            value = getattr(stage, key)
+            refuse(value is not None and value <= 0, f"{at}.{key} must be above 0, got {value}")
+        refuse(
+            {stage.tune.encoder, stage.tune.adapter, stage.tune.llm} == {"frozen"},
+            f"{at}.tune: everything is frozen, there is nothing to train",
+        )
+        refuse(
+            stage.loss != "lm" and recipe.alignment is None and recipe.init_from is None,
+            f"{at}.loss: {stage.loss} needs the alignment head; add `alignment: {{merges: 400}}`",
+        )
+        refuse(
+            stage.loss == "align" and stage.tune.llm != "frozen",
+            f"{at}.tune.llm: the align loss does not run the LLM, so it cannot tune it; use frozen, or loss: both",
+        )
+        refuse(
+            stage.tune.llm == "full" and recipe.components.quantize_text != "none",
+            f"{at}.tune.llm: quantised weights cannot be trained in full; use lora",
+        )
+        refuse(recipe.data.streaming and stage.steps is None, f"{at}: a stream has no known length; give steps, not epochs")
+        for source in stage.data or recipe.data.train:
+            refuse(source.weight is not None and source.weight <= 0, f"{at}: weight of {source.path} must be above 0")
