@@ -1,0 +1,22 @@
+"""From files and chat messages to model inputs: audio, prompts, datasets, batches."""
+
+from .alignment_text import AlignmentTokenizer, normalise_transcript
+from .audio_io import AudioError, load_audio
+from .augment import Augment, speed_perturb
+from .collator import AudioPhiCollator
+from .datasets import load_audio_dataset, read_clip
+from .processing_audiophi import AudioPhiProcessor
+
+
+__all__ = [
+    "AlignmentTokenizer",
+    "AudioError",
+    "AudioPhiCollator",
+    "AudioPhiProcessor",
+    "Augment",
+    "load_audio",
+    "load_audio_dataset",
+    "normalise_transcript",
+    "read_clip",
+    "speed_perturb",
+]

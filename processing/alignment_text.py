@@ -1,0 +1,77 @@
+"""Transcripts as targets of the alignment (CTC) loss.
+
+CTC must emit a token within the few frames in which it is heard, so whole words as single tokens, as an LLM's tokenizer makes
+them, are hard targets: rare, and without any trace of their spelling. A BPE tokenizer's merges are ordered by how early they were
+learned, so keeping only the first N of them gives shorter units *with the ids of the same LLM*, whose embeddings remain usable.
+"""
+
+import json
+import string
+import unicodedata
+
+from tokenizers import Tokenizer
+
+
+CASES = ("lower", "keep")
+
+
+def normalise_transcript(text: str, case: str = "lower") -> str:
+    """The form of a transcript that is trained on.
+
+    "lower": lower case, only letters (of any script), digits and apostrophes between single spaces. "keep": as written, with spaces
+    collapsed. Mixed corpora (LibriSpeech is upper case without punctuation) would otherwise teach the model to guess the corpus.
+    """
+    if case not in CASES:
+        raise ValueError(f"text case {case!r} is not one of {', '.join(CASES)}.")
+    if case == "lower":
+        text = unicodedata.normalize("NFC", text).lower().replace("’", "'")
+        text = "".join(c if c.isalnum() or c == "'" or unicodedata.combining(c) else " " for c in text)
+    return " ".join(text.split())
+
+
+class AlignmentTokenizer:
+    """Transcript ↔ ids of the LLM's vocabulary, in short units.
+
+    Args:
+        tokenizer: the LLM's (fast) tokenizer.
+        merges: number of BPE merges kept; None = the LLM's own tokenisation.
+    """
+
+    def __init__(self, tokenizer, merges: int | None = None):
+        self.tokenizer = tokenizer
+        self.merges = merges
+        specification = json.loads(tokenizer.backend_tokenizer.to_str())
+        if merges is not None:
+            model = specification["model"]
+            if model["type"] != "BPE":
+                raise ValueError(
+                    f"alignment merges={merges}: the LLM's tokenizer is {model['type']}, only a BPE can be truncated. Set it to null."
+                )
+            if merges < 0:
+                raise ValueError(
+                    f"alignment merges={merges}: must be 0 or more, or null for the LLM's own tokenisation."
+                )
+            # With ignore_merges a word that is in the vocabulary would be taken whole, whatever merges are left.
+            model["ignore_merges"] = False
+            model["merges"] = model["merges"][:merges]
+        specification["truncation"] = specification["padding"] = None
+        self._units = Tokenizer.from_str(json.dumps(specification))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a transcript, its first word with a leading space as in running text. Empty for a blank one."""
+        text = text.strip()
+        return self._units.encode(" " + text, add_special_tokens=False).ids if text else []
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids, special tokens dropped."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+
+    def vocab(self, texts) -> list[int]:
+        """Sorted ids that occur in `texts`, and those of single letters, so that any word can be spelled."""
+        ids = set()
+        for text in texts:
+            ids.update(self.encode(text))
+        for letter in string.ascii_lowercase + "'":
+            ids.update(self.encode(letter))
+            ids.update(self._units.encode(letter, add_special_tokens=False).ids)
+        return sorted(ids)

@@ -1,0 +1,230 @@
+"""Any audio input → one float32 waveform: mono, in [-1, 1], at the rate that the encoder was trained with.
+
+    load_audio(source) -> np.ndarray (samples,)
+
+`source` is a path, a http(s) URL, the bytes of a file, an `(array, rate)` pair, an object of `datasets`' Audio feature
+(decoded or not), or a bare array together with `source_rate`. Whatever cannot be heard as the sender meant it is refused
+with an `AudioError` that names the input: an array without its rate (played at the wrong speed it would still "work"),
+no samples, NaN or Inf, a file that is not audio, a file that ends before its header says it should.
+"""
+
+import io
+import os
+import urllib.request
+from fractions import Fraction
+from functools import lru_cache
+
+import numpy as np
+import soundfile
+import torch
+import torchaudio
+
+
+MAX_CHANNELS = 64
+URL_TIMEOUT_S = 60
+# Largest numerator or denominator of a resampling ratio. The polyphase filter bank grows with it: 44,099 → 16,000 Hz taken
+# literally needs gigabytes, while the nearest such fraction is off by less than one part in a million.
+MAX_RATIO_TERM = 1000
+
+
+class AudioError(ValueError):
+    """Audio that cannot be used; the message names the input and says why."""
+
+
+def load_audio(source, target_rate: int = 16000, source_rate: int | None = None, name: str | None = None) -> np.ndarray:
+    """Read, check, mix down and resample one clip.
+
+    Args:
+        source: see the module's docstring.
+        target_rate: Hz of the result.
+        source_rate: Hz of `source`, for bare arrays only.
+        name: how error messages call the input; by default its path, or what kind of thing it is.
+    Returns:
+        float32 array of shape (samples,), channels averaged.
+    Raises:
+        AudioError: the input is unreadable, incomplete, empty, not finite, or an array without its rate.
+    """
+    array, rate, name = read_source(source, source_rate, name)
+    return resample(to_mono(array, name), rate, target_rate)
+
+
+def read_source(source, source_rate: int | None = None, name: str | None = None) -> tuple[np.ndarray, int, str]:
+    """Tell the input forms apart → (array as given by the source, rate in Hz, name for messages)."""
+    if isinstance(source, (str, os.PathLike)):
+        path = os.fspath(source)
+        return *_read_path(path, name or path), name or path
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        name = name or f"{len(source)} bytes of audio"
+        return *decode_bytes(bytes(source), name), name
+    if isinstance(source, dict):
+        return _read_dict(source, source_rate, name)
+    if hasattr(source, "get_all_samples"):  # torchcodec's decoder, which `datasets` hands out for decoded audio
+        samples = source.get_all_samples()
+        return samples.data.numpy(), int(samples.sample_rate), name or "decoded audio of a datasets row"
+    if isinstance(source, (tuple, list)) and len(source) == 2 and _is_array(source[0]) and np.ndim(source[1]) == 0:
+        return read_source(source[0], source[1], name)
+    if _is_array(source) or isinstance(source, (list, tuple)):
+        array = source.detach().cpu().numpy() if isinstance(source, torch.Tensor) else np.asarray(source)
+        name = name or f"array of shape {array.shape}"
+        return array, _check_rate(source_rate, name), name
+    raise AudioError(
+        f"{name or type(source).__name__}: not an audio input. Give a path, URL, bytes, (array, sampling_rate) or a datasets Audio."
+    )
+
+
+def decode_bytes(data: bytes, name: str) -> tuple[np.ndarray, int]:
+    """Decode a whole audio file held in memory → (float32 array (samples, channels), rate).
+
+    libsndfile reads WAV, FLAC, Ogg (Vorbis, Opus) and MP3; other containers (m4a, mp4, webm) go to torchcodec where it is
+    installed.
+    """
+    if not data:
+        raise AudioError(f"{name}: empty file (0 bytes).")
+    _check_complete(data, name)
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            expected, rate = file.frames, file.samplerate
+            array = file.read(dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        if data[:4] in (b"RIFF", b"fLaC", b"OggS"):
+            raise AudioError(f"{name}: damaged or truncated audio file ({error}).") from error
+        return _decode_with_torchcodec(data, name, error)
+    if len(array) < expected:
+        raise AudioError(f"{name}: truncated file, {len(array)} of the {expected} samples that its header announces.")
+    return array, rate
+
+
+def to_mono(array: np.ndarray, name: str) -> np.ndarray:
+    """Any sample type and layout → float32 (samples,), integers scaled by their type's range, channels averaged.
+
+    Raises AudioError for arrays that are empty, not numeric, not finite, or of a shape in which no axis can be channels.
+    """
+    array = np.asarray(array)
+    if array.size == 0:
+        raise AudioError(f"{name}: empty audio (no samples).")
+    if array.dtype == bool or not (np.issubdtype(array.dtype, np.integer) or np.issubdtype(array.dtype, np.floating)):
+        raise AudioError(f"{name}: samples of type {array.dtype} are not audio.")
+    if array.ndim == 2 and 1 not in array.shape and min(array.shape) > MAX_CHANNELS or array.ndim not in (1, 2):
+        raise AudioError(f"{name}: shape {array.shape} is not (samples,), (channels, samples) or (samples, channels).")
+    if np.issubdtype(array.dtype, np.unsignedinteger):
+        half = (np.iinfo(array.dtype).max + 1) / 2
+        array = (array.astype(np.float64) - half) / half
+    elif np.issubdtype(array.dtype, np.integer):
+        array = array.astype(np.float64) / -float(np.iinfo(array.dtype).min)
+    if array.ndim == 2:
+        array = array.mean(axis=int(np.argmin(array.shape)), dtype=np.float64)
+    if not np.isfinite(array).all():
+        raise AudioError(f"{name}: {int((~np.isfinite(array)).sum())} of {array.size} samples are NaN or Inf.")
+    return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def resample(waveform: np.ndarray, rate: int, target_rate: int) -> np.ndarray:
+    """Band-limited resampling of float32 (samples,) with torchaudio."""
+    ratio = Fraction(int(rate), int(target_rate))
+    if ratio == 1:
+        return waveform
+    if ratio > 1:
+        ratio = 1 / (1 / ratio).limit_denominator(MAX_RATIO_TERM)
+    else:
+        ratio = ratio.limit_denominator(MAX_RATIO_TERM)
+    if ratio == 1:
+        return waveform
+    return _resampler(ratio.numerator, ratio.denominator)(torch.from_numpy(waveform)).numpy()
+
+
+@lru_cache(maxsize=16)
+def _resampler(rate: int, target_rate: int) -> torchaudio.transforms.Resample:
+    return torchaudio.transforms.Resample(rate, target_rate)
+
+
+def _is_array(value) -> bool:
+    return isinstance(value, (np.ndarray, torch.Tensor)) or (
+        isinstance(value, list) and len(value) > 0 and np.ndim(value[0]) == 0 and not isinstance(value[0], (str, bytes))
+    )
+
+
+def _check_rate(rate, name: str) -> int:
+    if rate is None:
+        raise AudioError(f"{name}: no sampling rate given. Pass (array, sampling_rate) or sampling_rate=…")
+    if (
+        isinstance(rate, bool)
+        or not isinstance(rate, (int, float, np.integer, np.floating))
+        or not 100 <= rate <= 10**7
+    ):
+        raise AudioError(f"{name}: {rate!r} is not a sampling rate in Hz.")
+    return round(float(rate))
+
+
+def _read_path(path: str, name: str) -> tuple[np.ndarray, int]:
+    if path.startswith(("http://", "https://")):
+        try:
+            with urllib.request.urlopen(path, timeout=URL_TIMEOUT_S) as response:
+                return decode_bytes(response.read(), name)
+        except OSError as error:
+            raise AudioError(f"{name}: cannot be downloaded ({error}).") from error
+    path = path.removeprefix("file://")
+    if os.path.isdir(path):
+        raise AudioError(f"{name}: is a folder, not an audio file.")
+    try:
+        with open(path, "rb") as file:
+            return decode_bytes(file.read(), name)
+    except OSError as error:
+        raise AudioError(f"{name}: cannot be read ({error.strerror or error}).") from error
+
+
+def _read_dict(source: dict, source_rate: int | None, name: str | None) -> tuple[np.ndarray, int, str]:
+    """`datasets` Audio ({"path", "bytes"} or {"array", "sampling_rate"}) and the audio items of chat messages."""
+    rate = source.get("sampling_rate", source_rate)
+    path = source.get("path") or source.get("url")
+    name = name or path
+    for key in ("array", "audio"):
+        if source.get(key) is not None:
+            return read_source(source[key], rate, name)
+    if source.get("bytes") is not None:
+        return read_source(source["bytes"], name=name)
+    if path:
+        return read_source(path, name=name)
+    raise AudioError(
+        f"{name or 'audio item'}: has none of path, url, bytes, array or audio (keys: {sorted(map(str, source))})."
+    )
+
+
+def _check_complete(data: bytes, name: str) -> None:
+    """Refuse WAV and Ogg files cut short, which libsndfile silently reads as shorter recordings.
+
+    WAV: every chunk's announced size must be present (0 and 0xFFFFFFFF mean "unknown", as streaming writers leave it).
+    Ogg: the last page must be whole and carry the end-of-stream flag (RFC 3533, section 6).
+    """
+    if data[:4] == b"RIFF" and data[8:12] == b"WAVE":
+        position = 12
+        while position + 8 <= len(data):
+            kind, size = data[position : position + 4], int.from_bytes(data[position + 4 : position + 8], "little")
+            available = len(data) - position - 8
+            if kind == b"data":
+                if size not in (0, 0xFFFFFFFF) and size > available:
+                    raise AudioError(
+                        f"{name}: truncated file, {available} of the {size} bytes that its header announces."
+                    )
+                return
+            position += 8 + size + size % 2
+        raise AudioError(f"{name}: truncated file, its WAV header has no data chunk.")
+    if data[:4] == b"OggS":
+        page = data.rfind(b"OggS")
+        segments = data[page + 27 : page + 27 + (data[page + 26] if page + 26 < len(data) else 0)]
+        whole = page + 27 <= len(data) and len(segments) == data[page + 26]
+        if not whole or page + 27 + len(segments) + sum(segments) > len(data) or not data[page + 5] & 4:
+            raise AudioError(f"{name}: truncated file, the Ogg stream has no end-of-stream page.")
+
+
+def _decode_with_torchcodec(data: bytes, name: str, error: Exception) -> tuple[np.ndarray, int]:
+    try:
+        from torchcodec.decoders import AudioDecoder
+    except (ImportError, OSError, RuntimeError):
+        raise AudioError(f"{name}: not an audio file that libsndfile can read ({error}).") from error
+    try:
+        samples = AudioDecoder(data).get_all_samples()
+    except (RuntimeError, ValueError) as codec_error:
+        raise AudioError(
+            f"{name}: not audio (neither libsndfile nor torchcodec can decode it: {error})"
+        ) from codec_error
+    return samples.data.numpy(), int(samples.sample_rate)

@@ -1,0 +1,78 @@
+"""Augmentation of features and waveforms, reproducible from a seed.
+
+The random numbers of each example come from (seed, *key), the key naming epoch and example, and not from a running generator:
+a resumed run, another batch order or another number of workers then augments every example in the same way.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import torch
+
+from .audio_io import resample
+
+
+@dataclass
+class Augment:
+    """SpecAugment (Park et al. 2019, arXiv 1904.08779, without time warping) and Gaussian noise on features (frames, size).
+
+    Args:
+        time_masks: masked stretches per 100 frames (at least one per clip when above 0).
+        time_width: their largest length in frames; never more than a fifth of the clip.
+        feature_masks: masked bands of neighbouring features; for spectrograms.
+        feature_width: their largest width in features.
+        feature_dropout: share of features zeroed over the whole clip; for encoder states, whose neighbours mean nothing.
+        noise: standard deviation of the noise, in standard deviations of the clip's own features.
+        seed: of the run.
+    """
+
+    time_masks: float = 0.0
+    time_width: int = 15
+    feature_masks: int = 0
+    feature_width: int = 20
+    feature_dropout: float = 0.0
+    noise: float = 0.0
+    seed: int = 0
+
+    def __call__(self, features: torch.Tensor, *key) -> torch.Tensor:
+        """A changed copy of (frames, size); equal for equal seed and key."""
+        generator = seeded_generator(self.seed, *key)
+        frames, size = features.shape
+        features = features.float().clone()
+        if self.noise > 0:
+            noise = torch.randn(features.shape, generator=generator)
+            features += self.noise * features.std(correction=0) * noise
+        # Masked values become the clip's mean: 0 is loud in a normalised log-mel spectrogram.
+        fill = features.mean(0)
+        if self.time_masks > 0:
+            for _ in range(max(1, round(self.time_masks * frames / 100))):
+                start, stop = _span(frames, min(self.time_width, frames // 5), generator)
+                features[start:stop] = fill
+        for _ in range(self.feature_masks):
+            start, stop = _span(size, min(self.feature_width, size), generator)
+            features[:, start:stop] = fill[start:stop]
+        if self.feature_dropout > 0:
+            features[:, torch.rand(size, generator=generator) < self.feature_dropout] = 0.0
+        return features
+
+
+def seeded_generator(*key) -> torch.Generator:
+    """A CPU generator seeded with a hash of the key's text (Python's own hash() differs between processes)."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def speed_perturb(waveform: np.ndarray, factor: float, sampling_rate: int = 16000) -> np.ndarray:
+    """Play (samples,) `factor` times faster, tempo and pitch together (Ko et al. 2015)."""
+    if not 0.25 <= factor <= 4:
+        raise ValueError(f"speed factor {factor} is not between 0.25 and 4.")
+    ratio = Fraction(factor).limit_denominator(100)
+    return resample(waveform, sampling_rate * ratio.numerator, sampling_rate * ratio.denominator)
+
+
+def _span(length: int, widest: int, generator: torch.Generator) -> tuple[int, int]:
+    width = int(torch.randint(0, widest + 1, (), generator=generator))
+    start = int(torch.randint(0, length - width + 1, (), generator=generator))
+    return start, start + width

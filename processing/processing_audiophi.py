@@ -1,0 +1,392 @@
+"""AudioPhiProcessor: chat messages with audio → the tensors that AudioPhi takes.
+
+A clip's way through this file: `load_audio` (file → waveform) → `_windows` (cut to what the encoder can take at once) →
+`_extract` (features and mask of one window) → `count_tokens` (how many placeholders) → the chat template's text with
+that many placeholders → token ids. The counting rule is data copied from the model's config (`match_model`), because files
+that ship to the Hub cannot import each other across folders; a test compares it with the model's real outputs.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoFeatureExtractor, AutoTokenizer
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+
+from .audio_io import load_audio
+from .chat_templates import AUDIO_PLACEHOLDER, training_template
+
+
+# Special tokens that LLM makers left unused; one of them serves as placeholder where the vocabulary has no free row.
+RESERVED_TOKENS = ("<|reserved_special_token_0|>", "<|extra_0|>", "<unused0>", "[unused0]", "<|dummy_0|>", "<gh_stars>")
+MASK_NAMES = {
+    "input_features": "input_features_mask",
+    "input_values": "input_values_mask",
+    "audio_hidden_states": "audio_hidden_mask",
+}
+
+
+def count_tokens(length: int, rule: list[list[int]]) -> int:
+    """Audio tokens that `length` feature frames become: per layer [kernel, stride, padding, multiply],
+    L → ((L + padding - kernel) // stride + 1) · multiply."""
+    for kernel, stride, padding, multiply in rule:
+        length = max(0, (length + padding - kernel) // stride + 1) * multiply
+    return length
+
+
+def shortest_input(rule: list[list[int]]) -> int:
+    """The smallest number of feature frames that makes at least one audio token."""
+    needed = 1
+    for kernel, stride, padding, multiply in reversed(rule):
+        needed = (-(-needed // multiply) - 1) * stride + kernel - padding
+        needed = max(needed, 1)
+    return needed
+
+
+class AudioPhiProcessor(ProcessorMixin):
+    """Feature extractor and tokenizer behind one call.
+
+    Args:
+        feature_extractor: of the audio encoder.
+        tokenizer: of the LLM; needs a fast one, and gets its end token as padding token where it has none.
+        chat_template: with `{% generation %}` marks; None picks one by the tokenizer's chat format.
+        audio_token: placeholder in the text, expanded to one per audio token.
+        audio_length_rule: [[kernel, stride, padding, multiply], …] from feature frames to audio tokens; see `count_tokens`.
+        window_frames: feature frames that the encoder takes at once; longer clips are cut into windows of equal length.
+            None = no limit.
+
+    Output of a call: `input_ids` and `attention_mask` (batch, length); `input_features` or `input_values` with their mask, one
+    row per *window*, in the order of the prompts; `audio_num_windows` (clips,), how many rows each clip has.
+    """
+
+    def __init__(
+        self,
+        feature_extractor,
+        tokenizer,
+        chat_template=None,
+        audio_token=AUDIO_PLACEHOLDER,
+        audio_length_rule=None,
+        window_frames=None,
+    ):
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.audio_token = audio_token
+        self.audio_token_id = tokenizer.convert_tokens_to_ids(audio_token)
+        if self.audio_token_id is None or self.audio_token_id == tokenizer.unk_token_id:
+            raise ValueError(f"audio_token {audio_token!r} is not in the vocabulary of {tokenizer.name_or_path}.")
+        self.audio_length_rule = audio_length_rule
+        self.window_frames = window_frames
+        chat_template = chat_template or training_template(tokenizer, audio_token)
+        super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_components(
+        cls,
+        audio: str,
+        text: str,
+        chat_template: str | None = None,
+        audio_length_rule: list[list[int]] | None = None,
+        window_frames: int | None = None,
+        audio_revision: str | None = None,
+        text_revision: str | None = None,
+    ) -> "AudioPhiProcessor":
+        """A processor from the encoder's feature extractor and the LLM's tokenizer (Hub ids or local folders).
+
+        Chooses the placeholder token: "<|audio|>" where the LLM's embedding table has a row to spare for it, else a token that its
+        makers reserved, else "<|audio|>" as a new row (the model must then resize its embeddings: `audio_token_id` is not
+        below `vocab_size`). Its embedding is never read, so which one it is does not matter to the model.
+        """
+        feature_extractor = AutoFeatureExtractor.from_pretrained(local_component(audio), revision=audio_revision)
+        tokenizer = AutoTokenizer.from_pretrained(local_component(text), revision=text_revision)
+        rows = AutoConfig.from_pretrained(local_component(text), revision=text_revision).get_text_config().vocab_size
+        tokenizer.padding_side = "left"  # what generation needs; training passes its own side
+        audio_token = choose_audio_token(tokenizer, rows)
+        if audio_token not in tokenizer.get_vocab():
+            tokenizer.add_special_tokens({"extra_special_tokens": [audio_token]}, replace_extra_special_tokens=False)
+        if chat_template is not None:
+            chat_template = chat_template.replace(AUDIO_PLACEHOLDER, audio_token)
+        return cls(feature_extractor, tokenizer, chat_template, audio_token, audio_length_rule, window_frames)
+
+    def match_model(self, config) -> "AudioPhiProcessor":
+        """Take the token-count rule and the window from a model's config, and check that both mean the same placeholder."""
+        if config.audio_token_id != self.audio_token_id:
+            raise ValueError(
+                f"audio_token_id is {config.audio_token_id} in the model and {self.audio_token_id} ({self.audio_token}) in the processor."
+            )
+        self.audio_length_rule = [list(layer) for layer in config.audio_length_rule]
+        self.window_frames = config.window_frames
+        return self
+
+    # ---- audio -------------------------------------------------------------------------------------------------------
+
+    @property
+    def sampling_rate(self) -> int:
+        """Hz of the waveforms that the encoder takes."""
+        return self.feature_extractor.sampling_rate
+
+    @property
+    def feature_key(self) -> str:
+        """`input_features` or `input_values`."""
+        return self.feature_extractor.model_input_names[0]
+
+    @property
+    def end_token_id(self) -> int:
+        """The token that ends the assistant's turn: the last one in the labels, and where generation has to stop."""
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        encoded = self.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        return int(encoded["input_ids"][encoded["assistant_masks"].bool()][-1])
+
+    def load_audio(self, source, sampling_rate: int | None = None) -> np.ndarray:
+        """Any input form → float32 waveform (samples,) at the encoder's rate. Raises `AudioError`; see audio_io.py."""
+        return load_audio(source, target_rate=self.sampling_rate, source_rate=sampling_rate)
+
+    def encode_audio(self, audio, sampling_rate: int | None = None) -> dict:
+        """One clip → its features, ready to be cached or put into a message as {"type": "audio", "encoded": …}.
+
+        Returns:
+            {feature_key: (windows, …), its mask: (windows, frames) bool, "num_audio_tokens": int}
+        """
+        waveform = self.load_audio(audio, sampling_rate)
+        rows = [self._extract(window) for window in self._windows(waveform)]
+        encoded = pad_rows([(features[None], mask[None]) for features, mask in rows], self.time_axis)
+        return {
+            self.feature_key: encoded[0],
+            MASK_NAMES[self.feature_key]: encoded[1],
+            "num_audio_tokens": sum(count_tokens(int(mask.sum()), self._length_rule()) for _, mask in rows),
+        }
+
+    def num_audio_tokens(self, num_samples: int) -> int:
+        """Audio tokens of a clip with `num_samples` samples at the encoder's rate, without looking at the audio."""
+        return sum(
+            count_tokens(self._num_frames(length), self._length_rule()) for length in self._window_lengths(num_samples)
+        )
+
+    def _length_rule(self) -> list[list[int]]:
+        if self.audio_length_rule is None:
+            raise ValueError(
+                "This processor does not know how many tokens a clip makes: call match_model(model.config) first."
+            )
+        return self.audio_length_rule
+
+    @property
+    def _whisper_like(self) -> bool:
+        """Centred spectrogram with features before time, and no use for its 30 s padding here."""
+        return type(self.feature_extractor).__name__.startswith("WhisperFeatureExtractor")
+
+    @property
+    def time_axis(self) -> int:
+        """Axis of time in the features of a batch: 1, or -1 for Whisper (features before time)."""
+        return -1 if self._whisper_like else 1
+
+    @property
+    def _samples_per_frame(self) -> int:
+        """Samples that a feature frame advances; 1 for encoders that read the waveform."""
+        if self.feature_key == "input_values":
+            return 1
+        extractor = self.feature_extractor
+        return getattr(extractor, "hop_length", 160) * getattr(extractor, "stride", 1)
+
+    def _num_frames(self, num_samples: int) -> int:
+        """Feature frames of one window (its waveform already padded by `_windows`)."""
+        extractor = self.feature_extractor
+        if hasattr(extractor, "num_frames"):  # extractors of this project state it
+            return extractor.num_frames(num_samples)
+        if self.feature_key == "input_values":
+            return num_samples
+        if self._whisper_like:
+            return num_samples // extractor.hop_length
+        return int(self._extract(np.zeros(num_samples, dtype=np.float32))[1].sum())
+
+    def _window_lengths(self, num_samples: int) -> list[int]:
+        """Samples per window after padding.
+
+        Long clips are cut into windows of equal length, not full ones and a rest: a rest of a few frames has no context. Whisper's
+        second convolution halves the frames, so its windows are padded to an even number of them.
+        """
+        grain = self._samples_per_frame * (2 if self._whisper_like else 1)
+        limit = (
+            num_samples
+            if self.window_frames is None
+            else max(self.window_frames * self._samples_per_frame // grain, 1) * grain
+        )
+        count = max(1, -(-num_samples // limit))
+        length = -(-(-(-num_samples // count)) // grain) * grain
+        shortest = self._shortest_window()
+        lengths = [min(length, num_samples - start) for start in range(0, num_samples, length)]
+        return [max(-(-samples // grain) * grain if self._whisper_like else samples, shortest) for samples in lengths]
+
+    def _shortest_window(self) -> int:
+        """Samples below which a window is zero-padded, so that every clip makes at least one token."""
+        frames = shortest_input(self._length_rule())
+        if self.feature_key == "input_values":
+            return frames
+        if self._whisper_like:
+            return -(-frames // 2) * 2 * self._samples_per_frame
+        # A spectrogram frame is at most 25 ms long, and per-bin normalisation needs two of them.
+        return (frames + 1) * self._samples_per_frame + self.sampling_rate // 40
+
+    def _windows(self, waveform: np.ndarray):
+        """Cut a waveform (samples,) as `_window_lengths` says; the last window is padded with zeros."""
+        start = 0
+        for length in self._window_lengths(len(waveform)):
+            window = waveform[start : start + length]
+            yield np.pad(window, (0, length - len(window)))
+            start += length
+
+    def _extract(self, window: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features of one window, computed alone so that they do not depend on the batch → (features, mask (frames,) bool)."""
+        options = {"truncation": False} if self._whisper_like else {"return_attention_mask": True}
+        output = self.feature_extractor(
+            window,
+            sampling_rate=self.sampling_rate,
+            padding="do_not_pad" if self._whisper_like else True,
+            return_tensors="pt",
+            **options,
+        )
+        features = output[self.feature_key][0].float()
+        mask = output.get("attention_mask")
+        frames = features.shape[self.time_axis if self._whisper_like else 0]
+        return features, torch.ones(frames, dtype=torch.bool) if mask is None else mask[0].bool()
+
+    def pad_audio(self, clips: list[dict]) -> dict:
+        """Batch clips from `encode_audio`, or cached encoder outputs ({"audio_hidden_states": (windows, frames, size), "audio_hidden_mask":
+        (windows, frames)}) → the model's audio inputs, one row per window, and `audio_num_windows` (clips,)."""
+        key = next((key for key in MASK_NAMES if key in clips[0]), None)
+        if key is None or any(key not in clip for clip in clips):
+            raise ValueError(
+                f"clips of one batch must all have the same one of {', '.join(MASK_NAMES)}; got {[sorted(c) for c in clips]}"
+            )
+        axis = self.time_axis if key == self.feature_key else 1
+        features, mask = pad_rows([(clip[key], clip[MASK_NAMES[key]]) for clip in clips], axis)
+        return {
+            key: features,
+            MASK_NAMES[key]: mask,
+            "audio_num_windows": torch.tensor([len(clip[key]) for clip in clips]),
+        }
+
+    # ---- ProcessorMixin's hooks --------------------------------------------------------------------------------------
+
+    def __call__(self, text=None, audio=None, sampling_rate=None, **kwargs) -> BatchFeature:
+        """Prompts and clips → model inputs.
+
+        Args:
+            text: prompt or list of prompts with one `audio_token` per clip (or use `apply_chat_template`).
+            audio: clip or list of clips in any form that audio_io.py knows, or dicts from `encode_audio`, in the order of their placeholders.
+            sampling_rate: Hz, for clips that are bare arrays.
+            kwargs: for the tokenizer (`padding`, `padding_side`, `truncation`, …), as in every ProcessorMixin.
+        Raises:
+            AudioError naming a clip that cannot be used; ValueError when placeholders and clips differ in number.
+        """
+        for name, value in (("padding", True), ("return_tensors", "pt")):
+            if name not in kwargs.get("text_kwargs", {}):
+                kwargs.setdefault(name, value)
+        if kwargs.get("return_tensors", "pt") != "pt":
+            raise ValueError(
+                f"AudioPhiProcessor returns PyTorch tensors only, not return_tensors={kwargs['return_tensors']!r}."
+            )
+        if audio is not None:
+            audio = [clip if is_encoded(clip) else self.load_audio(clip, sampling_rate) for clip in as_clips(audio)]
+        return super().__call__(text=text, audio=audio, **kwargs)
+
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        """Audio was loaded in `__call__`, by the project's own rules, so the base class must not fetch it."""
+        _, text, _, _ = super().prepare_inputs_layout(text=text)
+        return None, text, None, audio
+
+    def _process_audio(self, audio, **kwargs):
+        clips = [clip if is_encoded(clip) else self.encode_audio(clip, self.sampling_rate) for clip in audio]
+        replacements = [self.replace_audio_token(clip, index) for index, clip in enumerate(clips)]
+        return self.pad_audio(clips), replacements
+
+    def replace_audio_token(self, audio_inputs: dict, audio_idx: int, **kwargs) -> str:
+        """The placeholders of one clip."""
+        return self.audio_token * audio_inputs["num_audio_tokens"]
+
+    def _multimodal_inputs_from_conversations(self, conversations, audio_loading_params, load_audio_from_video=False):
+        """Collect the audio items of all messages, flat and in order."""
+        clips = []
+        for conversation in conversations:
+            for message in conversation:
+                content = message.get("content")
+                if isinstance(content, (list, tuple)):
+                    clips += [audio_of_item(item) for item in content if item["type"] == "audio"]
+        rate = audio_loading_params["sampling_rate"]
+        # The base class will say that everything has the encoder's rate, so bare arrays with another one are resampled here.
+        loaded = [clip if is_encoded(clip) else (self.load_audio(clip), rate) for clip in clips]
+        return [], [], loaded, {}
+
+    def _adjust_assistant_masks_indices(self, processed_dict, generation_indices):
+        """As the base class, on lists (its loops over tensors are slow), and with a tensor as result."""
+        processed_dict["offset_mapping"] = torch.as_tensor(processed_dict["offset_mapping"]).tolist()
+        processed_dict = super()._adjust_assistant_masks_indices(processed_dict, generation_indices)
+        processed_dict["assistant_masks"] = torch.tensor(processed_dict["assistant_masks"])
+        return processed_dict
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [
+            *self.tokenizer.model_input_names,
+            self.feature_key,
+            MASK_NAMES[self.feature_key],
+            "audio_num_windows",
+        ]
+
+
+def is_encoded(clip) -> bool:
+    """Whether a clip is already features: a dict from `encode_audio`, or cached encoder outputs with their token count."""
+    return isinstance(clip, dict) and "num_audio_tokens" in clip
+
+
+def as_clips(audio) -> list:
+    """One clip or a list of clips → list of clips. A list of numbers is one clip, and so is an (array, rate) pair."""
+    if (
+        isinstance(audio, tuple)
+        and len(audio) == 2
+        and np.ndim(audio[1]) == 0
+        and not isinstance(audio[1], (str, bytes, dict))
+    ):
+        return [audio]
+    if not isinstance(audio, (list, tuple)) or (len(audio) > 0 and isinstance(audio[0], (int, float))):
+        return [audio]
+    return list(audio)
+
+
+def audio_of_item(item: dict):
+    """The audio of a message item: features from `encode_audio` under "encoded", or the item itself for `load_audio`."""
+    return item["encoded"] if "encoded" in item else {key: value for key, value in item.items() if key != "type"}
+
+
+def pad_rows(rows: list[tuple[torch.Tensor, torch.Tensor]], time_axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Join [(features (n, …), mask (n, frames)), …] to one tensor each, zero-padded on the right to the longest."""
+    longest = max(mask.shape[1] for _, mask in rows)
+    padded = []
+    for features, mask in rows:
+        missing = longest - mask.shape[1]
+        behind = features.dim() - 1 - time_axis % features.dim()
+        padded.append(
+            (
+                torch.nn.functional.pad(features, (0, 0) * behind + (0, missing)),
+                torch.nn.functional.pad(mask.bool(), (0, missing)),
+            )
+        )
+    return torch.cat([features for features, _ in padded]), torch.cat([mask for _, mask in padded])
+
+
+def choose_audio_token(tokenizer, embedding_rows: int) -> str:
+    """See `AudioPhiProcessor.from_components`."""
+    vocabulary = tokenizer.get_vocab()
+    if AUDIO_PLACEHOLDER in vocabulary or len(tokenizer) < embedding_rows:
+        return AUDIO_PLACEHOLDER
+    return next((token for token in RESERVED_TOKENS if token in vocabulary), AUDIO_PLACEHOLDER)
+
+
+def local_component(component: str) -> str:
+    """A Hub id → its folder among the components kept on this machine, or the id itself where there is none."""
+    if os.path.isdir(component):
+        return component
+    for root in (os.environ.get("AUDIOPHI_COMPONENTS"), Path.home() / ".cache" / "audiophi" / "components"):
+        if root and (folder := Path(root) / component.replace("/", "--")).is_dir():
+            return str(folder)
+    return component

@@ -1,0 +1,11 @@
+"""Instructions given to the LLM beside the audio."""
+
+TRANSCRIBE = "Transcribe the speech."
+
+TRANSCRIBE_PARAPHRASES = (
+    TRANSCRIBE,
+    "Write down what is said.",
+    "What does the speaker say?",
+    "Transcribe this recording.",
+    "Turn the speech into text.",
+)
