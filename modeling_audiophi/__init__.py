@@ -1,0 +1,27 @@
+"""AudioPhi's model. Importing this package registers it with transformers' Auto classes."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM
+
+from . import wheel_components  # noqa: F401  (registers the PyPI fallback for base components)
+from .adapters import ADAPTERS
+from .components_audiophi import FALLBACKS, resolve_component
+from .configuration_audiophi import AudioPhiAdapterConfig, AudioPhiConfig
+from .encoders import ENCODERS
+from .modeling_audiophi import AudioPhiForConditionalGeneration, AudioPhiModel, AudioPhiPreTrainedModel
+
+AutoConfig.register("audiophi", AudioPhiConfig, exist_ok=True)
+AutoConfig.register("audiophi_adapter", AudioPhiAdapterConfig, exist_ok=True)
+AutoModel.register(AudioPhiConfig, AudioPhiForConditionalGeneration, exist_ok=True)
+AutoModelForMultimodalLM.register(AudioPhiConfig, AudioPhiForConditionalGeneration, exist_ok=True)
+
+__all__ = [
+    "ADAPTERS",
+    "ENCODERS",
+    "FALLBACKS",
+    "AudioPhiAdapterConfig",
+    "AudioPhiConfig",
+    "AudioPhiForConditionalGeneration",
+    "AudioPhiModel",
+    "AudioPhiPreTrainedModel",
+    "resolve_component",
+]

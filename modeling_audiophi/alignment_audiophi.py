@@ -1,0 +1,132 @@
+"""Alignment of audio to the language model's own words: CTC over its input-embedding table, and the collapse.
+
+Every audio token is scored against the LLM's embeddings of a restricted vocabulary (the tokens of the training texts) and a
+learned blank; CTC (Graves et al. 2006) teaches the adapter where each word is without running the LLM. Related: SpeechMapper
+(https://arxiv.org/abs/2601.20417), TASU (https://arxiv.org/abs/2511.03310).
+
+Aligned tokens do not fit the LLM as they are: most are blank and their norm is far from the table's. `collapse` keeps one per
+run of equal labels and gives it as a probability-weighted mean of the LLM's own embeddings.
+"""
+
+import torch
+from torch import nn
+
+
+class AlignmentHead(nn.Module):
+    """Scores audio tokens against `vocab_size` of the LLM's input embeddings and a blank (class 0).
+
+    `vocab_ids` (V',) long, ascending LLM token ids, is a buffer; class i + 1 is `vocab_ids[i]`.
+    """
+
+    def __init__(self, vocab_size, hidden_size):
+        super().__init__()
+        self.register_buffer("vocab_ids", torch.arange(vocab_size))
+        self.scale = nn.Parameter(torch.ones(()))
+        self.bias = nn.Parameter(torch.zeros(vocab_size + 1))
+        self.blank = nn.Parameter(torch.randn(hidden_size) * 0.1)
+
+    def logits(self, tokens, embedding_weight):
+        """`tokens` (B, T, D), `embedding_weight` (V, D) the LLM's table -> logits (B, T, V' + 1) float32."""
+        table = torch.cat([self.blank[None], embedding_weight[self.vocab_ids].to(self.blank.dtype)])
+        return (self.scale * (tokens.to(table.dtype) @ table.T) + self.bias).float()
+
+    def targets(self, token_ids):
+        """LLM token ids (B, S), -100 padded -> classes (B, S) (0 where padded) and lengths (B,).
+
+        Raises ValueError for ids outside the alignment vocabulary.
+        """
+        valid = token_ids >= 0
+        classes = torch.searchsorted(self.vocab_ids, token_ids.clamp(min=0)).clamp(max=len(self.vocab_ids) - 1)
+        unknown = valid & (self.vocab_ids[classes] != token_ids)
+        if bool(unknown.any()):
+            raise ValueError(
+                f"align_labels has token ids that are not in the alignment vocabulary: {token_ids[unknown].unique().tolist()[:10]}; "
+                "tokenise the texts as for the vocabulary, or build it from these texts too"
+            )
+        # Valid ids first, in order, so that -100 may stand anywhere.
+        order = (~valid).to(torch.int8).argsort(dim=1, stable=True)
+        return (classes + 1).masked_fill(~valid, 0).gather(1, order), valid.sum(1)
+
+    def ctc_loss(self, logits, lengths, token_ids, num_items=None):
+        """CTC loss, each clip divided by its number of target tokens.
+
+        `logits` (B, T, V' + 1), `lengths` (B,) frames, `token_ids` (B, S) LLM ids, -100 padded. Returns the mean over clips (the sum
+        divided by `num_items` when given, for gradient accumulation) and the number of clips whose target does not fit
+        into their frames: those cost nothing and teach nothing.
+        """
+        classes, target_lengths = self.targets(token_ids)
+        repeats = ((classes[:, 1:] == classes[:, :-1]) & (classes[:, 1:] > 0)).sum(1)
+        impossible = lengths < target_lengths + repeats
+        losses = nn.functional.ctc_loss(
+            logits.float().log_softmax(-1).transpose(0, 1),
+            classes,
+            lengths,
+            target_lengths,
+            blank=0,
+            reduction="none",
+            zero_infinity=True,
+        )
+        losses = losses.masked_fill(impossible, 0) / target_lengths.clamp(min=1)
+        count = (~impossible).sum().clamp(min=1) if num_items is None else num_items
+        return losses.sum() / count, impossible.sum()
+
+    def greedy(self, logits, mask):
+        """Best path: `logits` (B, T, V' + 1), `mask` (B, T) -> per clip the LLM token ids, blanks dropped, repeats merged."""
+        path = logits.argmax(-1)
+        transcripts = []
+        for row, length in zip(path, mask.sum(1).tolist()):
+            classes = torch.unique_consecutive(row[:length])
+            transcripts.append(self.vocab_ids[classes[classes > 0] - 1].tolist())
+        return transcripts
+
+    def collapse(self, logits, tokens, mask, embedding_weight, residual):
+        """One embedding per run of equal non-blank labels on the best path.
+
+        `logits` (B, T, V' + 1), `tokens` (B, T, D), `mask` (B, T). A run's embedding is the mean over its frames of the posterior
+        (renormalised without the blank) times the LLM's embeddings, plus `residual` (a module D -> D) of the mean adapter
+        state. Returns embeds (B, T, D) with each run at its first frame and zeros elsewhere, and keep (B, T) bool, True there.
+        """
+        batch, length, _ = tokens.shape
+        path = logits.argmax(-1).masked_fill(~mask, 0)
+        starts = torch.ones_like(mask)
+        starts[:, 1:] = path[:, 1:] != path[:, :-1]
+        keep = starts & (path > 0)
+        run = starts.cumsum(1) - 1 + length * torch.arange(batch, device=path.device)[:, None]
+        table = embedding_weight[self.vocab_ids]
+        expected = logits[..., 1:].softmax(-1).to(table.dtype) @ table
+        embeds = run_means(expected, run) + residual(run_means(tokens, run)).to(expected.dtype)
+        return embeds * keep[..., None], keep
+
+
+def run_means(values, run):
+    """Mean of `values` (B, T, D) over positions with the same index in `run` (B, T), at every position of the run."""
+    flat, index = values.reshape(-1, values.shape[-1]), run.reshape(-1)
+    sums = torch.zeros_like(flat).index_add(0, index, flat)
+    counts = torch.bincount(index, minlength=len(flat)).clamp(min=1)
+    return (sums / counts[:, None].to(sums.dtype))[index].view_as(values)
+
+
+class FramesReadout(nn.Module):
+    """Every audio token, normalised to the size of the LLM's own embeddings (the gain starts at their RMS)."""
+
+    def __init__(self, hidden_size):
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size)
+
+    def forward(self, tokens):
+        """`tokens` (B, T, D) -> embeds (B, T, D)."""
+        return self.norm(tokens)
+
+
+class CollapseReadout(nn.Module):
+    """The acoustic state that accompanies a collapsed token: LayerNorm and a linear map that starts at zero."""
+
+    def __init__(self, hidden_size):
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.proj.starts_at_zero = True
+
+    def forward(self, states):
+        """`states` (B, T, D) mean adapter states -> residual (B, T, D)."""
+        return self.proj(self.norm(states))

@@ -1,0 +1,333 @@
+"""Base components: finding them, checking that they fit, building a model of them, and checkpoints without them.
+
+A *slim* checkpoint keeps only what differs from its base components (adapter, alignment, readout, layer mix, LoRA, parts that were
+tuned in full, added embedding rows) and names the components by id and revision; loading reads both and misses nothing silently.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging
+
+from .configuration_audiophi import AudioPhiAdapterConfig, AudioPhiConfig
+from .encoders import encoder_class
+from .lengths_audiophi import output_length
+from .lora_audiophi import PARTS, inject_lora, is_lora_key, with_base_layers
+
+logger = logging.get_logger(__name__)
+
+# Functions id -> folder or None, tried last; `wheel_components.py` adds one.
+FALLBACKS = []
+
+SAMPLING_RATE = 16_000
+TUNED = ("frozen", "lora", "full")
+AUDIO_PREFIX = "model.audio_tower."
+TEXT_PREFIX = "model.language_model."
+
+
+def resolve_component(component, revision=None, weights=True):
+    """Local folder of a base component.
+
+    Looks, in this order, at: a local folder of that name; `$AUDIOPHI_COMPONENTS/<org>--<name>`;
+    `~/.cache/audiophi/components/<org>--<name>`; the Hub; the registered FALLBACKS. `weights=False` downloads only the small files.
+    Raises OSError that lists what was tried.
+    """
+    if Path(component).is_dir():
+        return str(component)
+    folder = str(component).replace("/", "--")
+    tried = [str(component)]
+    for root in (os.environ.get("AUDIOPHI_COMPONENTS"), Path.home() / ".cache" / "audiophi" / "components"):
+        if root:
+            tried.append(str(Path(root) / folder))
+            if Path(tried[-1], "config.json").is_file():
+                return tried[-1]
+    patterns = ["*.json", "*.txt", "*.jinja", "*.model"] + (["*.safetensors"] if weights else [])
+    try:
+        return snapshot_download(str(component), revision=revision, allow_patterns=patterns)
+    except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        tried.append(f"the Hub ({type(error).__name__}: {str(error).splitlines()[0]})")
+    for fallback in FALLBACKS:
+        path = fallback(str(component))
+        if path is not None:
+            return str(path)
+        tried.append(f"{fallback.__module__}.{fallback.__name__}")
+    raise OSError(f"component {component!r} was not found; tried: " + "; ".join(tried))
+
+
+def component_id(component):
+    """The name a checkpoint remembers: `<org>/<name>` also for a folder called `<org>--<name>`, else the absolute path."""
+    if not Path(component).is_dir():
+        return str(component)
+    name = Path(component).resolve().name
+    return name.replace("--", "/", 1) if "--" in name else str(Path(component).resolve())
+
+
+def load_config(component, revision=None):
+    """Config of a component, weights untouched."""
+    return AutoConfig.from_pretrained(resolve_component(component, revision, weights=False))
+
+
+def check_components(audio, audio_config, text, text_config, revision=None):
+    """ValueError naming the component that cannot be used and why; reads configs only."""
+    encoder = encoder_class(audio_config)
+    if text_config.__class__ not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"text component {text!r} ({text_config.model_type}) is not a causal language model")
+    if text_config.is_encoder_decoder:
+        raise ValueError(f"text component {text!r} ({text_config.model_type}) is an encoder-decoder, not a causal language model")
+    preprocessor = Path(resolve_component(audio, revision, weights=False), "preprocessor_config.json")
+    if not preprocessor.is_file():
+        raise ValueError(f"audio component {audio!r} has no preprocessor_config.json: its feature extractor is unknown")
+    settings = json.loads(preprocessor.read_text())
+    rate = settings.get("sampling_rate", SAMPLING_RATE)
+    if rate != SAMPLING_RATE:
+        raise ValueError(f"audio component {audio!r} wants audio at {rate} Hz; AudioPhi works at {SAMPLING_RATE} Hz")
+    bins = getattr(audio_config, "num_mel_bins", None)
+    if bins is not None and encoder.feature_key == "input_features" and settings.get("feature_size", bins) != bins:
+        raise ValueError(
+            f"audio component {audio!r}: feature extractor makes {settings['feature_size']} mel bins, the encoder takes {bins}"
+        )
+
+
+def check_context(config):
+    """ValueError when the audio tokens of one encoder window do not fit into the language model's context."""
+    tokens = output_length(config.window_frames, config.audio_length_rule)
+    context = getattr(config.text_config, "max_position_embeddings", None)
+    seconds = config.window_frames / encoder_class(config.audio_config).feature_rate(config.audio_config)
+    if context is not None and config.readout == "frames" and tokens >= context:
+        raise ValueError(
+            f"one window of {seconds:.1f} s makes {tokens} audio tokens, but the language model's context is {context}: "
+            "raise the adapter's stack or lower window_frames"
+        )
+
+
+def read_text_weights(path, dtype):
+    """State dict of a causal LM under AudioPhi's names, its missing keys, and the name of its embedding table."""
+    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    base = model.base_model
+    state = {TEXT_PREFIX + key: value for key, value in base.state_dict().items()}
+    head = model.get_output_embeddings()
+    state |= {f"lm_head.{key}": value for key, value in head.state_dict().items()}
+    table = next(name for name, module in base.named_modules() if module is base.get_input_embeddings())
+    return state, list(info["missing_keys"]), f"{TEXT_PREFIX}{table}.weight"
+
+
+class ComponentsMixin:
+    """Building from components, slim and full checkpoints, and what is tuned."""
+
+    @classmethod
+    def from_components(
+        cls,
+        audio,
+        text,
+        adapter="conv_mlp",
+        audio_token_id=None,
+        readout="frames",
+        encoder_layer="last",
+        align_vocab_ids=None,
+        window_frames=None,
+        lora=None,
+        dtype=torch.float32,
+        audio_revision=None,
+        text_revision=None,
+        **kwargs,
+    ):
+        """A model of pretrained parts and a new adapter.
+
+        Args:
+            audio, text: Hub ids or local folders of an encoder and a causal LM.
+            adapter: registry key, dict of `AudioPhiAdapterConfig` arguments, or such a config.
+            audio_token_id: the processor's placeholder id; None adds a row to the embedding table. An id beyond the table adds rows.
+            align_vocab_ids: LLM token ids of the alignment head; None builds none.
+            lora: {"audio": {...}, "text": {...}} arguments of `peft.LoraConfig`.
+            dtype: of all weights. kwargs: further arguments of `from_pretrained` (device_map, attn_implementation, ...).
+
+        Raises ValueError that names the part that does not fit, before any weights are loaded.
+        """
+        audio_config, text_config = load_config(audio, audio_revision), load_config(text, text_revision)
+        check_components(audio, audio_config, text, text_config, audio_revision)
+        if isinstance(adapter, str):
+            adapter = {"type": adapter}
+        if isinstance(adapter, dict):
+            adapter = AudioPhiAdapterConfig(**adapter)
+        vocab_ids = None if align_vocab_ids is None else sorted({int(index) for index in align_vocab_ids})
+        rows = text_config.vocab_size
+        if vocab_ids and not 0 <= vocab_ids[0] <= vocab_ids[-1] < rows:
+            raise ValueError(f"align_vocab_ids must be token ids below {rows}, got {vocab_ids[0]} to {vocab_ids[-1]}")
+        audio_token_id = rows if audio_token_id is None else audio_token_id
+        text_config.vocab_size = max(rows, audio_token_id + 1)
+        config = AudioPhiConfig(
+            audio_config=audio_config,
+            text_config=text_config,
+            adapter_config=adapter,
+            audio_token_id=audio_token_id,
+            readout=readout,
+            encoder_layer=encoder_layer,
+            align_vocab_size=len(vocab_ids or ()),
+            window_frames=window_frames,
+            base_vocab_size=rows,
+            base_components={
+                "audio": {"id": component_id(audio), "revision": audio_revision},
+                "text": {"id": component_id(text), "revision": text_revision},
+            },
+        )
+        check_context(config)
+        paths = {"audio": resolve_component(audio, audio_revision), "text": resolve_component(text, text_revision)}
+        model = cls._assemble(config, paths, {}, dtype=dtype, **kwargs)
+        model.model.match_embeddings(vocab_ids)
+        for part, arguments in (lora or {}).items():
+            model.add_lora(part, arguments)
+        return model
+
+    @classmethod
+    def _assemble(cls, config, paths, own, dtype, **kwargs):
+        """Load base weights from `paths` and a checkpoint's `own` tensors; an empty `own` leaves new parts at their initial values.
+
+        Raises ValueError naming every key that is missing or left over.
+        """
+        audio_state, missing = encoder_class(config.audio_config).read_base(paths["audio"], dtype)
+        text_state, text_missing, table = read_text_weights(paths["text"], dtype)
+        if missing or text_missing:
+            raise ValueError(f"base components lack weights: {', '.join([*missing, *text_missing])}")
+        config.lm_head_bias = "lm_head.bias" in text_state
+        own = dict(own)
+        add_rows(text_state, config, table, own)
+        if config.tie_word_embeddings:
+            text_state.pop("lm_head.weight", None)
+        with torch.device("meta"):
+            skeleton = cls(config)
+        tied = set(skeleton.all_tied_weights_keys)
+        expected = set(skeleton.state_dict()) - tied
+        base = {AUDIO_PREFIX + key: value for key, value in audio_state.items()} | text_state
+        base = with_base_layers(base, expected)
+        state = base | own
+        new = {key for key in expected if is_own_key(key, config)} if not own else set()
+        missing, unexpected = expected - state.keys() - new, state.keys() - expected
+        if missing or unexpected:
+            raise ValueError(
+                f"weights do not fit the model; missing: {sorted(missing) or 'none'}; unexpected: {sorted(unexpected) or 'none'}"
+            )
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # new parts are meant to be missing
+        try:
+            return super().from_pretrained(None, config=config, state_dict=state, dtype=dtype, **kwargs)
+        finally:
+            logging.set_verbosity(verbosity)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+        """As in transformers; a slim checkpoint also loads the base components that it names."""
+        path = pretrained_model_name_or_path
+        hub = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
+        if path is not None and config is None:
+            config = cls.config_class.from_pretrained(path, **hub)
+        if path is None or not config.slim:
+            return super().from_pretrained(path, *args, config=config, **kwargs)
+        folder = path if Path(path).is_dir() else snapshot_download(path, **hub)
+        own = read_safetensors(folder)
+        paths = {part: resolve_component(base["id"], base["revision"]) for part, base in config.base_components.items()}
+        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or "auto"
+        dtype = config.dtype if dtype == "auto" else dtype
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        ignored = (*hub, "_from_auto", "_commit_hash", "trust_remote_code", "adapter_kwargs", "output_loading_info")
+        info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+        with_info = kwargs.get("output_loading_info", False)
+        for key in ignored:
+            kwargs.pop(key, None)
+        model = cls._assemble(config, paths, own, dtype=dtype or torch.float32, **kwargs)
+        model.name_or_path = model.config.name_or_path = str(path)
+        model.adjust_generation_fn(None, False, None, folder, **hub)
+        return (model, info) if with_info else model
+
+    def save_pretrained(self, save_directory, *args, slim=None, state_dict=None, **kwargs):
+        """As in transformers. `slim` (default: whenever the base components are known) leaves frozen base weights out."""
+        slim = bool(self.config.base_components) if slim is None else slim
+        if slim and not self.config.base_components:
+            raise ValueError("a slim checkpoint names its base components, but this model was not built from components")
+        if slim:
+            state_dict = self.slim_state_dict(state_dict)
+        before, self.config.slim = self.config.slim, slim
+        try:
+            super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+        finally:
+            self.config.slim = before
+
+    def slim_state_dict(self, state_dict=None):
+        """What a slim checkpoint holds, out of `state_dict` (default: the model's)."""
+        state_dict = self.state_dict() if state_dict is None else state_dict
+        own = {key: value for key, value in state_dict.items() if is_own_key(key, self.config)}
+        rows, size = self.config.base_vocab_size, self.config.text_config.vocab_size
+        if self.config.tuned["text"] != "full" and size > rows:
+            table = next(n for n, m in self.named_modules() if m is self.get_input_embeddings()) + ".weight"
+            own["added_input_rows"] = state_dict[table][rows:].clone()
+            if not self.config.tie_word_embeddings:
+                own["added_output_rows"] = state_dict["lm_head.weight"][rows:].clone()
+        return own
+
+    def add_lora(self, part, arguments):
+        """Add LoRA to "audio" or "text" (arguments of `peft.LoraConfig`); remembered in the config, saved in slim checkpoints."""
+        if self.config.lora.get(part) is not None:
+            raise ValueError(f"the {part} part already has LoRA layers")
+        inject_lora(self.model, part, arguments)
+        self.config.lora[part] = dict(arguments)
+        self._remember(part, "lora")
+
+    def tune(self, part, how):
+        """Make "audio" or "text" trainable: "frozen", "lora" (its LoRA layers only) or "full" (everything but LoRA layers stays
+        as it is loaded; both if there are any). What was once tuned in full stays in slim checkpoints."""
+        if part not in PARTS or how not in TUNED:
+            raise ValueError(f"tune({part!r}, {how!r}): part is one of {', '.join(PARTS)}, how one of {', '.join(TUNED)}")
+        if how == "lora" and self.config.lora.get(part) is None:
+            raise ValueError(f"the {part} part has no LoRA layers: add_lora first")
+        modules = [getattr(self.model, PARTS[part])] + ([self.lm_head] if part == "text" else [])
+        for module in modules:
+            for name, parameter in module.named_parameters():
+                parameter.requires_grad_(how == "full" or (how == "lora" and is_lora_key(name)))
+        if part == "audio":
+            for parameter in self.model.audio_tower.layer_choice.parameters():
+                parameter.requires_grad_(True)
+        self._remember(part, how)
+
+    def _remember(self, part, how):
+        self.config.tuned[part] = max(self.config.tuned[part], how, key=TUNED.index)
+
+
+def is_own_key(key, config):
+    """Whether a tensor is not part of a frozen base component."""
+    if is_lora_key(key) or ".layer_choice." in key:
+        return True
+    if key.startswith(AUDIO_PREFIX):
+        return config.tuned["audio"] == "full"
+    if key.startswith((TEXT_PREFIX, "lm_head.")):
+        return config.tuned["text"] == "full"
+    return True
+
+
+def add_rows(text_state, config, table, own):
+    """Lengthen the base LLM's tables to the config's vocabulary: rows of the checkpoint (taken out of `own`), else their mean."""
+    missing = config.text_config.vocab_size - config.base_vocab_size
+    names = {"added_input_rows": table, "added_output_rows": "lm_head.weight"}
+    for added, name in names.items():
+        rows = own.pop(added, None)
+        if missing > 0 and name in text_state:
+            weight = text_state[name]
+            if rows is None:
+                rows = weight.float().mean(0, keepdim=True).expand(missing, -1)
+            text_state[name] = torch.cat([weight, rows.to(weight.dtype)])
+    if missing > 0 and "lm_head.bias" in text_state:
+        bias = text_state["lm_head.bias"]
+        text_state["lm_head.bias"] = torch.cat([bias, bias.new_zeros(missing)])
+
+
+def read_safetensors(folder):
+    """All tensors of a folder's model*.safetensors; OSError when there are none."""
+    files = sorted(Path(folder).glob("model*.safetensors"))
+    if not files:
+        raise OSError(f"no model*.safetensors in {folder}")
+    return {key: value for file in files for key, value in load_file(file).items()}

@@ -1,0 +1,119 @@
+"""Configuration of AudioPhi: an audio encoder, an adapter and a causal language model."""
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from .adapters import adapter_class
+from .encoders import encoder_class
+from .lengths_audiophi import output_length
+
+
+class AudioPhiAdapterConfig(PreTrainedConfig):
+    """The adapter between encoder and language model.
+
+    Args:
+        type: exact key of the registry in `adapters.py`: linear, mlp, conv_mlp, transformer, qformer.
+        stack: encoder frames per token (all but qformer); 4 turns 50 frames/s into 12.5 tokens/s.
+        hidden_size: inner width.
+        kernel_size: width of the depthwise convolutions, odd (conv_mlp, transformer).
+        num_layers: convolution, attention or query blocks.
+        num_heads: attention heads (transformer, qformer).
+        window, queries: encoder frames per window and tokens made of each (qformer).
+        dropout: probability, in training.
+    """
+
+    model_type = "audiophi_adapter"
+    base_config_key = "adapter_config"
+
+    type: str = "conv_mlp"
+    stack: int = 4
+    hidden_size: int = 640
+    kernel_size: int = 7
+    num_layers: int = 2
+    num_heads: int = 8
+    window: int = 16
+    queries: int = 4
+    dropout: float = 0.1
+
+    def __post_init__(self, **kwargs):
+        for name in ("stack", "hidden_size", "kernel_size", "num_heads", "window", "queries"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"adapter {name} must be at least 1, got {getattr(self, name)}")
+        super().__post_init__(**kwargs)
+
+
+class AudioPhiConfig(PreTrainedConfig):
+    """Everything that shapes an AudioPhi model.
+
+    Args:
+        audio_config, text_config: configs of the encoder and the language model (dict or config).
+        adapter_config: `AudioPhiAdapterConfig` or dict.
+        audio_token_id: id of the placeholder that stands for one audio token in the prompt.
+        encoder_layer: "last", an index into the encoder's hidden states, or "mix" (learned softmax mix).
+        readout: "frames" (every adapter token goes to the LLM) or "collapse" (blanks dropped, repeats merged).
+        align_vocab_size: tokens of the alignment head, the blank not counted; 0 means no head.
+        window_frames: longest encoder window in feature frames; None takes the encoder's own limit (30 s).
+        base_components: {"audio": {"id", "revision"}, "text": {...}}: where frozen weights come from.
+        tuned: {"audio": ..., "text": ...}: "frozen", "lora" or "full"; what a slim checkpoint has to keep.
+        lora: {"audio": ..., "text": ...}: arguments of peft's LoraConfig, or None.
+        base_vocab_size: rows of the base LLM's embedding table, before a placeholder was added.
+        lm_head_bias: whether the LLM's output layer has a bias (Phi-2).
+        slim: True in the config of a checkpoint that holds only what differs from its base components.
+
+    `audio_length_rule` (feature frames -> audio tokens, see `lengths_audiophi.py`) always follows from encoder and adapter.
+    """
+
+    model_type = "audiophi"
+    sub_configs_defaults = {
+        "audio_config": SubConfigSpec(config_class=AutoConfig, model_type="whisper"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+        "adapter_config": AudioPhiAdapterConfig,
+    }
+
+    audio_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    adapter_config: dict | PreTrainedConfig | None = None
+    audio_token_id: int = 0
+    encoder_layer: str | int = "last"
+    readout: str = "frames"
+    align_vocab_size: int = 0
+    window_frames: int | None = None
+    audio_length_rule: list | None = None
+    base_components: dict | None = None
+    tuned: dict | None = None
+    lora: dict | None = None
+    base_vocab_size: int | None = None
+    lm_head_bias: bool = False
+    slim: bool = False
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        encoder = encoder_class(self.audio_config)
+        self.audio_length_rule = [
+            *encoder.length_rule(self.audio_config),
+            *adapter_class(self.adapter_config).length_rule(self.adapter_config),
+        ]
+        limit = encoder.window_frames(self.audio_config)
+        if self.window_frames is None:
+            self.window_frames = limit
+        if self.audio_config.model_type == "whisper" and self.window_frames > limit:
+            raise ValueError(f"window_frames {self.window_frames} is more than the encoder's limit of {limit}")
+        if self.readout not in ("frames", "collapse"):
+            raise ValueError(f"readout {self.readout!r}: expected 'frames' or 'collapse'")
+        if self.readout == "collapse" and self.align_vocab_size < 1:
+            raise ValueError("readout 'collapse' needs an alignment head: set align_vocab_size (align_vocab_ids)")
+        if self.audio_token_id >= self.text_config.vocab_size:
+            raise ValueError(
+                f"audio_token_id {self.audio_token_id} is outside the language model's {self.text_config.vocab_size} embeddings"
+            )
+        self.tie_word_embeddings = self.text_config.tie_word_embeddings
+        self.base_components = self.base_components or {}
+        self.tuned = {"audio": "frozen", "text": "frozen", **(self.tuned or {})}
+        self.lora = {"audio": None, "text": None, **(self.lora or {})}
+
+    @property
+    def audio_tokens_per_second(self):
+        """Audio tokens that one second of a long clip makes."""
+        rate = encoder_class(self.audio_config).feature_rate(self.audio_config)
+        return output_length(1000 * rate, self.audio_length_rule) / 1000

@@ -1,0 +1,95 @@
+"""What GenerationMixin's own `generate` needs to know about audio: it is encoded once, before the loop."""
+
+import copy
+
+import torch
+from transformers import GenerationMixin
+
+from .placeholders_audiophi import drop_unused_placeholders, repeat_audio
+
+AUDIO_INPUTS = (
+    "input_features",
+    "input_features_mask",
+    "input_values",
+    "input_values_mask",
+    "audio_hidden_states",
+    "audio_hidden_mask",
+    "audio_num_windows",
+)
+
+
+class AudioPhiGenerationMixin(GenerationMixin):
+    """Audio in, audio embeddings to the loop, the caller's own prompt back in front of the result."""
+
+    @torch.no_grad()
+    def generate(self, inputs=None, generation_config=None, **kwargs):
+        """`GenerationMixin.generate` with audio.
+
+        Takes the processor's outputs and everything `generate` takes. The audio is encoded once. With the "collapse" readout
+        unused placeholders are removed from the prompt while generating; the returned sequences start with the prompt as
+        given, and `max_length` / `min_length` count it so.
+        """
+        audio_inputs = {name: kwargs.pop(name) for name in AUDIO_INPUTS if name in kwargs}
+        audio_inputs = {name: value for name, value in audio_inputs.items() if value is not None}
+        if not audio_inputs:
+            return super().generate(inputs, generation_config, **kwargs)
+        input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        if input_ids is None:
+            raise ValueError("generate with audio needs input_ids with the audio placeholders; the processor makes them")
+        self.model.check_context(input_ids, final=self.config.readout == "frames")
+        audio = self.get_audio_features(**audio_inputs)
+        embeds, keep = audio.pooler_output, audio.audio_keep
+        self.model.check_placeholders(input_ids, embeds)
+        prompt, attention_mask = input_ids, kwargs.pop("attention_mask", None)
+        if keep is not None:
+            compact = drop_unused_placeholders(prompt, attention_mask, self.config.audio_token_id, keep, "left")
+            input_ids, attention_mask, embeds = compact.input_ids, compact.attention_mask, embeds[keep]
+            self.model.check_context(input_ids, final=True)
+            generation_config, kwargs = self._shorten(generation_config, kwargs, prompt.shape[1] - input_ids.shape[1])
+        output = super().generate(
+            input_ids, generation_config, attention_mask=attention_mask, audio_embeds=embeds, **kwargs
+        )
+        if keep is None:
+            return output
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        prompts = prompt.to(sequences.device).repeat_interleave(len(sequences) // len(prompt), dim=0)
+        sequences = torch.cat([prompts, sequences[:, input_ids.shape[1] :]], dim=1)
+        if isinstance(output, torch.Tensor):
+            return sequences
+        output.sequences = sequences
+        return output
+
+    def _shorten(self, generation_config, kwargs, removed):
+        """Total lengths that count the prompt, less the `removed` columns; new-token limits stay as they are."""
+        kwargs = dict(kwargs)
+        given = generation_config if generation_config is not None else self.generation_config
+        generation_config = copy.deepcopy(given)
+        for name in ("max_length", "min_length"):
+            total = kwargs.get(name, getattr(given, name))
+            if total:
+                target = kwargs if name in kwargs else generation_config.__dict__
+                target[name] = max(0, total - removed)
+        return generation_config, kwargs
+
+    def _expand_inputs_for_generation(
+        self, expand_size=1, is_encoder_decoder=False, input_ids=None, audio_embeds=None, **model_kwargs
+    ):
+        # Audio rows belong to prompts, several to one: repeating each row would mix up the order.
+        if audio_embeds is not None and expand_size > 1:
+            audio_embeds = repeat_audio(audio_embeds, input_ids, self.config.audio_token_id, expand_size)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        if audio_embeds is not None:
+            model_kwargs["audio_embeds"] = audio_embeds
+        return input_ids, model_kwargs
+
+    def prepare_inputs_for_generation(self, input_ids, audio_embeds=None, is_first_iteration=False, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        if audio_embeds is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
+            # With a cache of earlier turns only the end of the prompt is run, and only its audio is needed.
+            placeholders = input_ids == self.config.audio_token_id
+            unseen = placeholders.clone()
+            unseen[:, : input_ids.shape[1] - inputs["input_ids"].shape[1]] = False
+            inputs["audio_embeds"] = audio_embeds[unseen[placeholders].to(audio_embeds.device)]
+        return inputs

@@ -1,0 +1,53 @@
+"""How many tokens a stretch of audio makes, as data.
+
+A *length rule* is a list of steps `[kernel, stride, padding, multiply]` with `padding` the total of both sides; each step maps
+a length L to `max(0, (L + padding - kernel) // stride + 1) * multiply`. Every encoder and adapter states its rule, the model
+config stores their concatenation (feature frames -> audio tokens) and the processor copies it, so that both sides agree.
+"""
+
+import torch
+
+
+def output_length(length, rule):
+    """Length after `rule`; `length` is an int or an integer tensor (any shape), the result has the same type."""
+    for kernel, stride, padding, multiply in rule:
+        length = (length + padding - kernel) // stride + 1
+        length = length.clamp(min=0) if isinstance(length, torch.Tensor) else max(0, length)
+        length = length * multiply
+    return length
+
+
+def shortest_input(rule):
+    """Smallest input length for which `rule` gives at least one output."""
+    length = 1
+    for kernel, stride, padding, _ in reversed(rule):
+        length = max(1, (length - 1) * stride + kernel - padding)
+    return length
+
+
+def length_mask(lengths, size=None):
+    """(B,) lengths -> (B, size) bool, True on the first `lengths[b]` positions; `size` defaults to the longest."""
+    size = int(lengths.max()) if size is None else size
+    return torch.arange(size, device=lengths.device)[None, :] < lengths[:, None]
+
+
+def join_windows(tokens, mask, num_windows=None):
+    """Put the windows of a clip one after the other.
+
+    `tokens` (W, T, D) and `mask` (W, T) bool hold one row per encoder window, in clip order; `num_windows` (C,) says how many
+    rows each clip has (None: one each). Returns tokens (C, T', D) and mask (C, T') with each clip's valid tokens first.
+    Raises ValueError when the counts do not add up to W.
+    """
+    if num_windows is None:
+        num_windows = torch.ones(len(tokens), dtype=torch.long, device=tokens.device)
+    num_windows = num_windows.to(tokens.device)
+    if int(num_windows.sum()) != len(tokens):
+        raise ValueError(
+            f"audio_num_windows adds up to {int(num_windows.sum())} windows, but the audio input has {len(tokens)} rows"
+        )
+    clip_of_window = torch.repeat_interleave(torch.arange(len(num_windows), device=tokens.device), num_windows)
+    lengths = torch.zeros_like(num_windows).index_add(0, clip_of_window, mask.sum(1))
+    clip_mask = length_mask(lengths, max(1, int(lengths.max()) if len(lengths) else 1))
+    joined = tokens.new_zeros(*clip_mask.shape, tokens.shape[-1])
+    joined[clip_mask] = tokens[mask]
+    return joined, clip_mask

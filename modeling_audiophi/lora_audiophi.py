@@ -1,0 +1,42 @@
+"""LoRA (https://arxiv.org/abs/2106.09685) inside the model, through peft: no wrapper, so names and `generate` stay the same."""
+
+from transformers.utils import is_peft_available
+
+PARTS = {"audio": "audio_tower", "text": "language_model"}
+
+
+def inject_lora(model, part, arguments):
+    """Add LoRA layers to `model`'s audio tower (part "audio") or language model ("text"); None does nothing.
+
+    `arguments` are those of `peft.LoraConfig`. Raises ValueError for an unknown part, ImportError without peft.
+    """
+    if arguments is None:
+        return
+    if part not in PARTS:
+        raise ValueError(f"lora part {part!r}: expected one of {', '.join(PARTS)}")
+    if not is_peft_available():
+        raise ImportError("LoRA needs peft: pip install peft")
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ImportError("the installed peft cannot be imported") from error
+
+    module = getattr(model, PARTS[part])
+    inject_adapter_in_model(LoraConfig(**arguments), module)
+    for name, layer in module.named_modules():
+        if ".lora_B." in name:
+            layer.starts_at_zero = True
+
+
+def is_lora_key(key):
+    """Whether a state-dict key belongs to a LoRA layer."""
+    return ".lora_" in key
+
+
+def with_base_layers(state_dict, model_keys):
+    """Rename plain weights (`q_proj.weight`) to where a LoRA layer keeps them (`q_proj.base_layer.weight`)."""
+    renamed = {}
+    for key, value in state_dict.items():
+        wrapped = ".base_layer.".join(key.rsplit(".", 1))
+        renamed[wrapped if key not in model_keys and wrapped in model_keys else key] = value
+    return renamed

@@ -1,0 +1,59 @@
+"""Placeholders in the prompt that the collapse has no token for are removed before the language model runs.
+
+The processor must put as many placeholders as there are audio tokens; how many survive the collapse is known only after the
+encoder has run. Removing the rest physically (rather than masking) saves the LLM the work and keeps positions contiguous, so
+the result does not depend on batching or padding side.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class CompactPrompt:
+    """A batch without its unused placeholders (and without padding that no row needs any more).
+
+    `input_ids` (B, L'), `attention_mask` (B, L'); `source` (B, L') is the original column of every position (0 for padding), `latest`
+    (B, L) the compact column of every original position, for a removed one that of the last position before it.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    source: torch.Tensor
+    latest: torch.Tensor
+
+
+def drop_unused_placeholders(input_ids, attention_mask, audio_token_id, keep, padding_side):
+    """Remove the placeholders for which `keep` is False and pad again.
+
+    `input_ids` (B, L), `attention_mask` (B, L) or None, `keep` (N,) bool with one entry per placeholder in row-major order,
+    `padding_side` "left" or "right". Returns a `CompactPrompt`. Padding ids are 0 and never attended to.
+    """
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    real = attention_mask.bool().clone()
+    real[input_ids == audio_token_id] &= keep
+    lengths = real.sum(1)
+    size = max(1, int(lengths.max()))
+    shift = (size - lengths)[:, None] if padding_side == "left" else torch.zeros_like(lengths)[:, None]
+    latest = (real.cumsum(1) - 1).clamp(min=0) + shift
+    latest = latest.clamp(max=size - 1)
+    rows = torch.arange(len(input_ids), device=input_ids.device)[:, None].expand_as(input_ids)
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    compact = input_ids.new_zeros(len(input_ids), size)
+    mask, source = torch.zeros_like(compact), torch.zeros_like(compact)
+    place = (rows[real], latest[real])
+    compact[place], mask[place], source[place] = input_ids[real], 1, columns[real]
+    return CompactPrompt(compact, mask, source, latest)
+
+
+def padding_side_of(attention_mask):
+    """"left" if a row starts with padding, else "right"."""
+    return "left" if attention_mask is not None and bool((attention_mask[:, 0] == 0).any()) else "right"
+
+
+def repeat_audio(audio_embeds, input_ids, audio_token_id, times):
+    """Audio tokens (N, D) of a batch whose rows are each repeated `times` times (beams, several return sequences)."""
+    counts = (input_ids == audio_token_id).sum(1).tolist()
+    return torch.cat([row.repeat(times, 1) for row in audio_embeds.split(counts)])
