@@ -7,7 +7,6 @@ from .collator import AudioPhiCollator
 from .datasets import load_audio_dataset, read_clip
 from .processing_audiophi import AudioPhiProcessor
 
-
 __all__ = [
     "AlignmentTokenizer",
     "AudioError",

@@ -1,8 +1,9 @@
 """Transcripts as targets of the alignment (CTC) loss.
 
-CTC must emit a token within the few frames in which it is heard, so whole words as single tokens, as an LLM's tokenizer makes
-them, are hard targets: rare, and without any trace of their spelling. A BPE tokenizer's merges are ordered by how early they were
-learned, so keeping only the first N of them gives shorter units *with the ids of the same LLM*, whose embeddings remain usable.
+CTC must emit a token within the few frames in which it is heard, so whole words as single tokens, as an LLM's tokenizer
+makes them, are hard targets: rare, and without any trace of their spelling. A BPE tokenizer's merges are ordered by how
+early they were learned, so keeping only the first N of them gives shorter units *with the ids of the same LLM*, whose
+embeddings remain usable.
 """
 
 import json
@@ -11,15 +12,15 @@ import unicodedata
 
 from tokenizers import Tokenizer
 
-
 CASES = ("lower", "keep")
 
 
 def normalise_transcript(text: str, case: str = "lower") -> str:
     """The form of a transcript that is trained on.
 
-    "lower": lower case, only letters (of any script), digits and apostrophes between single spaces. "keep": as written, with spaces
-    collapsed. Mixed corpora (LibriSpeech is upper case without punctuation) would otherwise teach the model to guess the corpus.
+    "lower": lower case, only letters (of any script), digits and apostrophes between single spaces. "keep": as written,
+    with spaces collapsed. Corpora differ (LibriSpeech is upper case without punctuation); in a mixture of them as they
+    are, the model would have to guess the corpus.
     """
     if case not in CASES:
         raise ValueError(f"text case {case!r} is not one of {', '.join(CASES)}.")
@@ -45,7 +46,8 @@ class AlignmentTokenizer:
             model = specification["model"]
             if model["type"] != "BPE":
                 raise ValueError(
-                    f"alignment merges={merges}: the LLM's tokenizer is {model['type']}, only a BPE can be truncated. Set it to null."
+                    f"alignment merges={merges}: the LLM's tokenizer is {model['type']}, only a BPE can be "
+                    "truncated. Set it to null."
                 )
             if merges < 0:
                 raise ValueError(

@@ -3,9 +3,9 @@
     load_audio(source) -> np.ndarray (samples,)
 
 `source` is a path, a http(s) URL, the bytes of a file, an `(array, rate)` pair, an object of `datasets`' Audio feature
-(decoded or not), or a bare array together with `source_rate`. Whatever cannot be heard as the sender meant it is refused
-with an `AudioError` that names the input: an array without its rate (played at the wrong speed it would still "work"),
-no samples, NaN or Inf, a file that is not audio, a file that ends before its header says it should.
+(decoded or not), or a bare array together with `source_rate`. Whatever cannot be heard as the sender meant it is
+refused with an `AudioError` that names the input: an array without its rate (played at the wrong speed it would still
+"work"), no samples, NaN or Inf, a file that is not audio, a file that ends before its header says it should.
 """
 
 import io
@@ -19,11 +19,11 @@ import soundfile
 import torch
 import torchaudio
 
-
 MAX_CHANNELS = 64
 URL_TIMEOUT_S = 60
-# Largest numerator or denominator of a resampling ratio. The polyphase filter bank grows with it: 44,099 → 16,000 Hz taken
-# literally needs gigabytes, while the nearest such fraction is off by less than one part in a million.
+UNKNOWN_WAV_SIZE = 0x7FFFF000
+# Largest numerator or denominator of a resampling ratio. The polyphase filter bank grows with it: 44,099 → 16,000 Hz
+# taken literally needs gigabytes, while the nearest such fraction is off by less than one part in a million.
 MAX_RATIO_TERM = 1000
 
 
@@ -68,15 +68,16 @@ def read_source(source, source_rate: int | None = None, name: str | None = None)
         name = name or f"array of shape {array.shape}"
         return array, _check_rate(source_rate, name), name
     raise AudioError(
-        f"{name or type(source).__name__}: not an audio input. Give a path, URL, bytes, (array, sampling_rate) or a datasets Audio."
+        f"{name or type(source).__name__}: not an audio input. Give a path, URL, bytes, (array, sampling_rate) or a "
+        "datasets Audio."
     )
 
 
 def decode_bytes(data: bytes, name: str) -> tuple[np.ndarray, int]:
     """Decode a whole audio file held in memory → (float32 array (samples, channels), rate).
 
-    libsndfile reads WAV, FLAC, Ogg (Vorbis, Opus) and MP3; other containers (m4a, mp4, webm) go to torchcodec where it is
-    installed.
+    libsndfile reads WAV, FLAC, Ogg (Vorbis, Opus) and MP3; other containers (m4a, mp4, webm) go to torchcodec where it
+    is installed.
     """
     if not data:
         raise AudioError(f"{name}: empty file (0 bytes).")
@@ -97,14 +98,14 @@ def decode_bytes(data: bytes, name: str) -> tuple[np.ndarray, int]:
 def to_mono(array: np.ndarray, name: str) -> np.ndarray:
     """Any sample type and layout → float32 (samples,), integers scaled by their type's range, channels averaged.
 
-    Raises AudioError for arrays that are empty, not numeric, not finite, or of a shape in which no axis can be channels.
+    Raises AudioError for arrays that are empty, not numeric, not finite, or of a shape without an axis of channels.
     """
     array = np.asarray(array)
     if array.size == 0:
         raise AudioError(f"{name}: empty audio (no samples).")
     if array.dtype == bool or not (np.issubdtype(array.dtype, np.integer) or np.issubdtype(array.dtype, np.floating)):
         raise AudioError(f"{name}: samples of type {array.dtype} are not audio.")
-    if array.ndim == 2 and 1 not in array.shape and min(array.shape) > MAX_CHANNELS or array.ndim not in (1, 2):
+    if array.ndim not in (1, 2) or (array.ndim == 2 and min(array.shape) > MAX_CHANNELS):
         raise AudioError(f"{name}: shape {array.shape} is not (samples,), (channels, samples) or (samples, channels).")
     if np.issubdtype(array.dtype, np.unsignedinteger):
         half = (np.iinfo(array.dtype).max + 1) / 2
@@ -192,7 +193,8 @@ def _read_dict(source: dict, source_rate: int | None, name: str | None) -> tuple
 def _check_complete(data: bytes, name: str) -> None:
     """Refuse WAV and Ogg files cut short, which libsndfile silently reads as shorter recordings.
 
-    WAV: every chunk's announced size must be present (0 and 0xFFFFFFFF mean "unknown", as streaming writers leave it).
+    WAV: the announced bytes of the data chunk must be there (0 and sizes near 2 or 4 GB are what writers leave that
+    stream to a pipe and cannot know).
     Ogg: the last page must be whole and carry the end-of-stream flag (RFC 3533, section 6).
     """
     if data[:4] == b"RIFF" and data[8:12] == b"WAVE":
@@ -201,7 +203,7 @@ def _check_complete(data: bytes, name: str) -> None:
             kind, size = data[position : position + 4], int.from_bytes(data[position + 4 : position + 8], "little")
             available = len(data) - position - 8
             if kind == b"data":
-                if size not in (0, 0xFFFFFFFF) and size > available:
+                if available < size < UNKNOWN_WAV_SIZE:
                     raise AudioError(
                         f"{name}: truncated file, {available} of the {size} bytes that its header announces."
                     )

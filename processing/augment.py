@@ -1,7 +1,7 @@
 """Augmentation of features and waveforms, reproducible from a seed.
 
-The random numbers of each example come from (seed, *key), the key naming epoch and example, and not from a running generator:
-a resumed run, another batch order or another number of workers then augments every example in the same way.
+The random numbers of each example come from (seed, *key), the key naming epoch and example, and not from a running
+generator: a resumed run, another batch order or another number of workers then augments every example in the same way.
 """
 
 import hashlib
@@ -16,15 +16,16 @@ from .audio_io import resample
 
 @dataclass
 class Augment:
-    """SpecAugment (Park et al. 2019, arXiv 1904.08779, without time warping) and Gaussian noise on features (frames, size).
+    """SpecAugment (Park et al. 2019, arXiv 1904.08779) without time warping, and Gaussian noise, on (frames, size).
 
     Args:
         time_masks: masked stretches per 100 frames (at least one per clip when above 0).
         time_width: their largest length in frames; never more than a fifth of the clip.
         feature_masks: masked bands of neighbouring features; for spectrograms.
         feature_width: their largest width in features.
-        feature_dropout: share of features zeroed over the whole clip; for encoder states, whose neighbours mean nothing.
-        noise: standard deviation of the noise, in standard deviations of the clip's own features.
+        feature_prob: probability that a feature is masked over the whole clip; for encoder states (they have no bands).
+        noise: standard deviation of the noise, in standard deviations of each frame, so that it is also the noise's
+            size after the adapter's LayerNorm.
         seed: of the run.
     """
 
@@ -32,7 +33,7 @@ class Augment:
     time_width: int = 15
     feature_masks: int = 0
     feature_width: int = 20
-    feature_dropout: float = 0.0
+    feature_prob: float = 0.0
     noise: float = 0.0
     seed: int = 0
 
@@ -43,8 +44,9 @@ class Augment:
         features = features.float().clone()
         if self.noise > 0:
             noise = torch.randn(features.shape, generator=generator)
-            features += self.noise * features.std(correction=0) * noise
-        # Masked values become the clip's mean: 0 is loud in a normalised log-mel spectrogram.
+            features += self.noise * features.std(-1, correction=0, keepdim=True) * noise
+        # Masked values become the clip's mean: in log-mel spectrograms 0 is loud, and encoder states have a few huge
+        # features that are nearly constant, without which the adapter's LayerNorm would scale all others up.
         fill = features.mean(0)
         if self.time_masks > 0:
             for _ in range(max(1, round(self.time_masks * frames / 100))):
@@ -53,8 +55,8 @@ class Augment:
         for _ in range(self.feature_masks):
             start, stop = _span(size, min(self.feature_width, size), generator)
             features[:, start:stop] = fill[start:stop]
-        if self.feature_dropout > 0:
-            features[:, torch.rand(size, generator=generator) < self.feature_dropout] = 0.0
+        if self.feature_prob > 0:
+            features = torch.where(torch.rand(size, generator=generator) < self.feature_prob, fill, features)
         return features
 
 

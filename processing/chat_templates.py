@@ -2,8 +2,8 @@
 
 One template serves training, evaluation and inference. Each writes the same text as the LLM's own template does for the
 same messages, except that no default system message is added (it would cost every clip some twenty positions) and that
-message content may be a list of audio and text items. The end-of-turn token is inside the generation block: a model that
-never sees it in its labels never learns to stop.
+message content may be a list of audio and text items. The end-of-turn token is inside the generation block: a model
+that never sees it in its labels never learns to stop.
 """
 
 AUDIO_PLACEHOLDER = "<|audio|>"
@@ -57,8 +57,8 @@ BY_TOKEN = {"<|im_start|>": CHATML, "<|start_header_id|>": LLAMA3}
 def training_template(tokenizer, audio_token: str = AUDIO_PLACEHOLDER) -> str:
     """The template with generation marks for a tokenizer's chat format, with `audio_token` as the placeholder.
 
-    Raises ValueError for a tokenizer with a chat template of a format not known here: training on another format than the
-    LLM was tuned with must be somebody's decision.
+    Raises ValueError for a tokenizer with a chat template of a format not known here: training on another format than
+    the LLM was tuned with must be somebody's decision.
     """
     own = tokenizer.chat_template
     if isinstance(own, dict):
@@ -72,7 +72,7 @@ def training_template(tokenizer, audio_token: str = AUDIO_PLACEHOLDER) -> str:
     if own:
         raise ValueError(
             f"{tokenizer.name_or_path}: its chat format is not known here (known by the tokens {', '.join(BY_TOKEN)}). "
-            f"Pass chat_template= with {{% generation %}} around the assistant's text and {AUDIO_PLACEHOLDER} where audio goes."
+            f"Pass chat_template= with {{% generation %}} around the assistant's words, {AUDIO_PLACEHOLDER} for audio."
         )
     if tokenizer.eos_token is None:
         raise ValueError(

@@ -1,7 +1,8 @@
 """Examples → one training batch.
 
-Training goes through the same chat template and the same placeholder expansion as inference (`processor.apply_chat_template`); the
-only difference is that clips arrive as features, or as cached outputs of the frozen encoder, instead of as audio.
+Training goes through the same chat template and the same placeholder expansion as inference
+(`processor.apply_chat_template`); the only difference is that clips arrive as features, or as cached outputs of the
+frozen encoder, instead of as audio.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from .alignment_text import AlignmentTokenizer, normalise_transcript
 from .augment import Augment
 from .processing_audiophi import MASK_NAMES, AudioPhiProcessor, count_tokens
 from .prompts import TRANSCRIBE
-
 
 MODES = ("align", "lm", "both")
 IGNORED = -100
@@ -26,7 +26,7 @@ class AudioPhiCollator:
         text: the transcript;
         one of  audio: anything that the processor reads;
                 input_features / input_values and their mask, num_audio_tokens: from `processor.encode_audio`;
-                audio_hidden_states: cached encoder outputs of the clip, (frames, size), or a list of them, one per window;
+                audio_hidden_states: cached encoder outputs, (frames, size), or a list of them, one per window;
         instruction (optional): what the user asks, instead of the collator's `instruction`;
         id, epoch (optional): name the example for the augmentation's random numbers;
         num_audio_tokens (optional with cached states): else counted by `adapter_length_rule`.
@@ -60,8 +60,9 @@ class AudioPhiCollator:
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         """
         Returns:
-            audio inputs as from `processor.pad_audio`; in mode lm or both `input_ids`, `attention_mask`, `labels` (batch, length), -100 except
-            on the assistant's words and the end token; in mode align or both `align_labels` (clips, targets), padded with -100.
+            audio inputs as from `processor.pad_audio`; in mode lm or both `input_ids`, `attention_mask`, `labels`
+            (batch, length), -100 except on the assistant's words and the end token; in mode align or both
+            `align_labels` (clips, targets), padded with -100.
         """
         clips = [self._clip(example) for example in examples]
         texts = [normalise_transcript(example["text"], self.text_case) for example in examples]
@@ -86,7 +87,7 @@ class AudioPhiCollator:
                 },
                 {"role": "assistant", "content": text},
             ]
-            for example, clip, text in zip(examples, clips, texts)
+            for example, clip, text in zip(examples, clips, texts, strict=True)
         ]
         batch = dict(
             self.processor.apply_chat_template(

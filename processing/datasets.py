@@ -1,13 +1,13 @@
 """Every kind of speech data → one table with columns audio, text, id, speaker, seconds.
 
-    load_audio_dataset("openslr/librispeech_asr:clean:train.100")        Hub id[:config[:split]]
-    load_audio_dataset("LibriSpeech", split="dev-clean")                 official directory tree (*.trans.txt)
-    load_audio_dataset("my_folder")                                      audiofolder: metadata.{jsonl,csv,parquet}, or just audio files
-    load_audio_dataset("manifest.jsonl", audio_column="wav")             JSONL, CSV, TSV or Parquet, paths relative to the file
-    load_audio_dataset([{"path": …, "weight": 2, "filter": {"speaker": [..]}}, {"path": …}])    mixture
+    "openslr/librispeech_asr:clean:train.100"    Hub id[:config[:split]]
+    "LibriSpeech", split="dev-clean"             the official archive's directory tree (*.trans.txt)
+    "my_folder"                                  audiofolder: metadata.{jsonl,csv,parquet}, or label folders of files
+    "manifest.jsonl", audio_column="wav"         JSONL, CSV, TSV or Parquet, paths relative to the file
+    [{"path": "a", "weight": 2}, {"path": "b"}]  mixture
 
-Audio stays undecoded (`datasets.Audio(decode=False)`: {"path", "bytes"}), so that one bad file is met when its row is read, by
-`read_clip`, and can be counted and skipped instead of ending the run.
+Audio stays undecoded (`datasets.Audio(decode=False)`: {"path", "bytes"}), so that a bad file is met when its row is read,
+by `read_clip`, and can be counted and skipped instead of ending the run.
 """
 
 import csv
@@ -19,7 +19,6 @@ import datasets
 import numpy as np
 
 from .audio_io import AudioError, load_audio
-
 
 FEATURES = datasets.Features(
     {
@@ -52,18 +51,20 @@ def load_audio_dataset(
 
     Args:
         spec: string as above, dict with "path" and optionally
-            split; filter / exclude: {column: value or list of values} on the source's own columns; limit: first rows kept;
-            audio_column, text_column; weight (in mixtures): how many times each row appears, 0.5 = a random half. Streaming,
-            where sizes are unknown: its share of the draws.
+              split, audio_column, text_column: as below;
+              filter, exclude: {column: value or list of values} on the source's own columns;
+              limit: number of first rows kept;
+              weight: in mixtures, its share of the rows is weight / sum of weights (1 if only others have one). Rows are
+                drawn again or left out as needed; the whole stays as long as its parts. No weights: all rows once.
             Or a list of such strings and dicts.
         audio_column, text_column: names in the source; None tries the usual ones (AUDIO_COLUMNS, TEXT_COLUMNS).
-        split: of a Hub data set; a folder name of the tree (LibriSpeech's dev-clean); a value of a manifest's `split` column.
+        split: of a Hub data set; a folder's name in a tree (dev-clean); a value of a manifest's `split` column.
         streaming: return an IterableDataset that reads as it goes.
         seed: of the weights' random choice.
     Returns:
-        datasets.Dataset or IterableDataset with the columns of FEATURES; text, speaker and seconds are None where unknown.
+        datasets.Dataset or IterableDataset with the columns of FEATURES; text, speaker, seconds are None where unknown.
     Raises:
-        FileNotFoundError, or ValueError naming the data set and what is wrong with it (no such column, split or key, no rows, …).
+        FileNotFoundError, or ValueError naming the data set and what is wrong: no such column, split or key, no rows.
     """
     if isinstance(spec, (list, tuple)):
         return _mixture(spec, audio_column, text_column, split, streaming, seed)
@@ -94,9 +95,8 @@ def _entry(spec, audio_column, text_column, split) -> dict:
     given = {"path": spec} if isinstance(spec, (str, Path)) else dict(spec)
     unknown = sorted(set(given) - set(SPEC_KEYS))
     if unknown or "path" not in given:
-        raise ValueError(
-            f"data specification {spec!r}: {'unknown keys ' + ', '.join(unknown) if unknown else 'no path'}. Known: {', '.join(SPEC_KEYS)}."
-        )
+        problem = f"unknown keys {', '.join(unknown)}" if unknown else "no path"
+        raise ValueError(f"data specification {spec!r}: {problem}. Known keys: {', '.join(SPEC_KEYS)}.")
     defaults = {"audio_column": audio_column, "text_column": text_column, "split": split, "weight": None, "limit": None}
     given = {**defaults, **{key: value for key, value in given.items() if value is not None}}
     given["path"] = str(given["path"])
@@ -117,20 +117,20 @@ def _mixture(specs, audio_column, text_column, split, streaming, seed):
     if any(weight <= 0 for weight in weights):
         raise ValueError(f"data weights must be above 0, got {weights}.")
     parts = [load_audio_dataset({**entry, "weight": None}, streaming=streaming) for entry in entries]
-    if streaming:
-        if len(parts) == 1:
-            return parts[0]
-        shares = [weight / sum(weights) for weight in weights]
+    if all(entry["weight"] is None for entry in entries) or len(parts) == 1:
+        return datasets.concatenate_datasets(parts)
+    shares = [weight / sum(weights) for weight in weights]
+    if streaming:  # sizes are unknown: draw until every part has been seen
         return datasets.interleave_datasets(parts, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
-    return datasets.concatenate_datasets([_repeat(part, weight, seed) for part, weight in zip(parts, weights)])
+    total = sum(map(len, parts))
+    drawn = [_draw(part, round(total * share), seed) for part, share in zip(parts, shares, strict=True)]
+    return datasets.concatenate_datasets(drawn)
 
 
-def _repeat(part: datasets.Dataset, weight: float, seed: int) -> datasets.Dataset:
-    """Every row floor(weight) times, and a random share of them once more."""
-    if weight == 1:
-        return part
-    whole = int(weight)
-    extra = np.random.default_rng(seed).permutation(len(part))[: round((weight - whole) * len(part))]
+def _draw(part: datasets.Dataset, count: int, seed: int) -> datasets.Dataset:
+    """`count` rows in order: every row as often as that allows, and a random choice of them once more."""
+    whole, rest = divmod(count, len(part))
+    extra = np.random.default_rng(seed).permutation(len(part))[:rest]
     return part.select(list(range(len(part))) * whole + sorted(extra.tolist()))
 
 
@@ -207,7 +207,8 @@ def _pick(columns, wanted: str | None, usual: tuple[str, ...], what: str | None,
     found = next((name for name in usual if name in columns), None)
     if found is None and what:
         raise ValueError(
-            f"{source}: no column looks like {what} (tried {', '.join(usual)}). Columns: {', '.join(columns)}. Pass {what}_column."
+            f"{source}: no column looks like {what} (tried {', '.join(usual)}). Columns: {', '.join(columns)}. "
+            f"Pass {what}_column."
         )
     return found
 
@@ -341,7 +342,7 @@ def _manifest_rows(manifest: Path) -> Iterator[dict]:
 
 
 def _librispeech_rows(root: Path, split: str | None) -> Iterator[dict]:
-    """The official archive's tree: SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt beside SPEAKER-CHAPTER-NUMBER.flac."""
+    """The official tree: SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt beside SPEAKER-CHAPTER-NUMBER.flac."""
     transcripts = sorted(root.rglob("*.trans.txt"))
     if split is not None:
         transcripts = [file for file in transcripts if split in file.parts]

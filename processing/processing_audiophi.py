@@ -2,10 +2,11 @@
 
 A clip's way through this file: `load_audio` (file → waveform) → `_windows` (cut to what the encoder can take at once) →
 `_extract` (features and mask of one window) → `count_tokens` (how many placeholders) → the chat template's text with
-that many placeholders → token ids. The counting rule is data copied from the model's config (`match_model`), because files
-that ship to the Hub cannot import each other across folders; a test compares it with the model's real outputs.
+that many placeholders → token ids. The counting rule is data copied from the model's config (`match_model`), because
+files that ship to the Hub cannot import each other across folders; a test compares it with the model's real outputs.
 """
 
+import math
 import os
 from pathlib import Path
 
@@ -17,7 +18,6 @@ from transformers.processing_utils import ProcessorMixin
 
 from .audio_io import load_audio
 from .chat_templates import AUDIO_PLACEHOLDER, training_template
-
 
 # Special tokens that LLM makers left unused; one of them serves as placeholder where the vocabulary has no free row.
 RESERVED_TOKENS = ("<|reserved_special_token_0|>", "<|extra_0|>", "<unused0>", "[unused0]", "<|dummy_0|>", "<gh_stars>")
@@ -40,8 +40,7 @@ def shortest_input(rule: list[list[int]]) -> int:
     """The smallest number of feature frames that makes at least one audio token."""
     needed = 1
     for kernel, stride, padding, multiply in reversed(rule):
-        needed = (-(-needed // multiply) - 1) * stride + kernel - padding
-        needed = max(needed, 1)
+        needed = max(1, (math.ceil(needed / multiply) - 1) * stride + kernel - padding)
     return needed
 
 
@@ -53,12 +52,12 @@ class AudioPhiProcessor(ProcessorMixin):
         tokenizer: of the LLM; needs a fast one, and gets its end token as padding token where it has none.
         chat_template: with `{% generation %}` marks; None picks one by the tokenizer's chat format.
         audio_token: placeholder in the text, expanded to one per audio token.
-        audio_length_rule: [[kernel, stride, padding, multiply], …] from feature frames to audio tokens; see `count_tokens`.
+        audio_length_rule: [[kernel, stride, padding, multiply], …], feature frames to audio tokens; see `count_tokens`.
         window_frames: feature frames that the encoder takes at once; longer clips are cut into windows of equal length.
             None = no limit.
 
-    Output of a call: `input_ids` and `attention_mask` (batch, length); `input_features` or `input_values` with their mask, one
-    row per *window*, in the order of the prompts; `audio_num_windows` (clips,), how many rows each clip has.
+    Output of a call: `input_ids` and `attention_mask` (batch, length); `input_features` or `input_values` with their
+    mask, one row per *window*, in the order of the prompts; `audio_num_windows` (clips,), how many rows each clip has.
     """
 
     def __init__(
@@ -94,9 +93,9 @@ class AudioPhiProcessor(ProcessorMixin):
     ) -> "AudioPhiProcessor":
         """A processor from the encoder's feature extractor and the LLM's tokenizer (Hub ids or local folders).
 
-        Chooses the placeholder token: "<|audio|>" where the LLM's embedding table has a row to spare for it, else a token that its
-        makers reserved, else "<|audio|>" as a new row (the model must then resize its embeddings: `audio_token_id` is not
-        below `vocab_size`). Its embedding is never read, so which one it is does not matter to the model.
+        Chooses the placeholder token: "<|audio|>" where the LLM's embedding table has a row to spare, else a token that
+        the LLM's makers reserved, else "<|audio|>" as a new row (the model must then resize its embeddings:
+        `audio_token_id` is not below `vocab_size`). Its embedding is never read, so any one will do.
         """
         feature_extractor = AutoFeatureExtractor.from_pretrained(local_component(audio), revision=audio_revision)
         tokenizer = AutoTokenizer.from_pretrained(local_component(text), revision=text_revision)
@@ -110,10 +109,11 @@ class AudioPhiProcessor(ProcessorMixin):
         return cls(feature_extractor, tokenizer, chat_template, audio_token, audio_length_rule, window_frames)
 
     def match_model(self, config) -> "AudioPhiProcessor":
-        """Take the token-count rule and the window from a model's config, and check that both mean the same placeholder."""
+        """Take the token-count rule and the window from a model's config; both must mean the same placeholder."""
         if config.audio_token_id != self.audio_token_id:
             raise ValueError(
-                f"audio_token_id is {config.audio_token_id} in the model and {self.audio_token_id} ({self.audio_token}) in the processor."
+                f"audio_token_id is {config.audio_token_id} in the model, but {self.audio_token_id} in the processor "
+                f"({self.audio_token})."
             )
         self.audio_length_rule = [list(layer) for layer in config.audio_length_rule]
         self.window_frames = config.window_frames
@@ -202,8 +202,8 @@ class AudioPhiProcessor(ProcessorMixin):
     def _window_lengths(self, num_samples: int) -> list[int]:
         """Samples per window after padding.
 
-        Long clips are cut into windows of equal length, not full ones and a rest: a rest of a few frames has no context. Whisper's
-        second convolution halves the frames, so its windows are padded to an even number of them.
+        Long clips are cut into windows of equal length, not into full ones and a rest: a rest of a few frames has no
+        context. Whisper's second convolution halves the frames, so its windows are padded to an even number of them.
         """
         grain = self._samples_per_frame * (2 if self._whisper_like else 1)
         limit = (
@@ -211,11 +211,13 @@ class AudioPhiProcessor(ProcessorMixin):
             if self.window_frames is None
             else max(self.window_frames * self._samples_per_frame // grain, 1) * grain
         )
-        count = max(1, -(-num_samples // limit))
-        length = -(-(-(-num_samples // count)) // grain) * grain
+        count = math.ceil(num_samples / limit)
+        length = math.ceil(num_samples / count / grain) * grain
         shortest = self._shortest_window()
         lengths = [min(length, num_samples - start) for start in range(0, num_samples, length)]
-        return [max(-(-samples // grain) * grain if self._whisper_like else samples, shortest) for samples in lengths]
+        if self._whisper_like:
+            lengths = [math.ceil(samples / grain) * grain for samples in lengths]
+        return [max(samples, shortest) for samples in lengths]
 
     def _shortest_window(self) -> int:
         """Samples below which a window is zero-padded, so that every clip makes at least one token."""
@@ -223,7 +225,7 @@ class AudioPhiProcessor(ProcessorMixin):
         if self.feature_key == "input_values":
             return frames
         if self._whisper_like:
-            return -(-frames // 2) * 2 * self._samples_per_frame
+            return math.ceil(frames / 2) * 2 * self._samples_per_frame
         # A spectrogram frame is at most 25 ms long, and per-bin normalisation needs two of them.
         return (frames + 1) * self._samples_per_frame + self.sampling_rate // 40
 
@@ -236,7 +238,7 @@ class AudioPhiProcessor(ProcessorMixin):
             start += length
 
     def _extract(self, window: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features of one window, computed alone so that they do not depend on the batch → (features, mask (frames,) bool)."""
+        """One window, computed alone so that it does not depend on the batch → (features, mask (frames,) bool)."""
         options = {"truncation": False} if self._whisper_like else {"return_attention_mask": True}
         output = self.feature_extractor(
             window,
@@ -251,12 +253,16 @@ class AudioPhiProcessor(ProcessorMixin):
         return features, torch.ones(frames, dtype=torch.bool) if mask is None else mask[0].bool()
 
     def pad_audio(self, clips: list[dict]) -> dict:
-        """Batch clips from `encode_audio`, or cached encoder outputs ({"audio_hidden_states": (windows, frames, size), "audio_hidden_mask":
-        (windows, frames)}) → the model's audio inputs, one row per window, and `audio_num_windows` (clips,)."""
+        """Batch clips from `encode_audio`, or cached encoder outputs: {"audio_hidden_states": (windows, frames, size),
+        "audio_hidden_mask": (windows, frames)}.
+
+        Returns the model's audio inputs, one row per window, and `audio_num_windows` (clips,).
+        """
         key = next((key for key in MASK_NAMES if key in clips[0]), None)
         if key is None or any(key not in clip for clip in clips):
             raise ValueError(
-                f"clips of one batch must all have the same one of {', '.join(MASK_NAMES)}; got {[sorted(c) for c in clips]}"
+                f"clips of one batch must all have the same one of {', '.join(MASK_NAMES)}; got "
+                f"{[sorted(clip) for clip in clips]}"
             )
         axis = self.time_axis if key == self.feature_key else 1
         features, mask = pad_rows([(clip[key], clip[MASK_NAMES[key]]) for clip in clips], axis)
@@ -273,7 +279,8 @@ class AudioPhiProcessor(ProcessorMixin):
 
         Args:
             text: prompt or list of prompts with one `audio_token` per clip (or use `apply_chat_template`).
-            audio: clip or list of clips in any form that audio_io.py knows, or dicts from `encode_audio`, in the order of their placeholders.
+            audio: clip or list of clips in the order of their placeholders, in any form that audio_io.py knows or as
+                dicts from `encode_audio`.
             sampling_rate: Hz, for clips that are bare arrays.
             kwargs: for the tokenizer (`padding`, `padding_side`, `truncation`, …), as in every ProcessorMixin.
         Raises:
@@ -311,11 +318,8 @@ class AudioPhiProcessor(ProcessorMixin):
             for message in conversation:
                 content = message.get("content")
                 if isinstance(content, (list, tuple)):
-                    clips += [audio_of_item(item) for item in content if item["type"] == "audio"]
-        rate = audio_loading_params["sampling_rate"]
-        # The base class will say that everything has the encoder's rate, so bare arrays with another one are resampled here.
-        loaded = [clip if is_encoded(clip) else (self.load_audio(clip), rate) for clip in clips]
-        return [], [], loaded, {}
+                    clips += [audio_of_item(item) for item in content if item.get("type") == "audio"]
+        return [], [], [clip if is_encoded(clip) else (self.load_audio(clip), self.sampling_rate) for clip in clips], {}
 
     def _adjust_assistant_masks_indices(self, processed_dict, generation_indices):
         """As the base class, on lists (its loops over tensors are slow), and with a tensor as result."""
@@ -335,7 +339,7 @@ class AudioPhiProcessor(ProcessorMixin):
 
 
 def is_encoded(clip) -> bool:
-    """Whether a clip is already features: a dict from `encode_audio`, or cached encoder outputs with their token count."""
+    """Whether a clip is features already: a dict from `encode_audio`, or cached encoder outputs with a token count."""
     return isinstance(clip, dict) and "num_audio_tokens" in clip
 
 
@@ -354,7 +358,7 @@ def as_clips(audio) -> list:
 
 
 def audio_of_item(item: dict):
-    """The audio of a message item: features from `encode_audio` under "encoded", or the item itself for `load_audio`."""
+    """A message item's audio: features from `encode_audio` under "encoded", or the item itself for `load_audio`."""
     return item["encoded"] if "encoded" in item else {key: value for key, value in item.items() if key != "type"}
 
 
