@@ -194,7 +194,9 @@ def read_ctranslate2(path: Path) -> dict[str, torch.Tensor]:
 
     version, spec, _ = number("I"), string(), number("I")
     if (version, spec) != (6, "WhisperSpec"):
-        raise ComponentUnavailable(f"{path.name} is {spec} in CTranslate2 format {version}, not WhisperSpec in format 6")
+        raise ComponentUnavailable(
+            f"{path.name} is {spec} in CTranslate2 format {version}, not WhisperSpec in format 6"
+        )
     weights = {}
     for _ in range(number("I")):
         name = string()
