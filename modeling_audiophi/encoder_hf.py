@@ -24,6 +24,8 @@ class HFAudioEncoder(nn.Module):
 
     def __init__(self, config, layer="last"):
         super().__init__()
+        if layer != "last" and getattr(config, "add_adapter", False):
+            raise ValueError("this encoder has its own adapter (add_adapter) after the last layer: encoder_layer must be 'last'")
         self.config = config
         self.model = AutoModel.from_config(config)
         self.layer_choice = LayerChoice(config.num_hidden_layers + 1, layer)
