@@ -6,8 +6,8 @@
     "manifest.jsonl", audio_column="wav"         JSONL, CSV, TSV or Parquet, paths relative to the file
     [{"path": "a", "weight": 2}, {"path": "b"}]  mixture
 
-Audio stays undecoded (`datasets.Audio(decode=False)`: {"path", "bytes"}), so that a bad file is met when its row is read,
-by `read_clip`, and can be counted and skipped instead of ending the run.
+Audio stays undecoded (`datasets.Audio(decode=False)`: {"path", "bytes"}), so that a bad file is met when `read_clip`
+reads its row, and can be counted and skipped instead of ending the run.
 """
 
 import csv
@@ -54,8 +54,8 @@ def load_audio_dataset(
               split, audio_column, text_column: as below;
               filter, exclude: {column: value or list of values} on the source's own columns;
               limit: number of first rows kept;
-              weight: in mixtures, its share of the rows is weight / sum of weights (1 if only others have one). Rows are
-                drawn again or left out as needed; the whole stays as long as its parts. No weights: all rows once.
+              weight: in mixtures, its share of the rows is weight / sum of weights (default 1). Rows are drawn again or
+                left out as needed; the whole stays as long as its parts. No weights: all rows once.
             Or a list of such strings and dicts.
         audio_column, text_column: names in the source; None tries the usual ones (AUDIO_COLUMNS, TEXT_COLUMNS).
         split: of a Hub data set; a folder's name in a tree (dev-clean); a value of a manifest's `split` column.

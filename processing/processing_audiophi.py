@@ -20,7 +20,7 @@ from .audio_io import load_audio
 from .chat_templates import AUDIO_PLACEHOLDER, training_template
 
 # Special tokens that LLM makers left unused; one of them serves as placeholder where the vocabulary has no free row.
-RESERVED_TOKENS = ("<|reserved_special_token_0|>", "<|extra_0|>", "<unused0>", "[unused0]", "<|dummy_0|>", "<gh_stars>")
+RESERVED_TOKENS = ("<|reserved_special_token_0|>", "<|extra_0|>", "<unused0>", "[unused0]", "<|dummy_0|>", "<reponame>")
 MASK_NAMES = {
     "input_features": "input_features_mask",
     "input_values": "input_values_mask",
