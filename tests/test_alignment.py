@@ -1,0 +1,152 @@
+"""Alignment head: CTC, greedy decoding and the collapse."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modeling_audiophi.alignment_audiophi import AlignmentHead, CollapseReadout
+from modeling_audiophi.lengths_audiophi import length_mask
+
+VOCAB_IDS = torch.tensor([3, 7, 8, 20])
+TABLE = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
+
+
+def build_head():
+    torch.manual_seed(0)
+    head = AlignmentHead(len(VOCAB_IDS), 6)
+    head.vocab_ids.copy_(VOCAB_IDS)
+    return head
+
+
+def path_logits(path, peak=20.0):
+    """Logits whose best path is `path` (classes)."""
+    return peak * torch.nn.functional.one_hot(torch.tensor(path), len(VOCAB_IDS) + 1).float()[None]
+
+
+def zero_residual():
+    residual = CollapseReadout(6)
+    torch.nn.init.zeros_(residual.proj.weight)
+    torch.nn.init.zeros_(residual.proj.bias)
+    return residual
+
+
+def test_logits_are_scores_against_the_embedding_table():
+    head = build_head()
+    head.scale.data.fill_(2.0)
+    head.bias.data[3] = 0.5
+    tokens = torch.randn(1, 2, 6)
+    logits = head.logits(tokens, TABLE)
+    assert logits.shape == (1, 2, 5)
+    assert torch.allclose(logits[0, 1, 3], 2 * tokens[0, 1] @ TABLE[8] + 0.5, atol=1e-5)
+    assert torch.allclose(logits[0, 0, 0], 2 * tokens[0, 0] @ head.blank, atol=1e-5)
+
+
+def brute_force_ctc(log_probs, target):
+    """Sum over all paths of one clip, by enumeration."""
+    total = -math.inf
+    for path in itertools.product(range(log_probs.shape[1]), repeat=len(log_probs)):
+        merged = [symbol for symbol, _ in itertools.groupby(path) if symbol]
+        if merged == target:
+            score = sum(float(log_probs[t, symbol]) for t, symbol in enumerate(path))
+            total = max(total, score) + math.log1p(math.exp(-abs(total - score))) if total > -math.inf else score
+    return -total
+
+
+def test_ctc_loss_is_the_mean_over_clips_of_loss_per_token():
+    head = build_head()
+    logits = torch.randn(2, 4, 5)
+    labels = torch.tensor([[7, 7, -100], [20, -100, -100]])
+    loss, skipped = head.ctc_loss(logits, torch.tensor([4, 2]), labels)
+    first = brute_force_ctc(logits[0].log_softmax(-1), [2, 2]) / 2
+    second = brute_force_ctc(logits[1, :2].log_softmax(-1), [4])
+    assert loss.item() == pytest.approx((first + second) / 2, rel=1e-4)
+    assert skipped == 0
+    total, _ = head.ctc_loss(logits, torch.tensor([4, 2]), labels, num_items=8)
+    assert total.item() == pytest.approx((first + second) / 8, rel=1e-4)
+
+
+def test_transcripts_longer_than_their_audio_are_counted_and_cost_nothing():
+    head = build_head()
+    logits = torch.randn(3, 3, 5, requires_grad=True)
+    # The second needs a blank between its two equal tokens: 4 frames.
+    labels = torch.tensor([[3, 7, 8], [7, 7, 8], [3, -100, -100]])
+    loss, skipped = head.ctc_loss(logits, torch.tensor([2, 3, 3]), labels)
+    loss.backward()
+    alone, _ = head.ctc_loss(logits[2:], torch.tensor([3]), labels[2:])
+    assert skipped == 2 and loss.item() == pytest.approx(alone.item(), rel=1e-5)
+    assert logits.grad[:2].abs().max() == 0 and torch.isfinite(logits.grad).all()
+
+
+def test_unknown_label_is_named():
+    with pytest.raises(ValueError, match=r"not in the alignment vocabulary: \[9\]"):
+        build_head().ctc_loss(torch.zeros(1, 3, 5), torch.tensor([3]), torch.tensor([[7, 9]]))
+
+
+def test_labels_may_have_padding_on_the_left():
+    head, logits = build_head(), torch.randn(1, 4, 5)
+    left = head.ctc_loss(logits, torch.tensor([4]), torch.tensor([[-100, 3, 8]]))[0]
+    assert left == head.ctc_loss(logits, torch.tensor([4]), torch.tensor([[3, 8, -100]]))[0]
+
+
+def test_greedy_merges_repeats_and_drops_blanks():
+    head = build_head()
+    logits = path_logits([0, 1, 1, 0, 1, 2, 2, 0, 4])
+    assert head.greedy(logits, torch.ones(1, 9, dtype=torch.bool)) == [[3, 3, 7, 20]]
+    assert head.greedy(logits, length_mask(torch.tensor([2]), 9)) == [[3]]
+
+
+@given(path=st.lists(st.integers(0, 4), min_size=1, max_size=12), padding=st.integers(0, 4))
+@settings(max_examples=100, deadline=None)
+def test_collapse_keeps_the_greedy_words_at_the_first_frame_of_each_run(path, padding):
+    head = build_head()
+    logits = path_logits(path + [3] * padding)
+    mask = length_mask(torch.tensor([len(path)]), len(path) + padding)
+    tokens = torch.randn(1, len(path) + padding, 6)
+    embeds, keep = head.collapse(logits, tokens, mask, TABLE, zero_residual())
+    words = head.greedy(logits, mask)[0]
+    expected = [t for t, symbol in enumerate(path) if symbol and (t == 0 or path[t - 1] != symbol)]
+    assert keep[0].nonzero()[:, 0].tolist() == expected
+    assert torch.allclose(embeds[keep], TABLE[words], atol=1e-4)
+    assert embeds[~keep].abs().sum() == 0
+
+
+def test_collapse_is_a_mean_over_the_run_and_carries_the_acoustic_state():
+    head = build_head()
+    logits = torch.full((1, 3, 5), -30.0)
+    logits[0, :, 2] = torch.tensor([1.0, 2.0, -30.0])
+    logits[0, :, 1] = torch.tensor([0.0, 0.5, -30.0])
+    logits[0, 2, 0] = 5.0
+    tokens = torch.randn(1, 3, 6)
+    residual = CollapseReadout(6)
+    embeds, keep = head.collapse(logits, tokens, torch.ones(1, 3, dtype=torch.bool), TABLE, residual)
+    weights = logits[0, :2, 1:].softmax(-1)
+    expected = (weights @ TABLE[VOCAB_IDS]).mean(0) + residual(tokens[:, :2].mean(1, keepdim=True))[0, 0]
+    assert keep.tolist() == [[True, False, False]]
+    assert torch.allclose(embeds[0, 0], expected, atol=1e-5)
+
+
+def test_collapse_is_the_same_alone_and_in_a_batch():
+    head, residual = build_head(), CollapseReadout(6)
+    lengths = [9, 4, 1]
+    tokens, logits = torch.randn(3, 9, 6), 3 * torch.randn(3, 9, 5)
+    embeds, keep = head.collapse(logits, tokens, length_mask(torch.tensor(lengths)), TABLE, residual)
+    for row, length in enumerate(lengths):
+        mask = torch.ones(1, length, dtype=torch.bool)
+        alone = head.collapse(logits[row : row + 1, :length], tokens[row : row + 1, :length], mask, TABLE, residual)
+        assert torch.allclose(embeds[row, :length], alone[0][0], atol=1e-6)
+        assert torch.equal(keep[row, :length], alone[1][0]) and not keep[row, length:].any()
+
+
+def test_gradient_flows_through_the_posteriors_and_the_residual():
+    head, residual = build_head(), CollapseReadout(6)
+    tokens = torch.randn(2, 8, 6, requires_grad=True)
+    logits = head.logits(tokens, TABLE)
+    embeds, keep = head.collapse(logits, tokens, torch.ones(2, 8, dtype=torch.bool), TABLE, residual)
+    assert keep.any()
+    embeds.square().sum().backward()
+    for parameter in (tokens, head.scale, residual.proj.weight):
+        assert parameter.grad.abs().max() > 0
