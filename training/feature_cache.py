@@ -33,18 +33,19 @@ def hash_weights(module: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def hash_audio(source: bytes | str | os.PathLike, speed: float = 1.0) -> str:
-    """Cache key of a clip: sha256 of the encoded audio (bytes, or the file at a path) and the speed factor.
-
-    Raises OSError if the path cannot be read.
-    """
+def hash_audio(source: bytes | str | os.PathLike) -> str:
+    """sha256 of the encoded audio: bytes, or the file at a path. Raises OSError if the path cannot be read."""
     digest = hashlib.sha256(source) if isinstance(source, bytes) else hashlib.sha256()
     if not isinstance(source, bytes):
         with open(source, "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
-    digest.update(f"|speed={speed:g}".encode())
     return digest.hexdigest()[:32]
+
+
+def clip_key(audio_hash: str, speed: float = 1.0) -> str:
+    """Cache key of a clip played at a speed factor."""
+    return f"{audio_hash}@{speed:g}"
 
 
 class FeatureCache:

@@ -1,0 +1,332 @@
+"""The training rows: what can be used, how long it is, and its audio as encoder outputs, features or samples.
+
+Rows without text or with audio that cannot be read are listed in `bad_rows.jsonl` and left out; above a settable share of them
+the run stops, naming that list.
+"""
+
+import dataclasses
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import soundfile
+import torch
+from torch.utils.data import Dataset, IterableDataset
+
+from processing.alignment_text import normalise_transcript
+from processing.audio_io import AudioError
+from processing.augment import speed_perturb
+from processing.datasets import load_audio_dataset, read_clip
+
+from .batches import Draw
+from .feature_cache import FeatureCache, clip_key, hash_audio
+from .recipe import Source
+
+
+class TooManyBadRows(ValueError):
+    """More rows than `data.max_bad_rows` allows cannot be used; the message names the list."""
+
+
+class BadRows:
+    """Counts unusable rows and lists them in a JSONL file: id, source, reason.
+
+    Args:
+        path: the list; emptied here. max_share: of `total` rows (set `total` when it is known).
+    """
+
+    def __init__(self, path: Path, max_share: float):
+        self.path, self.max_share, self.total = Path(path), max_share, 0
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("")
+        self.reasons: dict[tuple[str, str], str] = {}
+
+    def __len__(self) -> int:
+        return len(self.reasons)
+
+    def add(self, source: str, row_id: str, reason: str) -> None:
+        """Records a row once. Raises TooManyBadRows when the share is exceeded."""
+        if (source, row_id) in self.reasons:
+            return
+        self.reasons[source, row_id] = reason
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"id": row_id, "source": source, "reason": reason}, ensure_ascii=False) + "\n")
+        if self.total and len(self) > self.max_share * self.total:
+            raise TooManyBadRows(
+                f"{len(self)} of {self.total} rows cannot be used, more than data.max_bad_rows = {self.max_share:g} allows. "
+                f"They are listed with the reasons in {self.path}; the last: {row_id}: {reason}"
+            )
+
+
+class Row(NamedTuple):
+    """A usable row: where its audio is (`table`, `index`), its text, and its length in seconds."""
+
+    table: int
+    index: int
+    id: str
+    text: str
+    seconds: float
+
+
+class Corpus:
+    """The usable rows of one or more sources.
+
+    Args:
+        sources: from the recipe. bad: collects the others. text_case: see `normalise_transcript`.
+    Raises:
+        ValueError for sources that hold nothing usable; TooManyBadRows.
+    """
+
+    def __init__(self, sources: list[Source], bad: BadRows, text_case: str = "lower"):
+        self.sources, self.bad, self.tables, self.rows = sources, bad, [], []
+        self._hashes: dict[tuple[int, int], str] = {}
+        bad.total = 0
+        for source in sources:
+            self.tables.append(load_audio_dataset(source_spec(source)))
+        total = sum(len(table) for table in self.tables)
+        for number, table in enumerate(self.tables):
+            for index, row in enumerate(table):
+                self._add(number, index, row, text_case)
+        bad.total = total
+        if not self.rows:
+            raise ValueError(
+                f"no usable rows in {', '.join(s.path for s in sources)}: {len(bad)} bad ones are listed in {bad.path}"
+            )
+        if len(bad) > bad.max_share * total:
+            raise TooManyBadRows(
+                f"{len(bad)} of {total} rows cannot be used, more than data.max_bad_rows = {bad.max_share:g} allows. "
+                f"They are listed with the reasons in {bad.path}"
+            )
+
+    def _add(self, number: int, index: int, row: dict, text_case: str) -> None:
+        source = self.sources[number]
+        row_id = row["id"] or f"row-{index}"
+        if not normalise_transcript(row["text"] or "", text_case):
+            self.bad.add(source.path, row_id, "has no text")
+            return
+        try:
+            seconds = row["seconds"] or measure_seconds(row)
+        except (AudioError, OSError) as error:
+            self.bad.add(source.path, row_id, str(error))
+            return
+        if source.max_seconds is None or seconds <= source.max_seconds:
+            self.rows.append(Row(number, index, row_id, row["text"], seconds))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def hours(self) -> float:
+        return sum(row.seconds for row in self.rows) / 3600
+
+    def texts(self, text_case: str) -> list[str]:
+        return [normalise_transcript(row.text, text_case) for row in self.rows]
+
+    def audio(self, row: Row) -> dict:
+        """The undecoded audio and names of a row, as `read_clip` takes it."""
+        return {**self.tables[row.table][row.index], "id": row.id}
+
+    def waveform(self, row: Row, speed: float, sampling_rate: int):
+        """(samples,) float32 at `sampling_rate`, played `speed` times faster. Raises AudioError."""
+        waveform = read_clip(self.audio(row), sampling_rate)
+        return waveform if speed == 1 else speed_perturb(waveform, speed, sampling_rate)
+
+    def key(self, row: Row, speed: float) -> str:
+        """The cache's key of a row. Raises OSError for a file that cannot be read."""
+        place = (row.table, row.index)
+        if place not in self._hashes:
+            audio = self.audio(row)["audio"]
+            self._hashes[place] = hash_audio(audio["bytes"] if audio["bytes"] is not None else audio["path"])
+        return clip_key(self._hashes[place], speed)
+
+    def drop(self, row: Row, reason: str) -> None:
+        """Records a row as bad; `prune()` removes it."""
+        self.bad.add(self.sources[row.table].path, row.id, reason)
+
+    def prune(self) -> None:
+        """Removes the rows that were dropped."""
+        self.rows = [row for row in self.rows if (self.sources[row.table].path, row.id) not in self.bad.reasons]
+        if not self.rows:
+            raise ValueError(f"no usable rows are left; see {self.bad.path}")
+
+
+def source_spec(source: Source) -> dict:
+    """A source as `load_audio_dataset` takes it: weights and lengths are the batch schedule's and the corpus's business."""
+    spec = dataclasses.asdict(source)
+    return {key: value for key, value in spec.items() if key not in ("weight", "max_seconds") and value is not None}
+
+
+def measure_seconds(row: dict) -> float:
+    """Length of a row's audio, from the file's header where possible, else by decoding. Raises AudioError or OSError."""
+    audio = row["audio"]
+    if audio is not None and (audio["bytes"] is not None or audio["path"]):
+        try:
+            info = soundfile.info(io.BytesIO(audio["bytes"]) if audio["bytes"] is not None else audio["path"])
+            if info.frames > 0:
+                return info.frames / info.samplerate
+        except (RuntimeError, TypeError):
+            pass  # not a container of libsndfile's: decoding tells more
+    return len(read_clip(row)) / 16000
+
+
+@torch.inference_mode()
+def fill_cache(
+    corpus: Corpus,
+    cache: FeatureCache,
+    processor,
+    encode: Callable,
+    speeds: list[float],
+    batch_seconds: float = 120.0,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
+    """Encodes every row at every speed that is not cached yet; returns how many were. Unreadable rows are dropped.
+
+    Args:
+        encode: (features, mask) of windows, on the CPU -> hidden (windows, frames, size), mask: `AudioPhiModel.encode`.
+        batch_seconds: padded audio encoded at a time. report: called with (done, total) clips.
+    """
+    missing = []
+    for row in corpus.rows:
+        try:
+            missing += [(row, speed) for speed in speeds if corpus.key(row, speed) not in cache]
+        except OSError as error:
+            corpus.drop(row, str(error))
+    missing.sort(key=lambda item: item[0].seconds / item[1])
+    waiting: list[tuple[str, dict]] = []
+    encoded, seconds = 0, 0.0
+
+    def flush() -> None:
+        if not waiting:
+            return
+        batch = processor.pad_audio([clip for _, clip in waiting])
+        windows = batch.pop("audio_num_windows").tolist()
+        features = batch.pop(processor.feature_key)
+        hidden, mask = encode(features, next(iter(batch.values())))
+        valid = [states[real].float().cpu() for states, real in zip(hidden, mask, strict=True)]
+        for (key, _), count in zip(waiting, windows, strict=True):
+            cache.put(key, valid[:count])
+            del valid[:count]
+        waiting.clear()
+
+    for number, (row, speed) in enumerate(missing):
+        try:
+            waveform = corpus.waveform(row, speed, processor.sampling_rate)
+            clip = processor.encode_audio((waveform, processor.sampling_rate))
+        except (AudioError, OSError) as error:
+            corpus.drop(row, str(error))
+            continue
+        key = corpus.key(row, speed)
+        if key not in cache and key not in [k for k, _ in waiting]:
+            waiting.append((key, clip))
+            encoded, seconds = encoded + 1, max(seconds, row.seconds / speed)
+        if seconds * len(waiting) >= batch_seconds:
+            flush()
+            seconds = 0.0
+            report(number + 1, len(missing))
+    flush()
+    cache.flush()
+    corpus.prune()
+    if missing:
+        report(len(missing), len(missing))
+    return encoded
+
+
+class TrainingSet(Dataset):
+    """`dataset[Draw]` -> an example for `AudioPhiCollator`: cached encoder outputs, or features where there is no cache."""
+
+    def __init__(self, corpus: Corpus, processor, cache: FeatureCache | None, instructions: list[str], seed: int = 0):
+        self.corpus, self.processor, self.cache = corpus, processor, cache
+        self.instructions, self.seed = instructions, seed
+
+    def __len__(self) -> int:
+        return len(self.corpus)
+
+    def __getitem__(self, draw: Draw) -> dict:
+        """An unreadable row is recorded and the next readable one takes its place."""
+        for offset in range(len(self)):
+            number = (draw.row + offset) % len(self)
+            row = self.corpus.rows[number]
+            try:
+                return self._example(row, draw._replace(row=number))
+            except (AudioError, OSError) as error:
+                self.corpus.drop(row, str(error))
+        raise ValueError(f"none of the {len(self)} rows can be read; see {self.corpus.bad.path}")
+
+    def _example(self, row: Row, draw: Draw) -> dict:
+        if self.cache is not None:
+            audio = {"audio_hidden_states": self.cache.get(self.corpus.key(row, draw.speed))}
+        else:
+            waveform = self.corpus.waveform(row, draw.speed, self.processor.sampling_rate)
+            audio = self.processor.encode_audio((waveform, self.processor.sampling_rate))
+        pick = zlib.crc32(f"{self.seed} {draw.epoch} {draw.row}".encode()) % len(self.instructions)
+        return {**audio, "text": row.text, "instruction": self.instructions[pick], "id": draw.row, "epoch": draw.epoch}
+
+
+class StreamingSet(IterableDataset):
+    """Batches of examples as the rows of a stream come, for data that does not fit on the disk.
+
+    Length grouping happens inside a buffer of rows. The order follows from the seed, so that skipping batches resumes a run.
+    """
+
+    def __init__(self, sources: list[Source], bad: BadRows, processor, stage, recipe, rank: int = 0, world_size: int = 1):
+        self.sources, self.bad, self.processor, self.stage, self.recipe = sources, bad, processor, stage, recipe
+        self.rank, self.world_size, self.buffer = rank, world_size, 512
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        epoch, batches = 0, 0
+        while True:
+            before = batches
+            buffer: list[dict] = []
+            for example in self._examples(epoch):
+                buffer.append(example)
+                if len(buffer) >= self.buffer:
+                    for batch in self._group(buffer, epoch, batches):
+                        batches += 1
+                        if (batches - 1) % self.world_size == self.rank:
+                            yield batch
+                    buffer = []
+            for batch in self._group(buffer, epoch, batches):
+                batches += 1
+                if (batches - 1) % self.world_size == self.rank:
+                    yield batch
+            if batches == before:
+                raise ValueError(f"the stream gave no usable rows; see {self.bad.path}")
+            epoch += 1
+
+    def _examples(self, epoch: int) -> Iterator[dict]:
+        specs = [{**source_spec(source), "weight": source.weight} for source in self.sources]
+        rate, speeds, seed = self.processor.sampling_rate, self.recipe.data.speeds, self.recipe.seed
+        for number, row in enumerate(load_audio_dataset(specs, streaming=True, seed=seed + epoch)):
+            pick = zlib.crc32(f"{seed} {epoch} {number}".encode())
+            try:
+                waveform = read_clip(row, rate, require_text=True)
+                if not normalise_transcript(row["text"], self.recipe.text_case):
+                    raise AudioError("has no text")
+            except (AudioError, OSError) as error:
+                self.bad.total = 0  # unknown: checked below against the rows seen so far
+                self.bad.add(self.recipe.name, row["id"] or f"row-{number}", str(error))
+                if epoch == 0 and number >= 100 and len(self.bad) > self.bad.max_share * (number + 1):
+                    raise TooManyBadRows(
+                        f"{len(self.bad)} of the first {number + 1} rows cannot be used, more than data.max_bad_rows = "
+                        f"{self.bad.max_share:g} allows. They are listed in {self.bad.path}"
+                    ) from error
+                continue
+            speed = speeds[pick % len(speeds)]
+            waveform = waveform if speed == 1 else speed_perturb(waveform, speed, rate)
+            audio = self.processor.encode_audio((waveform, rate))
+            instruction = self.recipe.instructions[pick // 7 % len(self.recipe.instructions)]
+            example = {"text": row["text"], "instruction": instruction, "id": number, "epoch": epoch}
+            yield {**audio, **example, "seconds": len(waveform) / rate}
+
+    def _group(self, buffer: list[dict], epoch: int, batches: int) -> list[list[dict]]:
+        from .batches import BatchSchedule
+
+        if not buffer:
+            return []
+        size = {"batch_size": self.stage.batch_size, "batch_seconds": self.stage.batch_seconds}
+        schedule = BatchSchedule(
+            [example.pop("seconds") for example in buffer], epochs=1, seed=self.recipe.seed + 31 * epoch + batches, **size
+        )
+        return [[buffer[draw.row] for draw in batch] for batch in schedule]

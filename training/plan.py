@@ -1,0 +1,94 @@
+"""Before the first step: what will be trained, how many tokens audio makes, and what it will cost in time and memory."""
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from .batches import BatchSchedule
+from .build import PARTS, part_of
+from .callbacks import duration, preserved_random_state
+from .corpus import Corpus
+
+
+def parameter_table(model: torch.nn.Module) -> list[tuple[str, int, int]]:
+    """(part, parameters, of them trained) per part."""
+    counts = {part: [0, 0] for part in PARTS}
+    for name, parameter in model.named_parameters():
+        counts[part_of(name)][0] += parameter.numel()
+        counts[part_of(name)][1] += parameter.numel() * parameter.requires_grad
+    return [(part, *counts[part]) for part in PARTS]
+
+
+def token_rate(model, processor, corpus: Corpus, instructions: list[str], sampled: int = 200) -> dict[str, float]:
+    """Audio tokens per second, and the longest prompt (audio + instruction + transcript) against the LLM's context.
+
+    Long prompts are found among the `sampled` longest clips; with the "collapse" readout this is what is left before the collapse.
+    """
+    rate = processor.sampling_rate
+    audio = [(row, processor.num_audio_tokens(int(row.seconds * rate))) for row in corpus.rows]
+    longest = sorted(audio, key=lambda item: -item[1])[:sampled]
+    texts = processor.tokenizer([row.text for row, _ in longest], add_special_tokens=False)["input_ids"]
+    words = [{"role": "user", "content": max(instructions, key=len)}, {"role": "assistant", "content": ""}]
+    frame = len(processor.apply_chat_template(words, tokenize=True, return_dict=True)["input_ids"][0])
+    return {
+        "tokens_per_second": sum(tokens for _, tokens in audio) / sum(row.seconds for row, _ in audio),
+        "longest_audio": longest[0][1],
+        "longest_prompt": max(tokens + len(text) for (_, tokens), text in zip(longest, texts, strict=True)) + frame,
+        "context": getattr(model.config.text_config, "max_position_embeddings", 0) or 0,
+    }
+
+
+def measure_step(
+    model, schedule: BatchSchedule, batch_of: Callable[[list], dict], trainer
+) -> tuple[float, float]:
+    """Runs the longest micro-batch (does it fit?) and times a median one -> (seconds per optimiser step, peak memory, bytes).
+
+    `batch_of`: Draws -> a collated batch. Nothing is learned: gradients are dropped and random states restored.
+    """
+    on_gpu = model.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    was_training = model.training
+    model.train()
+    with preserved_random_state():
+        for draws in (schedule.longest(), schedule.median()):
+            start = time.perf_counter()
+            trainer.measure_loss(batch_of(draws)).backward()
+            if on_gpu:
+                torch.cuda.synchronize()
+            spent = time.perf_counter() - start
+    model.zero_grad(set_to_none=True)
+    model.train(was_training)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if on_gpu:
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return spent * schedule.grad_accum, peak + 8 * trained  # AdamW keeps two float32 values per weight
+
+
+def describe_stage(
+    stage_name: str, loss: str, model, steps: int, rate: dict | None, cost: tuple[float, float] | None
+) -> str:
+    """The plan as text."""
+    table = parameter_table(model)
+    total = sum(count for _, count, _ in table)
+    trained = sum(count for _, _, count in table)
+    lines = [f"stage {stage_name}: loss {loss}, {steps} steps", "  part        parameters      trained   share"]
+    lines += [f"  {part:8} {count:13,} {tuned:12,} {100 * tuned / max(1, count):6.1f} %" for part, count, tuned in table]
+    lines.append(f"  {'all':8} {total:13,} {trained:12,} {100 * trained / total:6.1f} %")
+    if rate is not None:
+        lines.append(
+            f"  audio: {rate['tokens_per_second']:.1f} tokens/s; longest clip {rate['longest_audio']} tokens, longest prompt "
+            f"{rate['longest_prompt']} of a context of {rate['context']}"
+        )
+        if rate["context"] and rate["longest_prompt"] > rate["context"] and loss != "align":
+            lines.append("  warning: the longest prompts exceed the context; set max_seconds on the data")
+    if cost is not None:
+        lines.append(
+            f"  estimate: {cost[0]:.2f} s/step, {duration(cost[0] * steps)} in all, {cost[1] / 2**30:.1f} GB of memory"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,239 @@
+"""HF Trainer for AudioPhi: the batch order of a BatchSchedule, losses that add up under accumulation, small checkpoints."""
+
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from processing.augment import Augment
+
+from .build import PARTS, part_of
+from .recipe import Stage
+
+WEIGHTS_NAME = "trainable.safetensors"
+COMPLETE_NAME = "complete"  # written last (holds the seconds trained): a checkpoint without it was cut short
+
+
+def last_complete_checkpoint(folder: str | Path) -> Path | None:
+    """The newest checkpoint that was written to its end."""
+    found = [path.parent for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE_NAME}")]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What training changes: parameters with gradients, and the persistent buffers of the parts that hold them."""
+    parameters = dict(model.named_parameters())
+    parts = {part_of(name) for name, parameter in parameters.items() if parameter.requires_grad}
+    buffers = {name for name, _ in model.named_buffers() if part_of(name) in parts}
+    return {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name in buffers or (name in parameters and parameters[name].requires_grad)
+    }
+
+
+class Clock:
+    """Seconds spent on optimiser steps of a stage: evaluations, checkpoints and earlier processes' losses not counted."""
+
+    def __init__(self):
+        self.seconds, self._since = 0.0, None
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._since is not None:
+            self.seconds, self._since = self.seconds + time.perf_counter() - self._since, None
+
+
+class AudioPhiTrainer(Trainer):
+    """Trains one stage.
+
+    Args:
+        stage: of the recipe. schedule: a BatchSchedule (None for streams, whose dataset yields batches).
+        augment: applied here to the frozen encoder's live outputs; cached ones were augmented by the collator, in the same
+            way and with the same random numbers, so that training does not depend on the cache.
+        kwargs: Trainer's.
+    """
+
+    def __init__(self, *args, stage: Stage, schedule=None, augment: Augment | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.stage, self.schedule, self.augment = stage, schedule, augment
+        self.loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole optimiser step
+        self.align_items_in_batch = None
+        self.part_norms: dict[str, float] = {}
+        self._sums: dict[str, torch.Tensor] = {}
+        self._summed_steps = 0
+        self.clock = Clock()
+        self._augment_keys: list = []
+        if augment is not None:
+            self.model.model.multi_modal_projector.register_forward_pre_hook(self._augment_live)
+
+    # ---- data --------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The schedule's batches. It knows its rank and its whole order, so accelerate has nothing to shard or shuffle."""
+        options = {
+            "collate_fn": self.data_collator,
+            "num_workers": self.args.dataloader_num_workers,
+            "pin_memory": self.args.dataloader_pin_memory,
+            "persistent_workers": self.args.dataloader_persistent_workers,
+            # Its own generator: the loader's seed must not come out of the random state that dropout uses.
+            "generator": torch.Generator().manual_seed(self.args.seed),
+        }
+        if self.schedule is None:
+            return DataLoader(self.train_dataset, batch_size=None, **options)
+        return DataLoader(self.train_dataset, batch_sampler=self.schedule, **options)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        clips = torch.tensor(sum(len(batch["audio_num_windows"]) for batch in batch_samples), device=device)
+        if self.args.world_size > 1:
+            clips = self.accelerator.gather(clips).sum()
+        self.align_items_in_batch = clips
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    # ---- loss --------------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Sum of losses divided by the labelled tokens (lm) and the clips (align) of the whole optimiser step, over all ranks."""
+        self._evaluate_frozen_parts()
+        inputs = dict(inputs)
+        self._augment_keys = inputs.pop("augment_keys", [])
+        outputs = model(
+            **inputs,
+            num_items_in_batch=num_items_in_batch,
+            align_items_in_batch=self.align_items_in_batch,
+            align_loss_weight=self.stage.align_weight,
+        )
+        self._augment_keys = []
+        for name in ("lm_loss", "align_loss", "align_skipped"):
+            if (value := getattr(outputs, name)) is not None:
+                self._sums[name] = self._sums.get(name, 0) + value.detach().float()
+        # Gradients are averaged over ranks, each of which has only its part of the sum.
+        loss = outputs.loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def measure_loss(self, batch: dict) -> torch.Tensor:
+        """Loss of one micro-batch outside of training, in the stage's precision; nothing is recorded."""
+        batch = self._prepare_inputs(batch)
+        self.align_items_in_batch = None
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(self.model, batch)
+        self._sums = {}
+        return loss
+
+    def _evaluate_frozen_parts(self) -> None:
+        """Frozen parts run without dropout (gradient checkpointing needs the training mode, so then they keep it)."""
+        if self.stage.gradient_checkpointing:
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        if self.stage.tune.encoder == "frozen":
+            model.model.audio_tower.eval()
+        if self.stage.tune.llm == "frozen":
+            model.model.language_model.eval()
+
+    def _augment_live(self, module, arguments):
+        """Forward pre-hook of the adapter: augments live encoder outputs (windows, frames, size)."""
+        if not (module.training and self._augment_keys):
+            return None
+        hidden, mask = arguments
+        changed = hidden.detach().float().cpu().clone()
+        for window, key in enumerate(self._augment_keys):
+            length = int(mask[window].sum())
+            changed[window, :length] = self.augment(changed[window, :length], *key)
+        # The learned layer mix still gets its gradient, as if nothing had been added.
+        return hidden + (changed.to(hidden) - hidden).detach(), mask
+
+    def floating_point_ops(self, inputs):
+        """Not estimated: the Trainer's formula knows text only."""
+        return 0
+
+    # ---- optimiser ---------------------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model=None):
+        """AdamW with one learning rate per part; biases, norms and single values are not decayed."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            rates = {
+                "encoder": self.stage.encoder_learning_rate,
+                "adapter": self.stage.learning_rate,
+                "llm": self.stage.llm_learning_rate,
+            }
+            decayed = set(self.get_decay_parameter_names(model))
+            groups = []
+            for part in PARTS:
+                trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad and part_of(n) == part]
+                for decay in (True, False):
+                    group = [p for n, p in trained if (n in decayed and p.dim() > 1) == decay]
+                    if group:
+                        weight_decay = self.args.weight_decay if decay else 0.0
+                        groups.append({"params": group, "lr": rates[part], "weight_decay": weight_decay, "part": part})
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(groups, **options)
+        return self.optimizer
+
+    def _clip_grad_norm(self, model):
+        self._summed_steps += 1
+        if (self.state.global_step + 1) % self.args.logging_steps == 0:
+            self.part_norms = gradient_norms(self.accelerator.unwrap_model(model))
+        return super()._clip_grad_norm(model)
+
+    # ---- logs --------------------------------------------------------------------------------------------------------
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            logs |= {name: float(value) / max(1, self._summed_steps) for name, value in self._sums.items()}
+            logs |= {f"grad_norm_{part}": norm for part, norm in self.part_norms.items()}
+            self._sums, self._summed_steps = {}, 0
+        super().log(logs, start_time)
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Only what training changes: the frozen parts never do."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = trainable_state(self.accelerator.unwrap_model(self.model))
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS_NAME)
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            (folder / COMPLETE_NAME).write_text(repr(self.clock.seconds))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        model = self.accelerator.unwrap_model(self.model)
+        load_trainable(model, load_file(os.path.join(resume_from_checkpoint, WEIGHTS_NAME)))
+        self.clock.seconds = float(Path(resume_from_checkpoint, COMPLETE_NAME).read_text())
+
+
+def load_trainable(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Puts trainable_state() back. Raises ValueError when it belongs to other settings."""
+    expected = trainable_state(model)
+    if expected.keys() != state.keys():
+        missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
+        raise ValueError(
+            "the checkpoint was made with other settings of what is tuned; "
+            f"missing: {sorted(missing) or 'none'}; unexpected: {sorted(unexpected) or 'none'}"
+        )
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            tensor.copy_(state[name])
+
+
+def gradient_norms(model: torch.nn.Module) -> dict[str, float]:
+    """L2 norm of the gradients (before clipping) per part that has any."""
+    squares: dict[str, float] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            part = part_of(name)
+            squares[part] = squares.get(part, 0.0) + float(parameter.grad.detach().float().square().sum())
+    return {part: math.sqrt(value) for part, value in squares.items()}
