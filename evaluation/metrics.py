@@ -34,7 +34,7 @@ class ErrorCounts:
 
 
 def count_errors(reference: str, hypothesis: str) -> ErrorCounts:
-    """Minimum-edit-distance errors between two texts, both normalised first. Against an empty reference all is inserted."""
+    """Minimum-edit-distance errors between two texts, normalised first. Against an empty reference all is inserted."""
     reference, hypothesis = normalize(reference), normalize(hypothesis)
     words = jiwer.process_words(reference, hypothesis)
     characters = jiwer.process_characters(reference, hypothesis)
@@ -68,9 +68,9 @@ def bootstrap_interval(
 ) -> tuple[list[float] | None, str]:
     """95 % interval of the WER ([low, high] in percent) and what was resampled: "speaker" or "utterance".
 
-    Percentile bootstrap (Bisani & Ney 2004). Utterances of one speaker share their difficulty, so speakers are resampled
-    where every utterance has one and there are at least MIN_SPEAKERS; resampling utterances would be too narrow there.
-    None when the references have no words.
+    Percentile bootstrap (Bisani & Ney 2004). Utterances of one speaker share their difficulty, so speakers are
+    resampled where every utterance has one and there are at least MIN_SPEAKERS; resampling utterances would give too
+    narrow an interval there. None when the references have no words.
     """
     by_speaker = all(speakers) and len(set(speakers)) >= MIN_SPEAKERS
     groups = {} if by_speaker else {index: [count] for index, count in enumerate(counts)}

@@ -2,8 +2,9 @@
 
 A *prediction* is a JSON-able dict, one per row of the data:
     row (index), id, speaker, seconds (of audio), reference, hypothesis (the LLM's words; None without the LLM),
-    hypothesis_align (the alignment head's; None without a head), stopped (the LLM ended by itself),
-    compute_seconds (its share of its batch), substitutions, deletions, insertions, words (of the hypothesis, normalised);
+    hypothesis_align (the alignment head's; None without a head), stopped (the LLM ended by itself; None where unknown),
+    compute_seconds (its share of its batch), substitutions, deletions, insertions (of the hypothesis), words (of the
+    reference), these four after normalisation;
 or, for a row without a score: row, id, error, readable (False: no text or no usable audio in the data; True: the model
 could not take it, say because it is longer than the LLM's context).
 """
@@ -43,10 +44,10 @@ class AudioPhiTranscriber:
     """Greedy transcripts of a batch of clips by an AudioPhi model.
 
     Args:
-        model, processor: AudioPhiForConditionalGeneration in any mode (it is put into eval mode while it works) and its processor.
+        model, processor: AudioPhiForConditionalGeneration, in whatever mode it is (put into eval mode while it works).
         instruction: text after the audio in the user's message; the one it was trained with.
         max_new_tokens: where a model that does not stop is stopped.
-        with_lm, with_alignment: which of the two readings to make; the alignment's only where the model has such a head.
+        with_lm, with_alignment: which of the two readings to make; the alignment's only where there is such a head.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class AudioPhiTranscriber:
 
     @torch.inference_mode()
     def __call__(self, clips: list) -> list[dict]:
-        """`clips` are waveforms at the processor's rate, or what `processor.encode_audio` (or a feature cache) made of them."""
+        """`clips` are waveforms at the processor's rate, or dicts as `processor.encode_audio` makes them."""
         encoded = [
             clip if isinstance(clip, dict) else self.processor.encode_audio(clip, self.sampling_rate) for clip in clips
         ]
@@ -194,10 +195,10 @@ def errors_of(reference: str, hypothesis: str | None) -> dict:
 
 
 def summarize(predictions: Iterable[dict], silence: dict[float, str] | None = None, seed: int = 0) -> dict:
-    """Scores of predictions (see above; those with an error are left out). Rates are percentages, None where undefined.
+    """Scores of predictions (those with an error are left out). Rates are percentages, None where undefined.
 
-    `wer_shuffled_audio`: every reference against what the model heard in another utterance's audio. Greedy decoding with
-    one instruction for all makes that the other utterance's hypothesis, so nothing is decoded twice.
+    `wer_shuffled_audio`: every reference against what the model heard in another utterance's audio. Greedy decoding
+    with one instruction for all makes that the other utterance's hypothesis, so nothing is decoded twice.
     `wer_silence`: against `silence`, from `transcribe_silence`. `listening_gap`: shuffled minus true.
     """
     scored = sorted((p for p in predictions if "error" not in p), key=lambda p: p["row"])
@@ -210,6 +211,7 @@ def summarize(predictions: Iterable[dict], silence: dict[float, str] | None = No
     if silence is not None and with_lm:
         quiet = word_error_rate([count_errors(p["reference"], silence[silence_length(p["seconds"])]) for p in with_lm])
     seconds = sum(p["seconds"] for p in scored)
+    endings = [p["stopped"] for p in with_lm if p["stopped"] is not None]
     return {
         "wer": wer,
         "wer_ci95": interval,
@@ -226,7 +228,7 @@ def summarize(predictions: Iterable[dict], silence: dict[float, str] | None = No
         "wer_shuffled_audio": shuffled,
         "wer_silence": quiet,
         "listening_gap": None if shuffled is None or wer is None else shuffled - wer,
-        "never_stopped": percent(sum(p["stopped"] is False for p in with_lm), len(with_lm)),
+        "never_stopped": percent(sum(not end for end in endings), len(endings)),
         "empty": percent(sum(not normalize(p["hypothesis"]) for p in with_lm), len(with_lm)),
         "rtf": sum(p["compute_seconds"] for p in scored) / seconds if seconds else None,
     }

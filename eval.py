@@ -1,0 +1,191 @@
+"""Word error rate of an AudioPhi model, and whether it listens.
+
+    python eval.py --model DIR_OR_ID --data SPEC --output_dir OUT [--baseline openai/whisper-tiny.en]
+
+SPEC is any data that the training takes (see processing/datasets.py): a Hub id, a LibriSpeech tree, a folder with
+metadata.jsonl, a JSONL, CSV or Parquet file. OUT gets predictions.jsonl, written as the evaluation goes (an interrupted
+one continues), and metrics.json. Exit code 0 only when every readable row was scored.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from evaluation.metrics import percent
+from evaluation.predictions import PredictionFile, fingerprint
+from evaluation.scoring import AudioPhiTranscriber, Transcriber, summarize, transcribe_dataset, transcribe_silence
+from processing.datasets import load_audio_dataset
+from processing.prompts import TRANSCRIBE
+
+TABLE = (
+    ("WER %", "wer"),
+    ("  95 % interval", "wer_ci95"),
+    ("CER %", "cer"),
+    ("substitutions", "substitutions"),
+    ("deletions", "deletions"),
+    ("insertions", "insertions"),
+    ("words", "words"),
+    ("utterances", "utterances"),
+    ("WER %, alignment head alone", "wer_align"),
+    ("WER %, another clip's audio", "wer_shuffled_audio"),
+    ("WER %, silence", "wer_silence"),
+    ("listening gap", "listening_gap"),
+    ("never stopped %", "never_stopped"),
+    ("empty %", "empty"),
+    ("real-time factor", "rtf"),
+)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="AudioPhi checkpoint, slim or full: folder or Hub id")
+    parser.add_argument("--data", required=True, help="what to transcribe")
+    parser.add_argument("--output_dir", required=True, type=Path)
+    parser.add_argument("--audio_column")
+    parser.add_argument("--text_column")
+    parser.add_argument("--split")
+    parser.add_argument("--limit", type=int, help="only the first N rows")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--max_new_tokens", type=int, default=256)
+    parser.add_argument("--instruction", default=TRANSCRIBE, help=f"default: {TRANSCRIBE!r}")
+    parser.add_argument("--baseline", metavar="ID_OR_DIR", help="a speech recogniser of transformers, side by side")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    args = parser.parse_args(argv)
+    for name in ("batch_size", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if args.limit is not None and args.limit < 1:
+        parser.error("--limit must be at least 1")
+    return args
+
+
+def transcribe_all(rows, transcribe: Transcriber, file: PredictionFile, args, name: str) -> list[dict]:
+    """Predictions of all rows, those of an interrupted run taken from `file`, with progress on the terminal."""
+    start = last = time.monotonic()
+    new = 0
+    todo = len(rows) - len(file.predictions)
+    done = {prediction["row"] for prediction in file.predictions}
+    if done:
+        print(f"{name}: {len(done)} of {len(rows)} rows are already in {file.path}")
+    for prediction in transcribe_dataset(rows, transcribe, args.batch_size, transcribe.sampling_rate, done):
+        file.add(prediction)
+        new += 1
+        if time.monotonic() - last > 10 or new == todo:
+            last = time.monotonic()
+            eta = (last - start) / new * (todo - new)
+            scored = [p for p in file.predictions if "error" not in p]
+            errors = sum(p["substitutions"] + p["deletions"] + p["insertions"] for p in scored)
+            wer = show(percent(errors, sum(p["words"] for p in scored)))
+            print(f"{name}: {len(file.predictions)}/{len(rows)} rows, ETA {eta:.0f} s, WER so far {wer} %", flush=True)
+    return file.predictions
+
+
+def evaluate(args: argparse.Namespace) -> tuple[dict, list[dict]]:
+    """The metrics of one evaluation, and the readable rows that could not be scored."""
+    rows = load_audio_dataset(args.data, args.audio_column, args.text_column, args.split)
+    if args.limit is not None:
+        rows = rows.take(args.limit)
+    dtype = getattr(torch, args.dtype)
+    settings = {
+        "data": args.data, "audio_column": args.audio_column, "text_column": args.text_column, "split": args.split,
+        "limit": args.limit, "rows": len(rows), "dtype": args.dtype, "max_new_tokens": args.max_new_tokens,
+    }  # fmt: skip
+
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    metrics_path = args.output_dir / "metrics.json"
+    # With metrics.json the last evaluation was complete, so what lies here is not continued but replaced.
+    fresh = metrics_path.exists()
+    metrics_path.unlink(missing_ok=True)
+
+    transcribe = load_transcriber(args, dtype)
+    ours = {**settings, "model": fingerprint(args.model), "instruction": args.instruction}
+    with PredictionFile(args.output_dir / "predictions.jsonl", ours, fresh) as file:
+        predictions = transcribe_all(rows, transcribe, file, args, "model")
+    transcribe.with_alignment = False
+    seconds = [prediction["seconds"] for prediction in predictions if "error" not in prediction]
+    silence = transcribe_silence(seconds, transcribe, args.batch_size, transcribe.sampling_rate)
+    unreadable = [p for p in predictions if p.get("readable") is False]
+    unscored = [p for p in predictions if p.get("readable")]
+    metrics = {
+        **summarize(predictions, silence),
+        "unreadable_rows": len(unreadable),
+        "unscored_rows": len(unscored),
+        "model": args.model,
+        "settings": {**settings, "instruction": args.instruction},
+    }
+    for prediction in (*unreadable, *unscored):
+        print(f"row {prediction['row']} not scored: {prediction['error']}", file=sys.stderr)
+
+    if args.baseline:
+        from evaluation.baseline import BaselineTranscriber
+
+        del transcribe
+        baseline = BaselineTranscriber(args.baseline, args.device, dtype)
+        theirs = {**settings, "model": fingerprint(args.baseline), "max_new_tokens": None}  # the model's own limit
+        with PredictionFile(args.output_dir / "baseline_predictions.jsonl", theirs, fresh) as file:
+            predictions = transcribe_all(rows, baseline, file, args, "baseline")
+        metrics["baseline"] = {"model": args.baseline, **summarize(predictions)}
+
+    write_atomically(metrics_path, json.dumps(metrics, indent=2) + "\n")
+    return metrics, unscored
+
+
+def load_transcriber(args: argparse.Namespace, dtype: torch.dtype) -> AudioPhiTranscriber:
+    """The model and its processor, ready to transcribe."""
+    from modeling_audiophi import AudioPhiForConditionalGeneration
+    from processing import AudioPhiProcessor
+
+    model = AudioPhiForConditionalGeneration.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
+    processor = AudioPhiProcessor.from_pretrained(args.model)
+    return AudioPhiTranscriber(model, processor, args.instruction, args.max_new_tokens)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that is either the old or the new one at any moment."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def print_table(metrics: dict) -> None:
+    """The scores, beside the baseline's where there is one."""
+    columns = [("", metrics)] if "baseline" not in metrics else [("model", metrics), ("baseline", metrics["baseline"])]
+    print(f"\n{'':30}" + "".join(f"{title:>20}" for title, _ in columns))
+    for label, key in TABLE:
+        print(f"{label:30}" + "".join(f"{show(column[key]):>20}" for _, column in columns))
+    print(f"normaliser: {metrics['normalizer']}; interval over {metrics['wer_ci95_unit']}s")
+
+
+def show(value) -> str:
+    """A score as the table writes it."""
+    if value is None:
+        return "-"
+    if isinstance(value, list):
+        return " to ".join(f"{bound:.2f}" for bound in value)
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    try:
+        metrics, unscored = evaluate(args)
+    except (ValueError, OSError) as error:
+        print(f"eval.py: {error}", file=sys.stderr)
+        return 1
+    print_table(metrics)
+    if metrics["unreadable_rows"]:
+        print(f"{metrics['unreadable_rows']} rows have no text or no usable audio and were left out")
+    if unscored:
+        print(f"{len(unscored)} readable rows could not be scored", file=sys.stderr)
+    if not metrics["utterances"]:
+        print("no row was scored", file=sys.stderr)
+    return 0 if metrics["utterances"] and not unscored else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
