@@ -6,8 +6,8 @@
     "manifest.jsonl", audio_column="wav"         JSONL, CSV, TSV or Parquet, paths relative to the file
     [{"path": "a", "weight": 2}, {"path": "b"}]  mixture
 
-Audio stays undecoded (`datasets.Audio(decode=False)`: {"path", "bytes"}), so that a bad file is met when `read_clip`
-reads its row, and can be counted and skipped instead of ending the run.
+Audio stays undecoded ({"bytes", "path"}, as datasets.Audio(decode=False) gives), so that a bad file is met when
+`read_clip` reads its row, and can be counted and skipped instead of ending the run.
 """
 
 import csv
@@ -22,7 +22,8 @@ from .audio_io import AudioError, load_audio
 
 FEATURES = datasets.Features(
     {
-        "audio": datasets.Audio(decode=False),
+        # What datasets.Audio(decode=False) yields. The type itself needs torchcodec to write a row.
+        "audio": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
         "text": datasets.Value("string"),
         "id": datasets.Value("string"),
         "speaker": datasets.Value("string"),
@@ -217,14 +218,10 @@ def _from_table(table, entry: dict, streaming: bool, folder: Path | None = None)
     """Parquet or Hub table → FEATURES, by renaming and casting only: rows with audio bytes are not rewritten."""
     source = entry["path"]
     columns = table.column_names
+    if columns is None:
+        raise ValueError(f"{source}: its columns are not known before reading, so it cannot be streamed.")
     for column in (*entry["filter"], *entry["exclude"]):
         _pick(columns, column, (), column, source)
-    for column, values in entry["filter"].items():
-        table = table.filter(lambda value, values=values: str(value) in values, input_columns=[column])
-    for column, values in entry["exclude"].items():
-        table = table.filter(lambda value, values=values: str(value) not in values, input_columns=[column])
-    if entry["limit"]:
-        table = table.take(entry["limit"])
     chosen = {
         "audio": _pick(columns, entry["audio_column"], AUDIO_COLUMNS, "audio", source),
         "text": _pick(columns, entry["text_column"], TEXT_COLUMNS, None, source),
@@ -232,10 +229,16 @@ def _from_table(table, entry: dict, streaming: bool, folder: Path | None = None)
         "speaker": _pick(columns, None, SPEAKER_COLUMNS, None, source),
         "seconds": _pick(columns, None, SECONDS_COLUMNS, None, source),
     }
+    table = _undecoded(table, chosen["audio"])  # first of all: any other step would decode the audio
+    for column, values in entry["filter"].items():
+        table = table.filter(lambda value, values=values: str(value) in values, input_columns=[column])
+    for column, values in entry["exclude"].items():
+        table = table.filter(lambda value, values=values: str(value) not in values, input_columns=[column])
+    if entry["limit"]:
+        table = table.take(entry["limit"])
     labels = table.features[chosen["text"]] if chosen["text"] else None
     table = table.select_columns([name for name in chosen.values() if name])
     table = table.rename_columns({old: new for new, old in chosen.items() if old and old != new})
-    table = table.cast_column("audio", datasets.Audio(decode=False))
     if isinstance(labels, datasets.ClassLabel):
         table = table.map(lambda value: {"text": labels.int2str(value).replace("_", " ")}, input_columns=["text"])
     if folder is not None:
@@ -253,6 +256,17 @@ def _from_table(table, entry: dict, streaming: bool, folder: Path | None = None)
             table = table.add_column(name, values, feature=FEATURES[name])
         table = table.select_columns(list(FEATURES))
     return table.cast(FEATURES)
+
+
+def _undecoded(table, column: str):
+    """Turn an Audio column, or a column of paths, into {"bytes", "path"}."""
+    undecoded = FEATURES["audio"]
+    if table.features[column] == datasets.Value("string"):
+        features = datasets.Features({**table.features, column: undecoded})
+        return table.map(
+            lambda path: {column: {"bytes": None, "path": path}}, input_columns=[column], features=features
+        )
+    return table.cast_column(column, undecoded)
 
 
 def _fill(row: dict, index: int, missing: list[str]) -> dict:

@@ -1,0 +1,296 @@
+"""load_audio_dataset on every kind of source, and read_clip on good and bad rows."""
+
+import io
+import json
+import sys
+
+import datasets
+import numpy as np
+import pytest
+import soundfile
+
+from processing import AudioError, load_audio_dataset, read_clip
+
+COLUMNS = ["audio", "text", "id", "speaker", "seconds"]
+ROWS = [("a", "one", "s1"), ("b", "two", "s1"), ("c", "three", "s2"), ("d", "four", "s3")]
+
+
+def wav(index=0, samples=800):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, np.full(samples + index, 0.1), 16_000, format="WAV")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Four clips a.wav … d.wav below audio/, the n-th with 800 + n samples."""
+    (tmp_path / "audio").mkdir()
+    for index, (name, _, _) in enumerate(ROWS):
+        (tmp_path / "audio" / f"{name}.wav").write_bytes(wav(index))
+    return tmp_path
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def manifest_rows(audio="audio", text="text"):
+    return [
+        {
+            audio: f"audio/{n}.wav",
+            text: t,
+            "speaker": s,
+            "id": n,
+            "seconds": 0.05,
+            "split": "train" if n < "c" else "test",
+        }
+        for n, t, s in ROWS
+    ]
+
+
+def check(table, names="abcd", streaming=False):
+    rows = list(table)
+    assert list(table.column_names) == COLUMNS
+    expected = [row for row in ROWS if row[0] in names]
+    assert [(row["id"], row["text"], row["speaker"]) for row in rows] == expected
+    for row, (name, _, _) in zip(rows, expected, strict=True):
+        assert len(read_clip(row, require_text=True)) == 800 + "abcd".index(name)
+
+
+@pytest.fixture(autouse=True)
+def without_torchcodec(monkeypatch):
+    """`datasets` wants torchcodec for its Audio type; it is no dependency of this project."""
+    for name in ("torchcodec", "torchcodec.encoders", "torchcodec.decoders"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(datasets.config, "TORCHCODEC_AVAILABLE", False)
+
+
+@pytest.fixture(params=[False, True], ids=["table", "streaming"])
+def streaming(request):
+    return request.param
+
+
+def test_jsonl(folder, streaming):
+    spec = write_jsonl(folder / "list.jsonl", manifest_rows())
+    table = load_audio_dataset(spec, streaming=streaming)
+    check(table)
+    assert isinstance(table, datasets.IterableDataset if streaming else datasets.Dataset)
+    assert next(iter(table))["seconds"] == 0.05
+
+
+@pytest.mark.parametrize("suffix, separator", [("csv", ","), ("tsv", "\t")])
+def test_csv_with_settable_columns(folder, streaming, suffix, separator):
+    lines = [("clip", "said", "speaker", "id"), *((f"audio/{n}.wav", t, s, n) for n, t, s in ROWS)]
+    path = folder / f"list.{suffix}"
+    path.write_text("\n".join(separator.join(line) for line in lines))
+    check(load_audio_dataset(str(path), audio_column="clip", text_column="said", streaming=streaming))
+
+
+@pytest.mark.parametrize("embedded", [True, False], ids=["bytes", "paths"])
+def test_parquet(folder, streaming, embedded):
+    rows = {
+        "audio": [
+            {"bytes": wav(i) if embedded else None, "path": f"audio/{n}.wav"} for i, (n, _, _) in enumerate(ROWS)
+        ],
+        "transcription": [t for _, t, _ in ROWS],
+        "speaker_id": [int(s[1:]) for _, _, s in ROWS],
+        "id": [n for n, _, _ in ROWS],
+    }
+    datasets.Dataset.from_dict(rows).to_parquet(folder / "train.parquet")
+    table = load_audio_dataset(str(folder / "train.parquet"), streaming=streaming)
+    found = list(table)
+    assert [row["speaker"] for row in found] == ["1", "1", "2", "3"] and [row["text"] for row in found][3] == "four"
+    assert len(read_clip(found[2])) == 802
+    assert len(list(load_audio_dataset(str(folder), split="train", streaming=streaming))) == 4
+    filtered = load_audio_dataset({"path": str(folder), "filter": {"speaker_id": 1}, "limit": 1}, streaming=streaming)
+    assert [row["id"] for row in filtered] == ["a"]
+    with pytest.raises(ValueError, match="no Parquet file of split 'dev'"):
+        load_audio_dataset(str(folder), split="dev")
+
+
+def test_parquet_without_ids_gets_row_numbers(folder, streaming):
+    rows = {"file_name": ["audio/a.wav", "audio/b.wav"], "text": ["one", "two"], "split": ["x", "y"]}
+    datasets.Dataset.from_dict(rows).to_parquet(folder / "list.parquet")
+    table = load_audio_dataset(str(folder / "list.parquet"), streaming=streaming)
+    assert [(row["id"], row["speaker"]) for row in table] == [("row-0", None), ("row-1", None)]
+    assert len(read_clip(list(table)[1])) == 801
+    assert [
+        row["text"] for row in load_audio_dataset(str(folder / "list.parquet"), split="y", streaming=streaming)
+    ] == ["two"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_audiofolder_with_metadata(folder, streaming, kind):
+    rows = [{"file_name": f"audio/{n}.wav", "transcription": t, "speaker": s, "id": n} for n, t, s in ROWS]
+    if kind == "jsonl":
+        write_jsonl(folder / "metadata.jsonl", rows)
+    else:
+        lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
+        (folder / "metadata.csv").write_text("\n".join(lines))
+    check(load_audio_dataset(str(folder), streaming=streaming))
+
+
+def test_audio_files_in_label_folders(tmp_path, streaming):
+    for split in ("train", "test"):
+        for label in ("dog_bark", "rain"):
+            (tmp_path / split / label).mkdir(parents=True)
+            (tmp_path / split / label / "1.wav").write_bytes(wav())
+    rows = list(load_audio_dataset(str(tmp_path), split="test", streaming=streaming))
+    assert [(row["id"], row["text"]) for row in rows] == [
+        ("test/dog_bark/1.wav", "dog bark"),
+        ("test/rain/1.wav", "rain"),
+    ]
+    assert len(list(load_audio_dataset(str(tmp_path), streaming=streaming))) == 4
+
+
+def test_librispeech_tree(tmp_path, streaming):
+    for split, speaker in (("dev-clean", 84), ("test-clean", 61)):
+        chapter = tmp_path / "LibriSpeech" / split / str(speaker) / "121"
+        chapter.mkdir(parents=True)
+        (chapter / f"{speaker}-121.trans.txt").write_text(f"{speaker}-121-0000 GO\n{speaker}-121-0001 STAY HERE\n")
+        for number in range(2):
+            soundfile.write(chapter / f"{speaker}-121-000{number}.flac", np.zeros(800), 16_000)
+    rows = list(load_audio_dataset(str(tmp_path / "LibriSpeech"), split="dev-clean", streaming=streaming))
+    assert [(row["id"], row["text"], row["speaker"]) for row in rows] == [
+        ("84-121-0000", "GO", "84"),
+        ("84-121-0001", "STAY HERE", "84"),
+    ]
+    assert len(read_clip(rows[0])) == 800
+    assert len(list(load_audio_dataset(str(tmp_path), streaming=streaming))) == 4
+    with pytest.raises(ValueError, match="no folder 'dev-other'"):
+        list(load_audio_dataset(str(tmp_path), split="dev-other", streaming=streaming))
+
+
+def test_split_filter_exclude_and_limit(folder, streaming):
+    spec = write_jsonl(folder / "list.jsonl", manifest_rows())
+    check(load_audio_dataset(spec, split="test", streaming=streaming), "cd")
+    check(load_audio_dataset({"path": spec, "filter": {"speaker": ["s1", "s3"]}}, streaming=streaming), "abd")
+    check(load_audio_dataset({"path": spec, "exclude": {"speaker": "s1"}, "limit": 1}, streaming=streaming), "c")
+
+
+def test_mixture_without_weights_has_every_row_once(folder, streaming):
+    spec = write_jsonl(folder / "list.jsonl", manifest_rows())
+    parts = [{"path": spec, "split": "train"}, {"path": spec, "split": "test"}, {"path": spec, "split": "train"}]
+    assert [row["id"] for row in load_audio_dataset(parts, streaming=streaming)] == list("abcdab")
+
+
+def test_mixture_weights_are_shares_of_the_rows(tmp_path):
+    big = write_jsonl(tmp_path / "big.jsonl", [{"audio": "x.wav", "text": "big", "id": str(i)} for i in range(90)])
+    small = write_jsonl(
+        tmp_path / "small.jsonl", [{"audio": "y.wav", "text": "small", "id": str(i)} for i in range(10)]
+    )
+    mixture = [{"path": big, "weight": 3}, {"path": small}]
+    rows = list(load_audio_dataset(mixture, seed=1))
+    counts = {text: [row["id"] for row in rows if row["text"] == text] for text in ("big", "small")}
+    assert len(counts["big"]) == len(set(counts["big"])) == 75  # a quarter of 100 goes to the small one
+    assert len(counts["small"]) == 25 and len(set(counts["small"])) == 10
+    assert rows == list(load_audio_dataset(mixture, seed=1)) != list(load_audio_dataset(mixture, seed=2))
+    drawn = [row["text"] for row in load_audio_dataset(mixture, streaming=True, seed=1)]
+    assert {"big", "small"} == set(drawn) and 0.6 < drawn.count("big") / len(drawn) < 0.9
+    assert drawn == [row["text"] for row in load_audio_dataset(mixture, streaming=True, seed=1)]
+
+
+def test_mixed_kinds_of_sources_concatenate(folder):
+    spec = write_jsonl(folder / "list.jsonl", manifest_rows())
+    audio = [{"bytes": wav(), "path": None}]
+    datasets.Dataset.from_dict({"audio": audio, "text": ["five"]}).to_parquet(folder / "more.parquet")
+    rows = load_audio_dataset([spec, str(folder / "more.parquet")])
+    assert len(rows) == 5 and len(read_clip(rows[4])) == 800
+
+
+def test_hub_data_set(monkeypatch, streaming):
+    """LibriSpeech's columns, without a network: what `datasets` would return."""
+    asked = []
+
+    def hub(name, config, split, streaming):
+        asked.append((name, config, split))
+        rows = {
+            "file": ["84-1.flac"],
+            "audio": [{"bytes": wav(), "path": "84-1.flac"}],
+            "text": ["GO"],
+            "speaker_id": [84],
+            "chapter_id": [1],
+            "id": ["84-1"],
+        }
+        table = datasets.Dataset.from_dict(rows).cast_column("audio", datasets.Audio(sampling_rate=16_000))
+        return table.to_iterable_dataset() if streaming else table
+
+    monkeypatch.setattr(datasets, "load_dataset", hub)
+    rows = list(load_audio_dataset("openslr/librispeech_asr:clean:train.100", streaming=streaming))
+    assert asked == [("openslr/librispeech_asr", "clean", "train.100")]
+    assert [(row["id"], row["speaker"], row["text"]) for row in rows] == [("84-1", "84", "GO")]
+    assert len(read_clip(rows[0])) == 800
+    list(load_audio_dataset("openslr/librispeech_asr:other", split="test", streaming=streaming))
+    assert asked[1] == ("openslr/librispeech_asr", "other", "test")
+
+
+def test_hub_data_set_without_a_split_names_the_choices(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: {"train": None, "test": None})
+    with pytest.raises(ValueError, match="choose a split, .* of train, test"):
+        load_audio_dataset("org/name")
+
+
+def test_bad_rows_are_met_when_they_are_read(folder, streaming):
+    (folder / "audio" / "noise.wav").write_text("no audio")
+    rows = [
+        {"audio": "audio/a.wav", "text": "one", "id": "good"},
+        {"audio": "audio/missing.wav", "text": "one", "id": "missing"},
+        {"audio": "audio/noise.wav", "text": "one", "id": "noise"},
+        {"audio": "audio/b.wav", "id": "no-text"},
+        {"audio": "audio/b.wav", "text": "  ", "id": "blank"},
+        {"text": "one", "id": "no-audio"},
+    ]
+    table = load_audio_dataset(write_jsonl(folder / "list.jsonl", rows), streaming=streaming)
+    bad = {}
+    for row in table:
+        try:
+            read_clip(row, require_text=True)
+        except AudioError as error:
+            bad[row["id"]] = str(error)
+    assert set(bad) == {"missing", "noise", "no-text", "blank", "no-audio"}
+    assert (
+        "missing.wav" in bad["missing"] and "no-text: has no text" in bad["no-text"] and "no audio" in bad["no-audio"]
+    )
+
+
+@pytest.mark.parametrize(
+    "spec, options, message",
+    [
+        ({"path": "LIST", "wieght": 2}, {}, "unknown keys wieght"),
+        ({"weight": 2}, {}, "no path"),
+        ("LIST", {"audio_column": "clip"}, "no column 'clip'. Columns: audio, text"),
+        ("LIST", {"text_column": "words"}, "no column 'words'"),
+        ("LIST", {"split": "dev"}, "no rows are left after split='dev'"),
+        ({"path": "LIST", "filter": {"mood": "glad"}}, {}, "filter on 'mood'"),
+        ("BROKEN", {}, "broken.jsonl: line 2 is not JSON"),
+        ("NUMBERS", {}, "line 1 is not a JSON object"),
+        ("STRANGE", {}, "no column looks like audio .* Columns: foo"),
+        ("EMPTY", {}, "holds no audio files"),
+        ([], {}, "empty list"),
+        ([{"path": "LIST", "weight": 0}, "LIST"], {}, "above 0"),
+        ("no/such/list.jsonl", {}, "no such file or folder"),
+        ("./nowhere", {}, "no such file or folder"),
+    ],
+)
+def test_bad_specifications_are_refused_by_name(folder, spec, options, message):
+    (folder / "empty").mkdir()
+    (folder / "broken.jsonl").write_text('{"audio": "a"}\n{"audio": \n')
+    (folder / "numbers.jsonl").write_text("7\n")
+    names = {
+        "LIST": write_jsonl(folder / "list.jsonl", manifest_rows()),
+        "BROKEN": str(folder / "broken.jsonl"),
+        "NUMBERS": str(folder / "numbers.jsonl"),
+        "STRANGE": write_jsonl(folder / "strange.jsonl", [{"foo": 1}]),
+        "EMPTY": str(folder / "empty"),
+    }
+
+    def fill(value):
+        if isinstance(value, list):
+            return [fill(item) for item in value]
+        if isinstance(value, dict):
+            return {key: names.get(item, item) if key == "path" else item for key, item in value.items()}
+        return names.get(value, value)
+
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_audio_dataset(fill(spec), **options)
