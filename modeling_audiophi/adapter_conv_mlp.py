@@ -1,7 +1,8 @@
 """Convolutional context on stacked frames, and the same with self-attention on top.
 
-A token stands for about 80 ms, less than a syllable: a few depthwise convolutions let it see its neighbours, at a small part of
-the cost of attention. Blocks as in ConvNeXt (https://arxiv.org/abs/2201.03545): depthwise convolution, then a pointwise MLP.
+A token stands for about 80 ms, less than a syllable: a few depthwise convolutions let it see its neighbours, at a
+    small part of the cost of attention. Blocks as in ConvNeXt (https://arxiv.org/abs/2201.03545): depthwise
+    convolution, then a pointwise MLP.
 """
 
 from torch import nn
@@ -96,7 +97,8 @@ class AttentionBlock(nn.Module):
 
 
 class TransformerAdapter(ConvMLPAdapter):
-    """LayerNorm -> stack -> Linear -> one ConvBlock (positions) -> `num_layers` x AttentionBlock -> LayerNorm -> Linear."""
+    """LayerNorm -> stack -> Linear -> one ConvBlock (positions) -> `num_layers` x AttentionBlock -> LayerNorm ->
+    Linear."""
 
     def __init__(self, config, input_size, output_size):
         super().__init__(config, input_size, output_size)

@@ -1,7 +1,7 @@
 """Windowed Q-Former (SALMONN, https://arxiv.org/abs/2310.13289): tokens grow with duration.
 
-Each window of `window` encoder frames is read by the same `queries` learned queries through cross-attention, so a clip makes
-ceil(T / window) * queries tokens and a token never sees beyond its window.
+Each window of `window` encoder frames is read by the same `queries` learned queries through cross-attention, so a
+clip makes ceil(T / window) * queries tokens and a token never sees beyond its window.
 """
 
 import torch
@@ -34,12 +34,15 @@ class QueryBlock(nn.Module):
 
 
 class QFormerAdapter(nn.Module):
-    """LayerNorm -> Linear -> per window `num_layers` x QueryBlock -> LayerNorm -> Linear; ceil(T / window) * queries tokens."""
+    """LayerNorm -> Linear -> per window `num_layers` x QueryBlock -> LayerNorm -> Linear; ceil(T / window) * queries
+    tokens."""
 
     def __init__(self, config, input_size, output_size):
         super().__init__()
         if config.hidden_size % config.num_heads:
-            raise ValueError(f"adapter hidden_size {config.hidden_size} is not a multiple of num_heads {config.num_heads}")
+            raise ValueError(
+                f"adapter hidden_size {config.hidden_size} is not a multiple of num_heads {config.num_heads}"
+            )
         self.window, self.num_queries = config.window, config.queries
         self.norm = nn.LayerNorm(input_size)
         self.proj_in = nn.Linear(input_size, config.hidden_size)

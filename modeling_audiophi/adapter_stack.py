@@ -8,8 +8,8 @@ from .lengths_audiophi import length_mask
 class FrameStack(nn.Module):
     """LayerNorm, then `stack` neighbouring frames side by side in one vector.
 
-    The LayerNorm comes first because encoder outputs differ in scale by an order of magnitude (XEUS: up to 34). The last group
-    is filled with zeros; padding frames are zeroed after the norm, so a token never depends on padding.
+    The LayerNorm comes first because encoder outputs differ in scale by an order of magnitude (XEUS: up to 34). The
+    last group is filled with zeros; padding frames are zeroed after the norm, so a token never depends on padding.
     """
 
     def __init__(self, input_size, stack):

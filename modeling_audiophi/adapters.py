@@ -1,7 +1,8 @@
 """Registry of adapters: exact key (`AudioPhiAdapterConfig.type`) -> class. One small file per idea.
 
 To add one: write `adapter_<name>.py` with `__init__(config, input_size, output_size)`, `length_rule(config)` and
-`forward(hidden, mask) -> (tokens, mask)`, add its line here; the relative import is also what makes the file ship to the Hub.
+`forward(hidden, mask) -> (tokens, mask)`, add its line here; the relative import is also what makes the file ship to
+the Hub.
 """
 
 from .adapter_conv_mlp import ConvMLPAdapter, TransformerAdapter

@@ -1,11 +1,11 @@
 """Alignment of audio to the language model's own words: CTC over its input-embedding table, and the collapse.
 
-Every audio token is scored against the LLM's embeddings of a restricted vocabulary (the tokens of the training texts) and a
-learned blank; CTC (Graves et al. 2006) teaches the adapter where each word is without running the LLM. Related: SpeechMapper
-(https://arxiv.org/abs/2601.20417), TASU (https://arxiv.org/abs/2511.03310).
+Every audio token is scored against the LLM's embeddings of a restricted vocabulary (the tokens of the training texts)
+and a learned blank; CTC (Graves et al. 2006) teaches the adapter where each word is without running the LLM. Related:
+SpeechMapper (https://arxiv.org/abs/2601.20417), TASU (https://arxiv.org/abs/2511.03310).
 
-Aligned tokens do not fit the LLM as they are: most are blank and their norm is far from the table's. `collapse` keeps one per
-run of equal labels and gives it as a probability-weighted mean of the LLM's own embeddings.
+Aligned tokens do not fit the LLM as they are: most are blank and their norm is far from the table's. `collapse` keeps
+    one per run of equal labels and gives it as a probability-weighted mean of the LLM's own embeddings.
 """
 
 import torch
@@ -40,7 +40,8 @@ class AlignmentHead(nn.Module):
         unknown = valid & (self.vocab_ids[classes] != token_ids)
         if bool(unknown.any()):
             raise ValueError(
-                f"align_labels has token ids that are not in the alignment vocabulary: {token_ids[unknown].unique().tolist()[:10]}; "
+                "align_labels has token ids that are not in the alignment vocabulary: "
+                f"{token_ids[unknown].unique().tolist()[:10]}; "
                 "tokenise the texts as for the vocabulary, or build it from these texts too"
             )
         # Valid ids first, in order, so that -100 may stand anywhere.
@@ -50,8 +51,9 @@ class AlignmentHead(nn.Module):
     def ctc_loss(self, logits, lengths, token_ids, num_items=None):
         """CTC loss, each clip divided by its number of target tokens.
 
-        `logits` (B, T, V' + 1), `lengths` (B,) frames, `token_ids` (B, S) LLM ids, -100 padded. Returns the mean over clips (the sum
-        divided by `num_items` when given, for gradient accumulation) and the number of clips whose target does not fit
+        `logits` (B, T, V' + 1), `lengths` (B,) frames, `token_ids` (B, S) LLM ids, -100 padded. Returns the mean over
+        clips (the sum divided by `num_items` when given, for gradient accumulation) and the number of clips whose
+        target does not fit
         into their frames: those cost nothing and teach nothing.
         """
         classes, target_lengths = self.targets(token_ids)
@@ -71,10 +73,11 @@ class AlignmentHead(nn.Module):
         return losses.sum() / count, impossible.sum()
 
     def greedy(self, logits, mask):
-        """Best path: `logits` (B, T, V' + 1), `mask` (B, T) -> per clip the LLM token ids, blanks dropped, repeats merged."""
+        """Best path: `logits` (B, T, V' + 1), `mask` (B, T) -> per clip the LLM token ids, blanks dropped, repeats
+        merged."""
         path = logits.argmax(-1)
         transcripts = []
-        for row, length in zip(path, mask.sum(1).tolist()):
+        for row, length in zip(path, mask.sum(1).tolist(), strict=True):
             classes = torch.unique_consecutive(row[:length])
             transcripts.append(self.vocab_ids[classes[classes > 0] - 1].tolist())
         return transcripts
@@ -82,9 +85,10 @@ class AlignmentHead(nn.Module):
     def collapse(self, logits, tokens, mask, embedding_weight, residual):
         """One embedding per run of equal non-blank labels on the best path.
 
-        `logits` (B, T, V' + 1), `tokens` (B, T, D), `mask` (B, T). A run's embedding is the mean over its frames of the posterior
-        (renormalised without the blank) times the LLM's embeddings, plus `residual` (a module D -> D) of the mean adapter
-        state. Returns embeds (B, T, D) with each run at its first frame and zeros elsewhere, and keep (B, T) bool, True there.
+        `logits` (B, T, V' + 1), `tokens` (B, T, D), `mask` (B, T). A run's embedding is the mean over its frames of
+        the posterior (renormalised without the blank) times the LLM's embeddings, plus `residual` (a module D -> D)
+        of the mean adapter state. Returns embeds (B, T, D) with each run at its first frame and zeros elsewhere, and
+        keep (B, T) bool, True there.
         """
         batch, length, _ = tokens.shape
         path = logits.argmax(-1).masked_fill(~mask, 0)

@@ -1,9 +1,11 @@
 """Base components: finding them, checking that they fit, building a model of them, and checkpoints without them.
 
-A *slim* checkpoint keeps only what differs from its base components (adapter, alignment, readout, layer mix, LoRA, parts that were
-tuned in full, added embedding rows) and names the components by id and revision; loading reads both and misses nothing silently.
+A *slim* checkpoint keeps only what differs from its base components (adapter, alignment, readout, layer mix, LoRA,
+parts that were tuned in full, added embedding rows) and names the components by id and revision; loading reads both
+and misses nothing silently.
 """
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
@@ -36,8 +38,8 @@ def resolve_component(component, revision=None, weights=True):
     """Local folder of a base component.
 
     Looks, in this order, at: a local folder of that name; `$AUDIOPHI_COMPONENTS/<org>--<name>`;
-    `~/.cache/audiophi/components/<org>--<name>`; the Hub; the registered FALLBACKS. `weights=False` downloads only the small files.
-    Raises OSError that lists what was tried.
+    `~/.cache/audiophi/components/<org>--<name>`; the Hub; the registered FALLBACKS. `weights=False` downloads only
+    the small files. Raises OSError that lists what was tried.
     """
     if Path(component).is_dir():
         return str(component)
@@ -62,7 +64,8 @@ def resolve_component(component, revision=None, weights=True):
 
 
 def component_id(component):
-    """The name a checkpoint remembers: `<org>/<name>` also for a folder called `<org>--<name>`, else the absolute path."""
+    """The name a checkpoint remembers: `<org>/<name>` also for a folder called `<org>--<name>`, else the absolute
+    path."""
     if not Path(component).is_dir():
         return str(component)
     name = Path(component).resolve().name
@@ -74,24 +77,38 @@ def load_config(component, revision=None):
     return AutoConfig.from_pretrained(resolve_component(component, revision, weights=False))
 
 
+def feature_extractor_settings(folder):
+    """What a component says about its feature extractor, in either of transformers' two places; None if it says
+    nothing."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if Path(folder, name).is_file():
+            settings = json.loads(Path(folder, name).read_text())
+            settings = settings.get("feature_extractor", settings)
+            if "feature_extractor_type" in settings:
+                return settings
+    return None
+
+
 def check_components(audio, audio_config, text, text_config, revision=None):
     """ValueError naming the component that cannot be used and why; reads configs only."""
     encoder = encoder_class(audio_config)
     if text_config.__class__ not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"text component {text!r} ({text_config.model_type}) is not a causal language model")
     if text_config.is_encoder_decoder:
-        raise ValueError(f"text component {text!r} ({text_config.model_type}) is an encoder-decoder, not a causal language model")
-    preprocessor = Path(resolve_component(audio, revision, weights=False), "preprocessor_config.json")
-    if not preprocessor.is_file():
+        raise ValueError(
+            f"text component {text!r} ({text_config.model_type}) is an encoder-decoder, not a causal language model"
+        )
+    settings = feature_extractor_settings(resolve_component(audio, revision, weights=False))
+    if settings is None:
         raise ValueError(f"audio component {audio!r} has no preprocessor_config.json: its feature extractor is unknown")
-    settings = json.loads(preprocessor.read_text())
     rate = settings.get("sampling_rate", SAMPLING_RATE)
     if rate != SAMPLING_RATE:
         raise ValueError(f"audio component {audio!r} wants audio at {rate} Hz; AudioPhi works at {SAMPLING_RATE} Hz")
     bins = getattr(audio_config, "num_mel_bins", None)
     if bins is not None and encoder.feature_key == "input_features" and settings.get("feature_size", bins) != bins:
         raise ValueError(
-            f"audio component {audio!r}: feature extractor makes {settings['feature_size']} mel bins, the encoder takes {bins}"
+            f"audio component {audio!r}: feature extractor makes {settings['feature_size']} mel bins, "
+            f"the encoder takes {bins}"
         )
 
 
@@ -102,8 +119,8 @@ def check_context(config):
     seconds = config.window_frames / encoder_class(config.audio_config).feature_rate(config.audio_config)
     if context is not None and config.readout == "frames" and tokens >= context:
         raise ValueError(
-            f"one window of {seconds:.1f} s makes {tokens} audio tokens, but the language model's context is {context}: "
-            "raise the adapter's stack or lower window_frames"
+            f"one window of {seconds:.1f} s makes {tokens} audio tokens, but the language model's context is "
+            f"{context}: raise the adapter's stack or lower window_frames"
         )
 
 
@@ -116,6 +133,16 @@ def read_text_weights(path, dtype):
     state |= {f"lm_head.{key}": value for key, value in head.state_dict().items()}
     table = next(name for name, module in base.named_modules() if module is base.get_input_embeddings())
     return state, list(info["missing_keys"]), f"{TEXT_PREFIX}{table}.weight"
+
+
+def text_generation_config(path, text_config, audio_token_id):
+    """Greedy decoding with the LLM's own special tokens; the placeholder is never written."""
+    own = GenerationConfig.from_pretrained(path) if Path(path, "generation_config.json").is_file() else text_config
+    special = {name: getattr(own, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if special["pad_token_id"] is None:
+        end = special["eos_token_id"]
+        special["pad_token_id"] = end[0] if isinstance(end, list) else end
+    return GenerationConfig(**special, suppress_tokens=[audio_token_id])
 
 
 class ComponentsMixin:
@@ -143,10 +170,12 @@ class ComponentsMixin:
         Args:
             audio, text: Hub ids or local folders of an encoder and a causal LM.
             adapter: registry key, dict of `AudioPhiAdapterConfig` arguments, or such a config.
-            audio_token_id: the processor's placeholder id; None adds a row to the embedding table. An id beyond the table adds rows.
+            audio_token_id: the processor's placeholder id; None adds a row to the embedding table. An id beyond the
+                table adds rows.
             align_vocab_ids: LLM token ids of the alignment head; None builds none.
             lora: {"audio": {...}, "text": {...}} arguments of `peft.LoraConfig`.
-            dtype: of all weights. kwargs: further arguments of `from_pretrained` (device_map, attn_implementation, ...).
+            dtype: of all weights. kwargs: further arguments of `from_pretrained` (device_map, attn_implementation,
+                ...).
 
         Raises ValueError that names the part that does not fit, before any weights are loaded.
         """
@@ -160,6 +189,8 @@ class ComponentsMixin:
         rows = text_config.vocab_size
         if vocab_ids and not 0 <= vocab_ids[0] <= vocab_ids[-1] < rows:
             raise ValueError(f"align_vocab_ids must be token ids below {rows}, got {vocab_ids[0]} to {vocab_ids[-1]}")
+        # Sub-configs remember where they were read; a checkpoint must not carry this machine's paths.
+        audio_config.name_or_path, text_config.name_or_path = component_id(audio), component_id(text)
         audio_token_id = rows if audio_token_id is None else audio_token_id
         text_config.vocab_size = max(rows, audio_token_id + 1)
         config = AudioPhiConfig(
@@ -178,16 +209,21 @@ class ComponentsMixin:
             },
         )
         check_context(config)
+        with torch.device("meta"):
+            cls(config)  # what cannot be built says so now
         paths = {"audio": resolve_component(audio, audio_revision), "text": resolve_component(text, text_revision)}
         model = cls._assemble(config, paths, {}, dtype=dtype, **kwargs)
+        model.name_or_path = model.config.name_or_path = ""
         model.model.match_embeddings(vocab_ids)
+        model.generation_config = text_generation_config(paths["text"], text_config, audio_token_id)
         for part, arguments in (lora or {}).items():
             model.add_lora(part, arguments)
         return model
 
     @classmethod
     def _assemble(cls, config, paths, own, dtype, **kwargs):
-        """Load base weights from `paths` and a checkpoint's `own` tensors; an empty `own` leaves new parts at their initial values.
+        """Load base weights from `paths` and a checkpoint's `own` tensors; an empty `own` leaves new parts at their
+        initial values.
 
         Raises ValueError naming every key that is missing or left over.
         """
@@ -211,7 +247,8 @@ class ComponentsMixin:
         missing, unexpected = expected - state.keys() - new, state.keys() - expected
         if missing or unexpected:
             raise ValueError(
-                f"weights do not fit the model; missing: {sorted(missing) or 'none'}; unexpected: {sorted(unexpected) or 'none'}"
+                f"weights do not fit the model; missing: {sorted(missing) or 'none'}; "
+                f"unexpected: {sorted(unexpected) or 'none'}"
             )
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # new parts are meant to be missing
@@ -225,10 +262,14 @@ class ComponentsMixin:
         """As in transformers; a slim checkpoint also loads the base components that it names."""
         path = pretrained_model_name_or_path
         hub = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
-        if path is not None and config is None:
-            config = cls.config_class.from_pretrained(path, **hub)
-        if path is None or not config.slim:
+        if path is None:
             return super().from_pretrained(path, *args, config=config, **kwargs)
+        known = (
+            config if isinstance(config, PreTrainedConfig) else cls.config_class.from_pretrained(config or path, **hub)
+        )
+        if not known.slim:
+            return super().from_pretrained(path, *args, config=config, **kwargs)
+        config = copy.deepcopy(known)
         folder = path if Path(path).is_dir() else snapshot_download(path, **hub)
         own = read_safetensors(folder)
         paths = {part: resolve_component(base["id"], base["revision"]) for part, base in config.base_components.items()}
@@ -242,14 +283,17 @@ class ComponentsMixin:
             kwargs.pop(key, None)
         model = cls._assemble(config, paths, own, dtype=dtype or torch.float32, **kwargs)
         model.name_or_path = model.config.name_or_path = str(path)
-        model.adjust_generation_fn(None, False, None, folder, **hub)
+        model.generation_config = GenerationConfig.from_pretrained(folder)
         return (model, info) if with_info else model
 
     def save_pretrained(self, save_directory, *args, slim=None, state_dict=None, **kwargs):
-        """As in transformers. `slim` (default: whenever the base components are known) leaves frozen base weights out."""
+        """As in transformers. `slim` (default: whenever the base components are known) leaves frozen base weights
+        out."""
         slim = bool(self.config.base_components) if slim is None else slim
         if slim and not self.config.base_components:
-            raise ValueError("a slim checkpoint names its base components, but this model was not built from components")
+            raise ValueError(
+                "a slim checkpoint names its base components, but this model was not built from components"
+            )
         if slim:
             state_dict = self.slim_state_dict(state_dict)
         before, self.config.slim = self.config.slim, slim
@@ -271,7 +315,8 @@ class ComponentsMixin:
         return own
 
     def add_lora(self, part, arguments):
-        """Add LoRA to "audio" or "text" (arguments of `peft.LoraConfig`); remembered in the config, saved in slim checkpoints."""
+        """Add LoRA to "audio" or "text" (arguments of `peft.LoraConfig`); remembered in the config, saved in slim
+        checkpoints."""
         if self.config.lora.get(part) is not None:
             raise ValueError(f"the {part} part already has LoRA layers")
         inject_lora(self.model, part, arguments)
@@ -279,10 +324,13 @@ class ComponentsMixin:
         self._remember(part, "lora")
 
     def tune(self, part, how):
-        """Make "audio" or "text" trainable: "frozen", "lora" (its LoRA layers only) or "full" (everything but LoRA layers stays
-        as it is loaded; both if there are any). What was once tuned in full stays in slim checkpoints."""
+        """Make "audio" or "text" trainable: "frozen", "lora" (its LoRA layers only) or "full" (everything but LoRA
+        layers stays as it is loaded; both if there are any). What was once tuned in full stays in slim
+        checkpoints."""
         if part not in PARTS or how not in TUNED:
-            raise ValueError(f"tune({part!r}, {how!r}): part is one of {', '.join(PARTS)}, how one of {', '.join(TUNED)}")
+            raise ValueError(
+                f"tune({part!r}, {how!r}): part is one of {', '.join(PARTS)}, how one of {', '.join(TUNED)}"
+            )
         if how == "lora" and self.config.lora.get(part) is None:
             raise ValueError(f"the {part} part has no LoRA layers: add_lora first")
         modules = [getattr(self.model, PARTS[part])] + ([self.lm_head] if part == "text" else [])
@@ -310,7 +358,8 @@ def is_own_key(key, config):
 
 
 def add_rows(text_state, config, table, own):
-    """Lengthen the base LLM's tables to the config's vocabulary: rows of the checkpoint (taken out of `own`), else their mean."""
+    """Lengthen the base LLM's tables to the config's vocabulary: rows of the checkpoint (taken out of `own`), else
+    their mean."""
     missing = config.text_config.vocab_size - config.base_vocab_size
     names = {"added_input_rows": table, "added_output_rows": "lm_head.weight"}
     for added, name in names.items():

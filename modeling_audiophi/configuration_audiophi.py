@@ -60,7 +60,8 @@ class AudioPhiConfig(PreTrainedConfig):
         lm_head_bias: whether the LLM's output layer has a bias (Phi-2).
         slim: True in the config of a checkpoint that holds only what differs from its base components.
 
-    `audio_length_rule` (feature frames -> audio tokens, see `lengths_audiophi.py`) always follows from encoder and adapter.
+    `audio_length_rule` (feature frames -> audio tokens, see `lengths_audiophi.py`) always follows from encoder and
+    adapter.
     """
 
     model_type = "audiophi"
@@ -105,7 +106,8 @@ class AudioPhiConfig(PreTrainedConfig):
             raise ValueError("readout 'collapse' needs an alignment head: set align_vocab_size (align_vocab_ids)")
         if self.audio_token_id >= self.text_config.vocab_size:
             raise ValueError(
-                f"audio_token_id {self.audio_token_id} is outside the language model's {self.text_config.vocab_size} embeddings"
+                f"audio_token_id {self.audio_token_id} is outside the language model's "
+                f"{self.text_config.vocab_size} embeddings"
             )
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         self.base_components = self.base_components or {}

@@ -1,8 +1,8 @@
 """Speech encoders that transformers has under AutoModel: wav2vec 2.0, HuBERT, WavLM, data2vec, UniSpeech, w2v-BERT 2.0.
 
 Padding: where the architecture lets padding leak into real frames (group-normalised feature extractors, see
-https://arxiv.org/abs/2006.11477 base models; stacked positional convolutions; strided adapters) rows of different length are
-run apart, so that a clip's features never depend on its neighbours.
+https://arxiv.org/abs/2006.11477 base models; stacked positional convolutions; strided adapters) rows of different
+length are run apart, so that a clip's features never depend on its neighbours.
 """
 
 import torch
@@ -17,7 +17,8 @@ PADDING_SAFE = {"wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat", "wa
 
 
 class HFAudioEncoder(nn.Module):
-    """Waveform encoders: `input_values` (B, samples) at 16 kHz -> hidden states (B, T, hidden_size), about 50 per second."""
+    """Waveform encoders: `input_values` (B, samples) at 16 kHz -> hidden states (B, T, hidden_size), about 50 per
+    second."""
 
     feature_key = "input_values"
     time_axis = 1
@@ -25,14 +26,16 @@ class HFAudioEncoder(nn.Module):
     def __init__(self, config, layer="last"):
         super().__init__()
         if layer != "last" and getattr(config, "add_adapter", False):
-            raise ValueError("this encoder has its own adapter (add_adapter) after the last layer: encoder_layer must be 'last'")
+            raise ValueError(
+                "this encoder has its own adapter (add_adapter) after the last layer: encoder_layer must be 'last'"
+            )
         self.config = config
         self.model = AutoModel.from_config(config)
         self.layer_choice = LayerChoice(config.num_hidden_layers + 1, layer)
 
     @staticmethod
     def length_rule(config):
-        rule = [[kernel, stride, 0, 1] for kernel, stride in zip(config.conv_kernel, config.conv_stride)]
+        rule = [[kernel, stride, 0, 1] for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True)]
         if getattr(config, "add_adapter", False):
             rule += [[config.adapter_kernel_size, config.adapter_stride, 2, 1]] * config.num_adapter_layers
         return rule
@@ -103,7 +106,8 @@ class HFAudioEncoder(nn.Module):
 
 
 class HFFeatureEncoder(HFAudioEncoder):
-    """w2v-BERT 2.0: `input_features` (B, T, 160), two stacked 10 ms mel frames per row -> hidden states (B, T, hidden_size)."""
+    """w2v-BERT 2.0: `input_features` (B, T, 160), two stacked 10 ms mel frames per row -> hidden states (B, T,
+    hidden_size)."""
 
     feature_key = "input_features"
 

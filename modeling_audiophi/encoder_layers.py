@@ -7,8 +7,9 @@ from torch import nn
 class LayerChoice(nn.Module):
     """Last layer, one layer by index, or a learned softmax mix of all of them.
 
-    `layer`: "last" (the encoder's own output, after its final norm), an int (index into the hidden states: 0 is what enters
-    the first block, -1 the last), or "mix" (parameter `layer_weights`, one logit per hidden state, starting uniform).
+    `layer`: "last" (the encoder's own output, after its final norm), an int (index into the hidden states: 0 is what
+    enters the first block, -1 the last), or "mix" (parameter `layer_weights`, one logit per hidden state, starting
+    uniform).
     """
 
     def __init__(self, num_states, layer="last"):
@@ -32,5 +33,5 @@ class LayerChoice(nn.Module):
             return last
         if self.layer == "mix":
             weights = self.layer_weights.softmax(0).to(last.dtype)
-            return sum(weight * state for weight, state in zip(weights, hidden_states))
+            return sum(weight * state for weight, state in zip(weights, hidden_states, strict=True))
         return hidden_states[self.layer]

@@ -1,8 +1,8 @@
 """Whisper's encoder without the 30-second padding.
 
-Whisper's own class insists on 3000 mel frames. Here a clip costs what it is long: the convolutions run on the frames there
-are, the first T position embeddings are added, and padding is masked in attention (0.036 s against 0.31 s for a 5 s clip on two
-CPU cores with tiny.en). A clip's features do not depend on what it is batched with.
+Whisper's own class insists on 3000 mel frames. Here a clip costs what it is long: the convolutions run on the frames
+there are, the first T position embeddings are added, and padding is masked in attention (0.036 s against 0.31 s for a
+5 s clip on two CPU cores with tiny.en). A clip's features do not depend on what it is batched with.
 """
 
 import torch
@@ -62,8 +62,8 @@ class WhisperAudioEncoder(nn.Module):
         frames = max(1, int(lengths.max()))
         if frames > self.window_frames(self.config):
             raise ValueError(
-                f"a Whisper window holds {self.window_frames(self.config)} mel frames, got {frames}: cut long audio in windows "
-                "(the processor does, see window_frames)"
+                f"a Whisper window holds {self.window_frames(self.config)} mel frames, got {frames}: cut long audio "
+                "in windows (the processor does, see window_frames)"
             )
         # Padding must be zero wherever a convolution can see it, as beyond the end of an unpadded clip.
         mask = mask[:, :frames, None].transpose(1, 2)

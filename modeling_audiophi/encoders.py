@@ -1,8 +1,9 @@
 """Registry of audio encoders: transformers `model_type` of the audio config -> class. One small file per family.
 
-To add one: write `encoder_<name>.py` with a class that has the interface of `WhisperAudioEncoder` (feature_key, time_axis,
-length_rule, hidden_size, window_frames, feature_rate, read_base, forward) and add its line here; the relative import is also what makes the file
-ship to the Hub. A `model_type` that transformers does not know must be registered with AutoConfig by that file.
+To add one: write `encoder_<name>.py` with a class that has the interface of `WhisperAudioEncoder` (feature_key,
+    time_axis, length_rule, hidden_size, window_frames, feature_rate, read_base, forward) and add its line here; the
+    relative import is also what makes the file ship to the Hub. A `model_type` that transformers does not know must
+    be registered with AutoConfig by that file.
 """
 
 from .encoder_hf import HFAudioEncoder, HFFeatureEncoder

@@ -5,7 +5,7 @@ import copy
 import torch
 from transformers import GenerationMixin
 
-from .placeholders_audiophi import drop_unused_placeholders, repeat_audio
+from .placeholders_audiophi import check_context, check_placeholders, drop_unused_placeholders, repeat_audio
 
 AUDIO_INPUTS = (
     "input_features",
@@ -25,9 +25,9 @@ class AudioPhiGenerationMixin(GenerationMixin):
     def generate(self, inputs=None, generation_config=None, **kwargs):
         """`GenerationMixin.generate` with audio.
 
-        Takes the processor's outputs and everything `generate` takes. The audio is encoded once. With the "collapse" readout
-        unused placeholders are removed from the prompt while generating; the returned sequences start with the prompt as
-        given, and `max_length` / `min_length` count it so.
+        Takes the processor's outputs and everything `generate` takes. The audio is encoded once. With the "collapse"
+        readout unused placeholders are removed from the prompt while generating; the returned sequences start with
+        the prompt as given, and `max_length` / `min_length` count it so.
         """
         audio_inputs = {name: kwargs.pop(name) for name in AUDIO_INPUTS if name in kwargs}
         audio_inputs = {name: value for name, value in audio_inputs.items() if value is not None}
@@ -35,16 +35,19 @@ class AudioPhiGenerationMixin(GenerationMixin):
             return super().generate(inputs, generation_config, **kwargs)
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         if input_ids is None:
-            raise ValueError("generate with audio needs input_ids with the audio placeholders; the processor makes them")
-        self.model.check_context(input_ids, final=self.config.readout == "frames")
+            raise ValueError(
+                "generate with audio needs input_ids with the audio placeholders; the processor makes them"
+            )
+        if self.config.readout == "frames":
+            check_context(input_ids, self.config)
         audio = self.get_audio_features(**audio_inputs)
         embeds, keep = audio.pooler_output, audio.audio_keep
-        self.model.check_placeholders(input_ids, embeds)
+        check_placeholders(input_ids, embeds, self.config)
         prompt, attention_mask = input_ids, kwargs.pop("attention_mask", None)
         if keep is not None:
             compact = drop_unused_placeholders(prompt, attention_mask, self.config.audio_token_id, keep, "left")
             input_ids, attention_mask, embeds = compact.input_ids, compact.attention_mask, embeds[keep]
-            self.model.check_context(input_ids, final=True)
+            check_context(input_ids, self.config)
             generation_config, kwargs = self._shorten(generation_config, kwargs, prompt.shape[1] - input_ids.shape[1])
         output = super().generate(
             input_ids, generation_config, attention_mask=attention_mask, audio_embeds=embeds, **kwargs

@@ -1,8 +1,9 @@
 """How many tokens a stretch of audio makes, as data.
 
-A *length rule* is a list of steps `[kernel, stride, padding, multiply]` with `padding` the total of both sides; each step maps
-a length L to `max(0, (L + padding - kernel) // stride + 1) * multiply`. Every encoder and adapter states its rule, the model
-config stores their concatenation (feature frames -> audio tokens) and the processor copies it, so that both sides agree.
+A *length rule* is a list of steps `[kernel, stride, padding, multiply]` with `padding` the total of both sides; each
+step maps a length L to `max(0, (L + padding - kernel) // stride + 1) * multiply`. Every encoder and adapter states
+its rule, the model config stores their concatenation (feature frames -> audio tokens) and the processor copies it, so
+that both sides agree.
 """
 
 import torch
@@ -34,9 +35,9 @@ def length_mask(lengths, size=None):
 def join_windows(tokens, mask, num_windows=None):
     """Put the windows of a clip one after the other.
 
-    `tokens` (W, T, D) and `mask` (W, T) bool hold one row per encoder window, in clip order; `num_windows` (C,) says how many
-    rows each clip has (None: one each). Returns tokens (C, T', D) and mask (C, T') with each clip's valid tokens first.
-    Raises ValueError when the counts do not add up to W.
+    `tokens` (W, T, D) and `mask` (W, T) bool hold one row per encoder window, in clip order; `num_windows` (C,) says
+    how many rows each clip has (None: one each). Returns tokens (C, T', D) and mask (C, T') with each clip's valid
+    tokens first. Raises ValueError when the counts do not add up to W.
     """
     if num_windows is None:
         num_windows = torch.ones(len(tokens), dtype=torch.long, device=tokens.device)

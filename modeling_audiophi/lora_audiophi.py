@@ -1,4 +1,5 @@
-"""LoRA (https://arxiv.org/abs/2106.09685) inside the model, through peft: no wrapper, so names and `generate` stay the same."""
+"""LoRA (https://arxiv.org/abs/2106.09685) inside the model, through peft: no wrapper, so names and `generate` stay
+the same."""
 
 from transformers.utils import is_peft_available
 

@@ -2,18 +2,14 @@
 
     waveform -> features -> audio_tower -> multi_modal_projector -> readout -> language_model -> words
 
-Follows transformers' own audio language models: the processor expands the placeholder, the model checks the count and fills
-in the audio with `masked_scatter`.
+Follows transformers' own audio language models: the processor expands the placeholder, the model checks the count and
+fills in the audio with `masked_scatter`.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
 
 from .adapters import adapter_class
 from .alignment_audiophi import AlignmentHead, CollapseReadout, FramesReadout
@@ -23,54 +19,12 @@ from .encoders import encoder_class
 from .generation_audiophi import AudioPhiGenerationMixin
 from .lengths_audiophi import join_windows
 from .lora_audiophi import inject_lora
-from .placeholders_audiophi import drop_unused_placeholders, padding_side_of
+from .outputs_audiophi import AudioPhiAudioOutput, AudioPhiModelOutput, AudioPhiOutput
+from .placeholders_audiophi import check_context, check_placeholders, drop_unused_placeholders, padding_side_of
 
-# Windows that go through the encoder at a time, in units of the longest window (30 s): bounds the memory of an hour of audio.
+# Windows that go through the encoder at a time, in units of the longest window (30 s): bounds the memory of an hour
+# of audio.
 WINDOWS_AT_A_TIME = 16
-
-
-@dataclass
-class AudioPhiAudioOutput(ModelOutput):
-    """Audio as the language model gets it.
-
-    last_hidden_state: encoder states (windows, T, encoder size). pooler_output: audio tokens of all clips (N, LLM size), one per
-    placeholder. audio_keep: (N,) bool, which of them the collapse keeps (None: all). tokens, tokens_mask: adapter outputs per clip
-    (C, T', LLM size), (C, T'). align_logits: (C, T', align_vocab_size + 1) float32, None when nothing asked for them.
-    """
-
-    last_hidden_state: torch.Tensor | None = None
-    pooler_output: torch.Tensor | None = None
-    audio_keep: torch.Tensor | None = None
-    tokens: torch.Tensor | None = None
-    tokens_mask: torch.Tensor | None = None
-    align_logits: torch.Tensor | None = None
-
-
-@dataclass
-class AudioPhiModelOutput(BaseModelOutputWithPast):
-    """Language model output; hidden states have the caller's (B, L) shape. `audio` is an `AudioPhiAudioOutput` or None."""
-
-    audio: AudioPhiAudioOutput | None = None
-
-
-@dataclass
-class AudioPhiOutput(ModelOutput):
-    """Losses (scalars) and predictions of `AudioPhiForConditionalGeneration`.
-
-    loss = lm_loss + align_loss_weight * align_loss, whichever were asked for; align_skipped counts clips whose transcript is longer
-    than their audio tokens. logits (B, L, vocabulary) is None with labels unless `return_logits=True`.
-    """
-
-    loss: torch.Tensor | None = None
-    lm_loss: torch.Tensor | None = None
-    align_loss: torch.Tensor | None = None
-    align_skipped: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple | None = None
-    attentions: tuple | None = None
-    align_logits: torch.Tensor | None = None
-    audio_keep: torch.Tensor | None = None
 
 
 class AudioPhiPreTrainedModel(PreTrainedModel):
@@ -123,7 +77,8 @@ class AudioPhiModel(AudioPhiPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def train(self, mode=True):
-        """A frozen encoder stays in eval mode: its dropout and masking would make cached features differ from live ones."""
+        """A frozen encoder stays in eval mode: its dropout and masking would make cached features differ from live
+        ones."""
         super().train(mode)
         if mode and not any(parameter.requires_grad for parameter in self.audio_tower.parameters()):
             self.audio_tower.eval()
@@ -131,7 +86,8 @@ class AudioPhiModel(AudioPhiPreTrainedModel):
 
     @torch.no_grad()
     def match_embeddings(self, align_vocab_ids=None):
-        """Fit new parts to the loaded LLM: the alignment vocabulary, and the gain of the frames readout to the table's RMS."""
+        """Fit new parts to the loaded LLM: the alignment vocabulary, and the gain of the frames readout to the
+        table's RMS."""
         if align_vocab_ids is not None:
             self.alignment.vocab_ids.copy_(torch.as_tensor(align_vocab_ids))
         if self.config.readout == "frames":
@@ -147,7 +103,7 @@ class AudioPhiModel(AudioPhiPreTrainedModel):
         if mask is None:
             mask = features.new_ones(len(features), features.shape[time_axis])
         rows = max(1, WINDOWS_AT_A_TIME * self.config.window_frames // max(1, features.shape[time_axis]))
-        parts = [self.audio_tower(f, m) for f, m in zip(features.split(rows), mask.bool().split(rows))]
+        parts = [self.audio_tower(f, m) for f, m in zip(features.split(rows), mask.bool().split(rows), strict=True)]
         if len(parts) == 1:
             return parts[0]
         size = max(hidden.shape[1] for hidden, _ in parts)
@@ -170,9 +126,9 @@ class AudioPhiModel(AudioPhiPreTrainedModel):
     ):
         """Audio to tokens. One row per encoder window, in prompt order.
 
-        Takes features of the encoder's kind, or `audio_hidden_states` (W, T, encoder size) with `audio_hidden_mask` (W, T): cached
-        outputs of the (frozen) encoder. `audio_num_windows` (C,): windows per clip. Returns `AudioPhiAudioOutput`; raises
-        ValueError for features of the wrong kind.
+        Takes features of the encoder's kind, or `audio_hidden_states` (W, T, encoder size) with `audio_hidden_mask`
+        (W, T): cached outputs of the (frozen) encoder. `audio_num_windows` (C,): windows per clip. Returns
+        `AudioPhiAudioOutput`; raises ValueError for features of the wrong kind.
         """
         if audio_hidden_states is not None:
             hidden, mask = audio_hidden_states, audio_hidden_mask
@@ -203,27 +159,6 @@ class AudioPhiModel(AudioPhiPreTrainedModel):
             output.pooler_output = self.readout(tokens)[tokens_mask]
         return output
 
-    def check_placeholders(self, input_ids, audio_embeds):
-        """ValueError unless there is one audio token per placeholder; returns the (B, L) bool mask of placeholders."""
-        placeholders = input_ids == self.config.audio_token_id
-        wanted, given = int(placeholders.sum()), 0 if audio_embeds is None else len(audio_embeds)
-        if wanted != given:
-            raise ValueError(f"the prompt has {wanted} audio placeholders, but the audio makes {given} tokens")
-        return placeholders
-
-    def check_context(self, input_ids, final):
-        """ValueError when a prompt is longer than the language model's context; `final`: nothing will be removed from it."""
-        context = getattr(self.config.text_config, "max_position_embeddings", None)
-        if context is None or not final or input_ids.shape[1] <= context:
-            return
-        audio = int((input_ids == self.config.audio_token_id).sum(1).max())
-        rate = self.config.audio_tokens_per_second
-        seconds = f"about {audio / rate:.0f} s" if self.config.readout == "frames" else "after the collapse"
-        raise ValueError(
-            f"the prompt has {input_ids.shape[1]} tokens, {audio} of them audio ({seconds}), but the language model's context is "
-            f"{context}: shorten the audio, or use an adapter with fewer tokens per second (now {rate:.1f})"
-        )
-
     def forward(
         self,
         input_ids=None,
@@ -252,7 +187,8 @@ class AudioPhiModel(AudioPhiPreTrainedModel):
         if any(value is not None for value in (input_features, input_values, audio_hidden_states)):
             if input_ids is None:
                 raise ValueError("audio inputs need input_ids with the audio placeholders")
-            self.check_context(input_ids, final=self.config.readout == "frames")
+            if self.config.readout == "frames":
+                check_context(input_ids, self.config)
             audio = self.get_audio_features(
                 input_features,
                 input_features_mask,
@@ -267,7 +203,7 @@ class AudioPhiModel(AudioPhiPreTrainedModel):
         latest = None
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         if input_ids is not None and (audio_embeds is not None or not past_length):
-            self.check_placeholders(input_ids, audio_embeds)
+            check_placeholders(input_ids, audio_embeds, self.config)
         if audio_keep is not None:
             side = padding_side_of(attention_mask)
             compact = drop_unused_placeholders(
@@ -275,7 +211,7 @@ class AudioPhiModel(AudioPhiPreTrainedModel):
             )
             input_ids, attention_mask, latest = compact.input_ids, compact.attention_mask, compact.latest
             audio_embeds, position_ids = audio_embeds[audio_keep], None
-            self.check_context(input_ids, final=True)
+            check_context(input_ids, self.config)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if audio_embeds is not None:
@@ -384,10 +320,11 @@ class AudioPhiForConditionalGeneration(ComponentsMixin, AudioPhiPreTrainedModel,
     ):
         """Losses and logits.
 
-        `labels` (B, L) with -100 where nothing is to be predicted: the head runs at labelled positions only, and logits are not
-        returned unless `return_logits=True`. `align_labels` (C, S): LLM token ids of each clip's transcript, -100 padded; without
-        input_ids the language model is not run at all. `num_items_in_batch` (labelled tokens) and `align_items_in_batch`
-        (clips) divide the summed losses under gradient accumulation. Returns `AudioPhiOutput`.
+        `labels` (B, L) with -100 where nothing is to be predicted: the head runs at labelled positions only, and
+        logits are not returned unless `return_logits=True`. `align_labels` (C, S): LLM token ids of each clip's
+        transcript, -100 padded; without input_ids the language model is not run at all. `num_items_in_batch`
+        (labelled tokens) and `align_items_in_batch` (clips) divide the summed losses under gradient accumulation.
+        Returns `AudioPhiOutput`.
         """
         audio_inputs = {
             "input_features": input_features,

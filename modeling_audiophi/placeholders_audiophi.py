@@ -1,8 +1,10 @@
-"""Placeholders in the prompt that the collapse has no token for are removed before the language model runs.
+"""Placeholders in the prompt: as many as there is audio, no more than the context holds, none that stays empty.
 
-The processor must put as many placeholders as there are audio tokens; how many survive the collapse is known only after the
-encoder has run. Removing the rest physically (rather than masking) saves the LLM the work and keeps positions contiguous, so
-the result does not depend on batching or padding side.
+Placeholders that the collapse has no token for are removed before the language model runs.
+
+The processor must put as many placeholders as there are audio tokens; how many survive the collapse is known only
+after the encoder has run. Removing the rest physically (rather than masking) saves the LLM the work and keeps
+positions contiguous, so the result does not depend on batching or padding side.
 """
 
 from dataclasses import dataclass
@@ -10,12 +12,34 @@ from dataclasses import dataclass
 import torch
 
 
+def check_placeholders(input_ids, audio_embeds, config):
+    """ValueError unless `input_ids` (B, L) have one placeholder per audio token in `audio_embeds` (N, D) or None."""
+    wanted = int((input_ids == config.audio_token_id).sum())
+    given = 0 if audio_embeds is None else len(audio_embeds)
+    if wanted != given:
+        raise ValueError(f"the prompt has {wanted} audio placeholders, but the audio makes {given} tokens")
+
+
+def check_context(input_ids, config):
+    """ValueError when a prompt that will go to the language model like this is longer than its context."""
+    context = getattr(config.text_config, "max_position_embeddings", None)
+    if context is None or input_ids.shape[1] <= context:
+        return
+    audio, rate = int((input_ids == config.audio_token_id).sum(1).max()), config.audio_tokens_per_second
+    seconds = f"about {audio / rate:.0f} s" if config.readout == "frames" else "after the collapse"
+    raise ValueError(
+        f"the prompt has {input_ids.shape[1]} tokens, {audio} of them audio ({seconds}), but the language model's "
+        f"context is {context}: shorten the audio, or use an adapter with fewer tokens per second (now {rate:.1f})"
+    )
+
+
 @dataclass
 class CompactPrompt:
     """A batch without its unused placeholders (and without padding that no row needs any more).
 
-    `input_ids` (B, L'), `attention_mask` (B, L'); `source` (B, L') is the original column of every position (0 for padding), `latest`
-    (B, L) the compact column of every original position, for a removed one that of the last position before it.
+    `input_ids` (B, L'), `attention_mask` (B, L'); `source` (B, L') is the original column of every position (0 for
+    padding), `latest` (B, L) the compact column of every original position, for a removed one that of the last
+    position before it.
     """
 
     input_ids: torch.Tensor
@@ -27,8 +51,8 @@ class CompactPrompt:
 def drop_unused_placeholders(input_ids, attention_mask, audio_token_id, keep, padding_side):
     """Remove the placeholders for which `keep` is False and pad again.
 
-    `input_ids` (B, L), `attention_mask` (B, L) or None, `keep` (N,) bool with one entry per placeholder in row-major order,
-    `padding_side` "left" or "right". Returns a `CompactPrompt`. Padding ids are 0 and never attended to.
+    `input_ids` (B, L), `attention_mask` (B, L) or None, `keep` (N,) bool with one entry per placeholder in row-major
+    order, `padding_side` "left" or "right". Returns a `CompactPrompt`. Padding ids are 0 and never attended to.
     """
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
@@ -49,7 +73,7 @@ def drop_unused_placeholders(input_ids, attention_mask, audio_token_id, keep, pa
 
 
 def padding_side_of(attention_mask):
-    """"left" if a row starts with padding, else "right"."""
+    """ "left" if a row starts with padding, else "right"."""
     return "left" if attention_mask is not None and bool((attention_mask[:, 0] == 0).any()) else "right"
 
 

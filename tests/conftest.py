@@ -39,7 +39,8 @@ CORPUS = [
 ]
 # ChatML as SmolLM2 has it, without its default system prompt.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -187,14 +188,23 @@ def tiny_w2v_bert_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def make_tiny_model(tiny_whisper_dir, tiny_llm_dir):
-    """Factory: make_tiny_model(adapter=..., readout=..., align=True, audio=folder, **from_components arguments) -> (model, processor)."""
+    """Factory: make_tiny_model(adapter=..., readout=..., align=True, audio=folder, **from_components arguments) ->
+    (model, processor)."""
 
     def make(adapter="conv_mlp", readout="frames", align=True, audio=None, seed=0, **kwargs):
         from processing import AudioPhiProcessor
 
         audio = audio or tiny_whisper_dir
         processor = AudioPhiProcessor.from_components(audio, tiny_llm_dir)
-        sizes = {"stack": 4, "hidden_size": 32, "kernel_size": 3, "num_layers": 1, "num_heads": 4, "window": 8, "queries": 2}
+        sizes = {
+            "stack": 4,
+            "hidden_size": 32,
+            "kernel_size": 3,
+            "num_layers": 1,
+            "num_heads": 4,
+            "window": 8,
+            "queries": 2,
+        }
         adapter = {"type": adapter} if isinstance(adapter, str) else adapter
         torch.manual_seed(seed)
         model = AudioPhiForConditionalGeneration.from_components(

@@ -161,6 +161,20 @@ def test_max_length_counts_the_prompt_as_given(make_tiny_model, waveform, as_con
     assert out.shape[1] == total
 
 
+@pytest.mark.parametrize("readout", READOUTS)
+def test_second_turn_on_a_cache_equals_one_without(make_tiny_model, waveform, readout):
+    """The cache of the first turn holds its audio: only the new clip's tokens go in."""
+    model, processor = make_tiny_model(readout=readout)
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    first, second = prompts(processor, [[waveform(0.7)]]), prompts(processor, [[waveform(0.5, 1)]])
+    turn = model.generate(**first, **settings, return_dict_in_generate=True)
+    text = torch.cat([turn.sequences, second["input_ids"]], dim=1)
+    both = prompts(processor, [[waveform(0.7), waveform(0.5, 1)]])
+    inputs = {**both, "input_ids": text, "attention_mask": torch.ones_like(text)}
+    expected = model.generate(**inputs, **settings)
+    assert torch.equal(model.generate(**inputs, **settings, past_key_values=turn.past_key_values), expected)
+
+
 def test_text_only(make_tiny_model):
     model, processor = make_tiny_model()
     inputs = processor.apply_chat_template(
@@ -252,7 +266,7 @@ def test_cached_encoder_states_equal_live_audio(make_tiny_model, waveform, reado
 def labelled(processor, inputs):
     """Labels on the last 6 real positions of each row."""
     labels = inputs["input_ids"].clone()
-    for row, mask in zip(labels, inputs["attention_mask"].bool()):
+    for row, mask in zip(labels, inputs["attention_mask"].bool(), strict=True):
         row[mask.nonzero()[:-6, 0]] = -100
         row[~mask] = -100
     assert not (labels == processor.audio_token_id).any()
@@ -359,12 +373,52 @@ def test_a_few_steps_of_align_learn_a_clip(make_tiny_model, waveform):
     assert model.transcribe_alignment(**inputs) == targets
 
 
+def test_accumulated_gradients_equal_those_of_the_whole_batch(make_tiny_model, waveform):
+    clips = [[waveform(1.0)], [waveform(0.6, 1)], [waveform(0.8, 2)]]
+    targets = torch.tensor([[20, 21], [30, -100], [40, 41]])
+    gradients = []
+    for parts in ([clips], [clips[:2], clips[2:]]):
+        model, processor = make_tiny_model()
+        done = 0
+        for part in parts:
+            inputs = prompts(processor, part, "right")
+            labels = labelled(processor, inputs)
+            if not done:
+                labels[0, :-4] = -100  # rows with different numbers of labels
+            model(
+                **inputs,
+                labels=labels,
+                align_labels=targets[done : done + len(part)],
+                num_items_in_batch=16,
+                align_items_in_batch=3,
+            ).loss.backward()
+            done += len(part)
+        gradients.append(model.model.multi_modal_projector.proj_in.weight.grad)
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-4 * gradients[0].abs().max().item())
+
+
+def test_gradient_checkpointing_changes_nothing(make_tiny_model, waveform):
+    model, processor = make_tiny_model(adapter={"type": "conv_mlp", "dropout": 0.0})
+    inputs = prompts(processor, [[waveform(1.0)]])
+    labels = labelled(processor, inputs)
+    gradients = []
+    model.train()
+    for _ in range(2):
+        model.zero_grad()
+        model(**inputs, labels=labels).loss.backward()
+        gradients.append(model.model.audio_tower.encoder.conv1.weight.grad.clone())
+        model.activation_checkpointing_enable()
+    assert gradients[0].abs().max() > 0 and torch.allclose(*gradients, atol=1e-6)
+
+
 def test_frames_start_at_the_size_of_embeddings(make_tiny_model, waveform):
     model, processor = make_tiny_model()
     table = model.get_input_embeddings().weight
     with torch.no_grad():
         tokens = model.get_audio_features(**audio_only(prompts(processor, [[waveform(1.0)]]))).pooler_output
-    assert tokens.norm(dim=-1).mean().item() == pytest.approx(table.norm(dim=-1).square().mean().sqrt().item(), rel=0.05)
+    assert tokens.norm(dim=-1).mean().item() == pytest.approx(
+        table.norm(dim=-1).square().mean().sqrt().item(), rel=0.05
+    )
 
 
 def test_hidden_states_and_attention_implementations(make_tiny_model, waveform):

@@ -1,0 +1,54 @@
+"""What the model's methods return."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
+
+
+@dataclass
+class AudioPhiAudioOutput(ModelOutput):
+    """Audio as the language model gets it.
+
+    last_hidden_state: encoder states (windows, T, encoder size). pooler_output: audio tokens of all clips (N, LLM
+        size), one per placeholder. audio_keep: (N,) bool, which of them the collapse keeps (None: all). tokens,
+        tokens_mask: adapter outputs per clip (C, T', LLM size), (C, T'). align_logits: (C, T', align_vocab_size + 1)
+        float32, None when nothing asked for them.
+    """
+
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+    audio_keep: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
+    tokens_mask: torch.Tensor | None = None
+    align_logits: torch.Tensor | None = None
+
+
+@dataclass
+class AudioPhiModelOutput(BaseModelOutputWithPast):
+    """Language model output; hidden states have the caller's (B, L) shape. `audio` is an `AudioPhiAudioOutput` or
+    None."""
+
+    audio: AudioPhiAudioOutput | None = None
+
+
+@dataclass
+class AudioPhiOutput(ModelOutput):
+    """Losses (scalars) and predictions of `AudioPhiForConditionalGeneration`.
+
+    loss = lm_loss + align_loss_weight * align_loss, whichever were asked for; align_skipped counts clips whose
+    transcript is longer than their audio tokens. logits (B, L, vocabulary) is None with labels unless
+    `return_logits=True`.
+    """
+
+    loss: torch.Tensor | None = None
+    lm_loss: torch.Tensor | None = None
+    align_loss: torch.Tensor | None = None
+    align_skipped: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple | None = None
+    attentions: tuple | None = None
+    align_logits: torch.Tensor | None = None
+    audio_keep: torch.Tensor | None = None
