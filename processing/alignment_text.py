@@ -26,7 +26,7 @@ def normalise_transcript(text: str, case: str = "lower") -> str:
         raise ValueError(f"text case {case!r} is not one of {', '.join(CASES)}.")
     if case == "lower":
         text = unicodedata.normalize("NFC", text).lower().replace("’", "'")
-        text = "".join(c if c.isalnum() or c == "'" or unicodedata.combining(c) else " " for c in text)
+        text = "".join(c if unicodedata.category(c)[0] in "LMN" or c == "'" else " " for c in text)
     return " ".join(text.split())
 
 

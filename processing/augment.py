@@ -23,7 +23,7 @@ class Augment:
         time_width: their largest length in frames; never more than a fifth of the clip.
         feature_masks: masked bands of neighbouring features; for spectrograms.
         feature_width: their largest width in features.
-        feature_prob: probability that a feature is masked over the whole clip; for encoder states (they have no bands).
+        feature_dropout: probability that a feature is masked over the whole clip; for encoder states, without bands.
         noise: standard deviation of the noise, in standard deviations of each frame, so that it is also the noise's
             size after the adapter's LayerNorm.
         seed: of the run.
@@ -33,7 +33,7 @@ class Augment:
     time_width: int = 15
     feature_masks: int = 0
     feature_width: int = 20
-    feature_prob: float = 0.0
+    feature_dropout: float = 0.0
     noise: float = 0.0
     seed: int = 0
 
@@ -55,8 +55,8 @@ class Augment:
         for _ in range(self.feature_masks):
             start, stop = _span(size, min(self.feature_width, size), generator)
             features[:, start:stop] = fill[start:stop]
-        if self.feature_prob > 0:
-            features = torch.where(torch.rand(size, generator=generator) < self.feature_prob, fill, features)
+        if self.feature_dropout > 0:
+            features = torch.where(torch.rand(size, generator=generator) < self.feature_dropout, fill, features)
         return features
 
 

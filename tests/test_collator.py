@@ -1,0 +1,212 @@
+"""AudioPhiCollator: what the model is trained on, checked on token ids."""
+
+import pytest
+import torch
+
+from processing import AlignmentTokenizer, AudioPhiCollator, Augment
+
+RATE = 16_000
+STACK = [[4, 4, 3, 1]]
+
+
+@pytest.fixture(scope="module")
+def model_and_processor(make_tiny_model):
+    return make_tiny_model()
+
+
+@pytest.fixture(scope="module")
+def processor(model_and_processor):
+    return model_and_processor[1]
+
+
+@pytest.fixture(scope="module")
+def align_tokenizer(processor):
+    return AlignmentTokenizer(processor.tokenizer, merges=5)
+
+
+@pytest.fixture
+def examples(waveform):
+    return [
+        {"audio": (waveform(1.0), RATE), "text": "The QUICK, brown fox!", "id": "a"},
+        {"audio": (waveform(2.6, 1), RATE), "text": "no", "id": "b", "instruction": "Write down what you hear."},
+    ]
+
+
+def cached(frames, text="no", size=6, **extra):
+    states = torch.randn(frames, size, generator=torch.Generator().manual_seed(frames))
+    return {"audio_hidden_states": states, "text": text, **extra}
+
+
+def test_labels_are_the_normalised_text_and_the_end_token_and_nothing_else(processor, examples):
+    batch = AudioPhiCollator(processor, "lm")(examples)
+    end = processor.end_token_id
+    for ids, labels, text in zip(batch["input_ids"], batch["labels"], ["the quick brown fox", "no"], strict=True):
+        kept = labels != -100
+        assert labels[kept].tolist() == [*processor.tokenizer(text)["input_ids"], end]
+        assert torch.equal(labels[kept], ids[kept])
+        assert processor.audio_token_id not in labels
+
+
+def test_padding_is_not_a_label_although_it_has_the_end_tokens_id(processor, examples):
+    assert processor.tokenizer.pad_token_id == processor.end_token_id
+    batch = AudioPhiCollator(processor, "lm")(examples)
+    padding = batch["attention_mask"] == 0
+    assert padding.any() and (batch["labels"][padding] == -100).all()
+    assert ((batch["labels"] == processor.end_token_id).sum(1) == 1).all()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_side_changes_no_content(processor, examples, side):
+    batch = AudioPhiCollator(processor, "lm", padding_side=side)(examples)
+    for row, example in enumerate(examples):
+        alone = AudioPhiCollator(processor, "lm")([example])
+        real = batch["attention_mask"][row].bool()
+        assert real[-1 if side == "left" else 0]
+        assert torch.equal(batch["input_ids"][row][real], alone["input_ids"][0])
+        assert torch.equal(batch["labels"][row][real], alone["labels"][0])
+
+
+def test_training_prompt_equals_the_inference_prompt(processor, examples):
+    training = AudioPhiCollator(processor, "lm")(examples[:1])
+    content = [{"type": "audio", "audio": examples[0]["audio"]}, {"type": "text", "text": "Transcribe the speech."}]
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, add_generation_prompt=True
+    )
+    length = prompt["input_ids"].shape[1]
+    assert torch.equal(training["input_ids"][:, :length], prompt["input_ids"])
+    assert (training["labels"][:, :length] == -100).all() and (training["labels"][:, length:] != -100).sum() > 1
+    assert torch.equal(training["input_features"], prompt["input_features"])
+
+
+def test_alignment_batches_have_targets_and_no_prompt(processor, align_tokenizer, examples):
+    batch = AudioPhiCollator(processor, "align", align_tokenizer)(examples)
+    assert set(batch) == {"input_features", "input_features_mask", "audio_num_windows", "align_labels"}
+    assert batch["audio_num_windows"].tolist() == [1, 2]
+    for row, text in enumerate(["the quick brown fox", "no"]):
+        targets = batch["align_labels"][row]
+        assert targets[targets != -100].tolist() == align_tokenizer.encode(text)
+        assert align_tokenizer.decode(targets[targets != -100].tolist()) == text
+
+
+def test_both_is_the_two_together(processor, align_tokenizer, examples):
+    both, align, lm = (AudioPhiCollator(processor, mode, align_tokenizer)(examples) for mode in ("both", "align", "lm"))
+    assert set(both) == set(align) | set(lm)
+    assert all(torch.equal(both[name], value) for name, value in {**lm, **align}.items())
+
+
+def test_keep_leaves_the_text_as_written(processor, examples):
+    batch = AudioPhiCollator(processor, "lm", text_case="keep")(examples)
+    assert (
+        processor.tokenizer.decode(batch["labels"][0][batch["labels"][0] != -100]) == "The QUICK, brown fox!<|im_end|>"
+    )
+
+
+@pytest.mark.parametrize("mode", ["align", "lm", "both"])
+def test_the_model_takes_every_kind_of_batch(model_and_processor, examples, mode):
+    model, processor = model_and_processor
+    # The tiny model's head covers the tokens 10 to 309, of which a few merges use some.
+    collate = AudioPhiCollator(processor, mode, AlignmentTokenizer(processor.tokenizer, merges=0))
+    loss = model(**collate(examples)).loss
+    assert torch.isfinite(loss) and loss > 0
+
+
+@pytest.mark.parametrize("mode", ["align", "lm", "both"])
+def test_cached_encoder_outputs_give_the_same_loss_as_audio(model_and_processor, examples, mode):
+    model, processor = model_and_processor
+    options = {"align_tokenizer": AlignmentTokenizer(processor.tokenizer, merges=0), "adapter_length_rule": STACK}
+    collate = AudioPhiCollator(processor, mode, **options)
+    live = collate(examples)
+    with torch.no_grad():
+        hidden, mask = model.model.encode(live["input_features"], live["input_features_mask"])
+        windows = [states[real] for states, real in zip(hidden, mask, strict=True)]
+        stored = [
+            {**examples[0], "audio_hidden_states": windows[0]},
+            {**examples[1], "audio_hidden_states": windows[1:]},
+        ]
+        batch = collate(stored)
+        assert "input_features" not in batch and batch["audio_num_windows"].tolist() == [1, 2]
+        if mode != "align":
+            assert torch.equal(batch["input_ids"], live["input_ids"])
+        torch.testing.assert_close(model(**batch).loss, model(**live).loss, atol=1e-5, rtol=1e-5)
+
+
+def test_features_made_beforehand_equal_audio(processor, examples):
+    collate = AudioPhiCollator(processor, "lm")
+    ready = [
+        {**processor.encode_audio(e["audio"]), "text": e["text"], "instruction": e.get("instruction")} for e in examples
+    ]
+    from_audio, from_features = collate(examples), collate(ready)
+    assert all(torch.equal(from_audio[name], from_features[name]) for name in from_audio)
+
+
+def test_cached_states_are_counted_per_window(processor):
+    collate = AudioPhiCollator(processor, "lm", adapter_length_rule=STACK)
+    batch = collate([cached(5), {**cached(5), "audio_hidden_states": [torch.zeros(5, 6), torch.zeros(1, 6)]}])
+    assert (batch["input_ids"] == processor.audio_token_id).sum(1).tolist() == [2, 3]
+    assert batch["audio_hidden_mask"].sum(1).tolist() == [5, 5, 1]
+    given = AudioPhiCollator(processor, "lm")([cached(5, num_audio_tokens=7)])
+    assert (given["input_ids"] == processor.audio_token_id).sum() == 7
+
+
+class TestAugmentation:
+    def batch(self, processor, examples, seed=0):
+        collate = AudioPhiCollator(
+            processor, "lm", adapter_length_rule=STACK, augment=Augment(noise=0.5, time_masks=2, seed=seed)
+        )
+        return collate(examples)
+
+    def test_is_the_same_whatever_the_batch_and_order(self, processor):
+        examples = [cached(40, id=1, epoch=3), cached(60, id=2, epoch=3)]
+        states = self.batch(processor, examples)["audio_hidden_states"]
+        swapped = self.batch(processor, examples[::-1])["audio_hidden_states"]
+        alone = self.batch(processor, examples[:1])["audio_hidden_states"]
+        assert torch.equal(states[0], swapped[1]) and torch.equal(states[0, :40], alone[0])
+        assert (states[0, 40:] == 0).all()
+        assert not torch.equal(states[0, :40], examples[0]["audio_hidden_states"])
+
+    @pytest.mark.parametrize("change", [{"epoch": 4}, {"id": 2}])
+    def test_differs_by_epoch_and_example(self, processor, change):
+        first = self.batch(processor, [cached(40, id=1, epoch=3)])["audio_hidden_states"]
+        other = self.batch(processor, [{**cached(40, id=1, epoch=3), **change}])["audio_hidden_states"]
+        assert not torch.equal(first, other)
+
+    def test_differs_by_seed_and_between_windows(self, processor):
+        example = {**cached(40, id=1), "audio_hidden_states": [torch.ones(8, 6).cumsum(1)] * 2}
+        states = self.batch(processor, [example])["audio_hidden_states"]
+        assert not torch.equal(states[0], states[1])
+        assert not torch.equal(states, self.batch(processor, [example], seed=1)["audio_hidden_states"])
+
+    def test_leaves_the_examples_and_the_padding_alone(self, processor, examples):
+        ready = [{**processor.encode_audio(e["audio"]), "text": e["text"], "id": e["id"]} for e in examples]
+        before = ready[1]["input_features"].clone()
+        batch = self.batch(processor, ready)
+        assert torch.equal(ready[1]["input_features"], before)
+        features, mask = batch["input_features"].transpose(1, 2), batch["input_features_mask"]
+        assert (features[~mask] == 0).all() and (~mask).any()
+        plain = AudioPhiCollator(processor, "lm")(ready)
+        assert not torch.equal(batch["input_features"], plain["input_features"])
+        assert torch.equal(batch["input_ids"], plain["input_ids"])
+
+
+@pytest.mark.parametrize(
+    "options, example, message",
+    [
+        ({"mode": "ctc"}, None, "mode 'ctc' is not one of align, lm, both"),
+        ({"mode": "align"}, None, "needs align_tokenizer"),
+        ({"mode": "lm"}, {"text": "a", "id": "x7"}, "example x7 has neither audio, features nor cached states"),
+        ({"mode": "lm"}, {"text": "a", "audio_hidden_states": torch.zeros(4, 2)}, "need adapter_length_rule"),
+        (
+            {"mode": "lm", "text_case": "UPPER"},
+            {"text": "a", "audio_hidden_states": torch.zeros(4, 2), "num_audio_tokens": 1},
+            "text case 'UPPER'",
+        ),
+    ],
+)
+def test_mistakes_are_named(processor, options, example, message):
+    with pytest.raises(ValueError, match=message):
+        AudioPhiCollator(processor, **options)([example])
+
+
+def test_mixed_kinds_of_clips_in_a_batch_are_refused(processor, examples):
+    with pytest.raises(ValueError, match="clips of one batch"):
+        AudioPhiCollator(processor, "lm", adapter_length_rule=STACK)([examples[0], cached(4)])
