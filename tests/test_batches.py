@@ -72,10 +72,11 @@ def test_mixture_weights_and_speeds():
     sources = [0] * 150 + [1] * 53
     schedule = BatchSchedule(SECONDS, epochs=4, batch_size=8, sources=sources, weights=[1, 3], speeds=[0.9, 1.0, 1.1])
     draws = [d for batch in schedule for d in batch]
-    share = np.mean([sources[d.row] for d in draws])
-    assert share == pytest.approx(0.75, abs=0.02)
+    assert Counter(sources[d.row] for d in draws) == {0: 4 * 51, 1: 4 * 152}  # a quarter and three quarters of 203
+    first, second = ({d.row for d in draws if d.epoch == e and sources[d.row] == 0} for e in range(2))
+    assert len(first) == len(second) == 51 and first != second
     uses = Counter(d.row for d in draws if d.epoch == 0 and sources[d.row] == 1)
-    assert max(uses.values()) - min(uses.values()) <= 1
+    assert max(uses.values()) - min(uses.values()) == 1 and len(uses) == 53
     assert set(Counter(d.speed for d in draws)) == {0.9, 1.0, 1.1}
 
 

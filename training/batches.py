@@ -26,7 +26,8 @@ class BatchSchedule(Sampler[list[Draw]]):
 
     Args:
         seconds: length of each row.
-        sources: index of each row's source in the mixture; `weights`: how often a source's rows appear in an epoch (default 1).
+        sources: index of each row's source in the mixture. weights: of each source; its share of an epoch's draws is its
+            weight over the sum (None counts as 1). No weights at all: every row once per epoch.
         steps, epochs: give one. batch_size (clips) or batch_seconds (padded seconds), per micro-batch: give one.
     """
 
@@ -40,7 +41,7 @@ class BatchSchedule(Sampler[list[Draw]]):
         batch_seconds: float | None = None,
         grad_accum: int = 1,
         sources: list[int] | None = None,
-        weights: list[float] | None = None,
+        weights: list[float | None] | None = None,
         speeds: list[float] = (1.0,),
         seed: int = 0,
         rank: int = 0,
@@ -50,7 +51,7 @@ class BatchSchedule(Sampler[list[Draw]]):
             raise ValueError("no rows to train on")
         self.seconds = np.asarray(seconds, dtype=np.float64)
         self.sources = np.zeros(len(seconds), dtype=int) if sources is None else np.asarray(sources)
-        self.weights = [1.0] * (self.sources.max() + 1) if weights is None else list(weights)
+        self.weights = weights if weights and any(weight is not None for weight in weights) else None
         self.batch_size, self.batch_seconds, self.grad_accum = batch_size, batch_seconds, grad_accum
         self.speeds, self.seed, self.rank, self.world_size = list(speeds), seed, rank, world_size
         self.split = grad_accum * world_size
@@ -90,14 +91,18 @@ class BatchSchedule(Sampler[list[Draw]]):
         return self.seconds[draw.row] / draw.speed
 
     def _rows(self, rng: np.random.Generator) -> np.ndarray:
-        """Rows of one pass: each source's rows `weight` times, a fractional part being a random share of them."""
+        """Rows of one pass: all of them once, or as many draws in the mixture's proportions."""
+        if self.weights is None:
+            return np.arange(len(self.seconds))
+        sources = np.unique(self.sources)
+        share = np.array([1.0 if self.weights[source] is None else self.weights[source] for source in sources])
+        counts = np.round(len(self.seconds) * share / share.sum()).astype(int)
         drawn = []
-        for source in np.unique(self.sources):
-            rows, weight = np.flatnonzero(self.sources == source), self.weights[source]
-            part = rng.choice(rows, round((weight % 1) * len(rows)), replace=False)
-            drawn += [np.repeat(rows, int(weight)), part]
-        rows = np.concatenate(drawn)
-        return rows if len(rows) else np.arange(len(self.seconds))
+        for source, count in zip(sources, counts, strict=True):
+            rows = np.flatnonzero(self.sources == source)
+            # Whole passes first, then a random part of one: no row is used twice before all are used once.
+            drawn += [np.tile(rows, count // len(rows)), rng.choice(rows, count % len(rows), replace=False)]
+        return np.concatenate(drawn)
 
     def _epoch(self, epoch: int) -> list[list[Draw]]:
         """The optimiser steps of one pass, over all ranks: lists of Draws, sorted by length inside a step."""

@@ -296,7 +296,7 @@ class StreamingSet(IterableDataset):
             epoch += 1
 
     def _examples(self, epoch: int) -> Iterator[dict]:
-        specs = [{**source_spec(source), "weight": source.weight} for source in self.sources]
+        specs = [{**source_spec(source), **({"weight": source.weight} if source.weight else {})} for source in self.sources]
         rate, speeds, seed = self.processor.sampling_rate, self.recipe.data.speeds, self.recipe.seed
         for number, row in enumerate(load_audio_dataset(specs, streaming=True, seed=seed + epoch)):
             pick = zlib.crc32(f"{seed} {epoch} {number}".encode())

@@ -44,14 +44,14 @@ class Alignment:
 class Source:
     """One data set of a mixture. `path`: Hub id, folder, LibriSpeech tree, or a jsonl/csv/parquet manifest.
 
-    `weight`: how often each row appears in an epoch (0.5: a new random half each time); in a stream, the share of the draws.
+    `weight`: the source's share of an epoch's draws is its weight over the sum of weights (no weights: every row once).
     `filter` keeps and `exclude` drops rows by the values of a column, e.g. `{speaker: ["1272"]}`. `limit` keeps the first
     rows. Rows longer than `max_seconds` are left out (not counted as bad).
     """
 
     path: str
     split: str | None = None
-    weight: float = 1.0
+    weight: float | None = None
     audio_column: str | None = None
     text_column: str | None = None
     filter: dict[str, list] | None = None
@@ -347,4 +347,4 @@ def _check(recipe: Recipe) -> None:
         )
         refuse(recipe.data.streaming and stage.steps is None, f"{at}: a stream has no known length; give steps, not epochs")
         for source in stage.data or recipe.data.train:
-            refuse(source.weight <= 0, f"{at}: the weight of {source.path} must be above 0")
+            refuse(source.weight is not None and source.weight <= 0, f"{at}: the weight of {source.path} must be above 0")

@@ -312,6 +312,10 @@ class StageCollator:
 
 def training_arguments(recipe: Recipe, stage: Stage, number: int, folder: Path) -> TrainingArguments:
     """The stage as Trainer's arguments; the number of steps is filled in when the data is known."""
+    checkpointing = {}
+    if stage.gradient_checkpointing:  # transformers renamed it in 5.x
+        new, old = "activation_checkpointing", "gradient_checkpointing"
+        checkpointing = {new if new in TrainingArguments.__dataclass_fields__ else old: True}
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=stage.batch_size or 1,
@@ -325,7 +329,7 @@ def training_arguments(recipe: Recipe, stage: Stage, number: int, folder: Path) 
         max_grad_norm=stage.max_grad_norm,
         bf16=stage.precision == "bf16",
         fp16=stage.precision == "fp16",
-        gradient_checkpointing=stage.gradient_checkpointing,
+        **checkpointing,
         logging_steps=recipe.logging_steps,
         logging_first_step=True,
         save_strategy="steps",

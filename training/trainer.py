@@ -180,7 +180,8 @@ class AudioPhiTrainer(Trainer):
 
     def _clip_grad_norm(self, model):
         self._summed_steps += 1
-        if (self.state.global_step + 1) % self.args.logging_steps == 0:
+        step = self.state.global_step + 1
+        if step == 1 or step % self.args.logging_steps == 0:
             self.part_norms = gradient_norms(self.accelerator.unwrap_model(model))
         return super()._clip_grad_norm(model)
 
