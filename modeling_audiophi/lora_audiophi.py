@@ -24,9 +24,10 @@ def inject_lora(model, part, arguments):
 
     module = getattr(model, PARTS[part])
     inject_adapter_in_model(LoraConfig(**arguments), module)
-    for name, layer in module.named_modules():
-        if ".lora_B." in name:
-            layer.starts_at_zero = True
+    for name, parameter in module.named_parameters():
+        if is_lora_key(name):
+            # peft has initialised them (B = 0, so that nothing changes at first); transformers would do it again, at random.
+            parameter._is_hf_initialized = True
 
 
 def is_lora_key(key):

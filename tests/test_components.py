@@ -1,5 +1,6 @@
 """from_components, slim and full checkpoints, LoRA, resizing, Auto classes, remote code."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -14,6 +15,8 @@ from transformers import (
     AutoModel,
     AutoModelForMultimodalLM,
     BertConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PhiConfig,
@@ -24,6 +27,7 @@ from transformers import (
 
 from modeling_audiophi import AudioPhiConfig, AudioPhiForConditionalGeneration, components_audiophi, resolve_component
 from modeling_audiophi.components_audiophi import component_id
+from modeling_audiophi.lengths_audiophi import output_length
 
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
 ROOT = Path(__file__).resolve().parents[1]
@@ -211,6 +215,28 @@ def test_untied_language_model_with_a_biased_head(
     assert same_weights(model, AutoModel.from_pretrained(tmp_path / "slim"))
 
 
+def test_language_model_with_absolute_positions(tiny_whisper_dir, tiny_llm_dir, text_folder, tmp_path):
+    """GPT-2: other names for the table and the sizes, and positions that must not count padding."""
+    vocab = AutoConfig.from_pretrained(tiny_llm_dir).vocab_size
+    gpt = GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_embd=32, n_layer=2, n_head=4, n_positions=64)).eval()
+    model = AudioPhiForConditionalGeneration.from_components(tiny_whisper_dir, text_folder(gpt), "linear").eval()
+    audio, text = model.config.audio_token_id, [20, 21, 22]
+    count = output_length(80, model.config.audio_length_rule)
+    row = [*text[:1], *[audio] * count, *text[1:]]
+    inputs = {"input_features": features(model)["input_features"][:1]}
+    with torch.no_grad():
+        alone = model(input_ids=torch.tensor([row]), **inputs).logits[0]
+        for ids, mask, place in [
+            ([0, 0, 0, *row], [0, 0, 0, *[1] * len(row)], slice(3, None)),
+            ([*row, 0, 0, 0], [*[1] * len(row), 0, 0, 0], slice(0, len(row))),
+        ]:
+            padded = model(input_ids=torch.tensor([ids]), attention_mask=torch.tensor([mask]), **inputs).logits[0]
+            assert torch.allclose(padded[place], alone, atol=1e-4)
+    model.save_pretrained(tmp_path / "slim")
+    loaded = AutoModel.from_pretrained(tmp_path / "slim")
+    assert same_weights(model, loaded) and loaded.lm_head.weight is loaded.get_input_embeddings().weight
+
+
 # ---- what does not fit is said before weights load
 
 
@@ -296,6 +322,9 @@ def test_lora_starts_without_effect_and_trains_alone(make_tiny_model):
     trained = {name for name, p in model.model.language_model.named_parameters() if p.grad is not None}
     assert trained and all(".lora_" in name for name in trained)
     assert model.config.tuned["text"] == "lora"
+    untrained = AudioPhiForConditionalGeneration(copy.deepcopy(model.config)).state_dict()
+    assert all(value.abs().max() == 0 for name, value in untrained.items() if ".lora_B." in name)
+    assert all(value.abs().max() > 0 for name, value in untrained.items() if ".lora_A." in name)
     with pytest.raises(ValueError, match="already has LoRA"):
         model.add_lora("text", LORA)
     with pytest.raises(ValueError, match="no LoRA layers"):

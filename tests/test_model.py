@@ -144,6 +144,11 @@ def test_beams_and_several_sequences_with_several_clips(make_tiny_model, wavefor
         single = prompts(processor, [waves])
         alone = model.generate(**single, **settings)[:, single["input_ids"].shape[1] :]
         assert torch.equal(out.sequences[2 * row : 2 * row + 2, length : length + alone.shape[1]], alone)
+    # The best token only, three times: what greedy decoding gives.
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5}
+    greedy = model.generate(**inputs, **settings, do_sample=False)
+    sampled = model.generate(**inputs, **settings, do_sample=True, top_k=1, num_return_sequences=3)
+    assert torch.equal(sampled, greedy.repeat_interleave(3, 0))
 
 
 @pytest.mark.parametrize("as_config", [False, True])
