@@ -26,7 +26,7 @@ def inject_lora(model, part, arguments):
     inject_adapter_in_model(LoraConfig(**arguments), module)
     for name, parameter in module.named_parameters():
         if is_lora_key(name):
-            # peft has initialised them (B = 0, so that nothing changes at first); transformers would do it again, at random.
+            # peft has initialised them (B = 0: no effect at first); transformers would do it again, at random.
             parameter._is_hf_initialized = True
 
 
