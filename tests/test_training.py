@@ -279,3 +279,29 @@ def test_command_line_errors_have_exit_codes(settings, tmp_path):
         [sys.executable, str(ROOT / "train.py"), str(recipe), "--stages.0.stepz", "3"], capture_output=True, text=True, check=False
     )
     assert result.returncode == 2 and "stages.0.stepz" in result.stderr and "steps" in result.stderr
+
+
+def test_benchmark_writes_both_curves(settings, speech, tmp_path, monkeypatch):
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import align_vs_lm
+
+    def tiny_recipe(name, *stages, **keys):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(settings(*stages, data=data, **keys)))
+        return path
+
+    data = {"train": [{"path": str(speech)}], "eval": [{"path": str(speech)}]}
+    lm = {**LM, "tune": {"adapter": "full"}}
+    runs = {"align_then_lm": tiny_recipe("both", ALIGN, LM), "lm": tiny_recipe("alone", lm, readout="frames")}
+    monkeypatch.setattr(align_vs_lm, "RUNS", runs)
+    out = tmp_path / "benchmark"
+    arguments = ["--seconds", "0.5", "--timing_steps", "2", "--evaluations", "2", "--output_dir", str(out)]
+    assert align_vs_lm.main([*arguments, "--lm.stages.0.learning_rate", "1e-4", "--seed", "1"]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["recipes"]["lm"]["stages"][0]["learning_rate"] == 1e-4
+    assert results["recipes"]["align_then_lm"]["stages"][1]["learning_rate"] == 1e-3
+    assert {recipe["seed"] for recipe in results["recipes"].values()} == {1}
+    for points in results["curves"].values():
+        assert points[-1]["best"] >= 0 and points[-1]["seconds"] < 5
+    assert {p["stage"] for p in results["curves"]["align_then_lm"]} == {"align", "lm"}
+    assert (out / "curves.png").stat().st_size > 5000

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from processing.alignment_text import normalise_transcript
 from processing.audio_io import AudioError
-from processing.augment import speed_perturb
+from processing.augment import speed_perturb, stretch_time
 from processing.datasets import load_audio_dataset, read_clip
 
 from .batches import Draw
@@ -236,9 +236,17 @@ def fill_cache(
 class TrainingSet(Dataset):
     """`dataset[Draw]` -> an example for `AudioPhiCollator`: cached encoder outputs, or features where there is no cache."""
 
-    def __init__(self, corpus: Corpus, processor, cache: FeatureCache | None, instructions: list[str], seed: int = 0):
+    def __init__(
+        self,
+        corpus: Corpus,
+        processor,
+        cache: FeatureCache | None,
+        instructions: list[str],
+        seed: int = 0,
+        time_stretch: float = 0.0,
+    ):
         self.corpus, self.processor, self.cache = corpus, processor, cache
-        self.instructions, self.seed = instructions, seed
+        self.instructions, self.seed, self.time_stretch = instructions, seed, time_stretch
 
     def __len__(self) -> int:
         return len(self.corpus)
@@ -256,7 +264,10 @@ class TrainingSet(Dataset):
 
     def _example(self, row: Row, draw: Draw) -> dict:
         if self.cache is not None:
-            audio = {"audio_hidden_states": self.cache.get(self.corpus.key(row, draw.speed))}
+            windows = self.cache.get(self.corpus.key(row, draw.speed))
+            if self.time_stretch:
+                windows = [stretch_time(w, self.time_stretch, self.seed, draw.epoch, draw.row) for w in windows]
+            audio = {"audio_hidden_states": windows}
         else:
             waveform = self.corpus.waveform(row, draw.speed, self.processor.sampling_rate)
             audio = self.processor.encode_audio((waveform, self.processor.sampling_rate))

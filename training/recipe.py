@@ -132,6 +132,7 @@ class Stage:
     align_weight: float = 1.0  # weight of the alignment loss beside the LM loss when loss is "both"
     noise: float = 0.0  # Gaussian noise on the encoder's output, in standard deviations of each frame
     spec_augment: SpecAugment | None = None
+    time_stretch: float = 0.0  # tempo drawn from 1 - x to 1 + x per clip and epoch, on cached encoder outputs
     eval_steps: int | None = None
     save_steps: int | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -158,6 +159,7 @@ class Recipe:
     cache_dir: str = "cache"
     cache_dtype: Literal["float16", "float32"] = "float16"
     output_dir: str = "outputs/{name}"
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights in final/
     evaluation: Evaluation = field(default_factory=Evaluation)
     seed: int = 0
     logging_steps: int = 10
@@ -344,6 +346,12 @@ def _check(recipe: Recipe) -> None:
         refuse(
             stage.tune.llm == "full" and recipe.components.quantize_text != "none",
             f"{at}.tune.llm: quantised weights cannot be trained in full; use lora",
+        )
+        refuse(not 0 <= stage.time_stretch < 0.5, f"{at}.time_stretch must be 0 or more and below 0.5, got {stage.time_stretch:g}")
+        refuse(
+            stage.time_stretch > 0
+            and (not recipe.cache or recipe.data.streaming or stage.tune.encoder != "frozen" or recipe.encoder_layer == "mix"),
+            f"{at}.time_stretch works on cached encoder outputs; use data.speeds where the encoder runs in every step",
         )
         refuse(recipe.data.streaming and stage.steps is None, f"{at}: a stream has no known length; give steps, not epochs")
         for source in stage.data or recipe.data.train:

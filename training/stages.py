@@ -32,7 +32,7 @@ from .trainer import AudioPhiTrainer, last_complete_checkpoint
 
 DONE_NAME = "stage.json"
 # Settings that may change between a run and its continuation: they do not change what is learned.
-FREE_KEYS = {"output_dir", "cache", "cache_dir", "evaluation", "logging_steps", "num_workers", "report_to", "stages"}
+FREE_KEYS = {"output_dir", "cache", "cache_dir", "evaluation", "logging_steps", "num_workers", "report_to", "save_dtype", "stages"}
 FREE_STAGE_KEYS = {"eval_steps", "save_steps"}
 
 
@@ -76,7 +76,7 @@ def run_recipe(recipe: Recipe) -> Path:
         else:
             train_stage(run, number)
     if main:
-        save_model(run, folder / "final")
+        save_model(run, folder / "final", getattr(torch, recipe.save_dtype))
         draw_curves(run.history.read(), folder / "curves.png", recipe.name)
         size = sum(file.stat().st_size for file in (folder / "final").glob("*.safetensors"))
         run.say(f"finished: {folder / 'final'} ({size / 2**20:.1f} MB of weights), curves in {folder / 'curves.png'}")
@@ -246,7 +246,8 @@ def stage_data(run: Run, stage: Stage, number: int, arguments: TrainingArguments
         rank=rank,
         world_size=world_size,
     )
-    return TrainingSet(corpus, run.processor, cache, recipe.instructions, recipe.seed), schedule, cache, rate
+    dataset = TrainingSet(corpus, run.processor, cache, recipe.instructions, recipe.seed, stage.time_stretch)
+    return dataset, schedule, cache, rate
 
 
 def without_long_prompts(run: Run, corpus: Corpus, rate: dict) -> Corpus:
@@ -360,11 +361,14 @@ def finish_stage(run: Run, stage: Stage, trainer: AudioPhiTrainer) -> None:
     PartialState().wait_for_everyone()
 
 
-def save_model(run: Run, folder: Path) -> None:
-    """Slim model and processor, complete or not there at all."""
+def save_model(run: Run, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Slim model, its floating-point weights stored as `dtype`, and processor; complete or not there at all."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    run.model.save_pretrained(partial)
+    state = run.model.state_dict()
+    if dtype != torch.float32:
+        state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+    run.model.save_pretrained(partial, state_dict=state)
     run.processor.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
