@@ -53,6 +53,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--instruction", default=TRANSCRIBE, help=f"default: {TRANSCRIBE!r}")
     parser.add_argument("--baseline", metavar="ID_OR_DIR", help="a speech recogniser of transformers, side by side")
+    parser.add_argument("--show", type=int, default=0, help="print N transcripts beside their references")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     args = parser.parse_args(argv)
@@ -161,6 +162,16 @@ def print_table(metrics: dict) -> None:
     print(f"normaliser: {metrics['normalizer']}; interval over {metrics['wer_ci95_unit']}s")
 
 
+def print_examples(path: Path, number: int) -> None:
+    """The first transcripts in the file of predictions, in the order of the data."""
+    predictions = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    for prediction in sorted(predictions, key=lambda p: p["row"])[:number]:
+        if "error" not in prediction:
+            print(f"\n{prediction['id']}\n  said:  {prediction['reference']}\n  heard: {prediction['hypothesis']}")
+            if prediction["hypothesis_align"] is not None:
+                print(f"  alone: {prediction['hypothesis_align']}    (the alignment head without the LLM)")
+
+
 def show(value) -> str:
     """A score as the table writes it."""
     if value is None:
@@ -177,6 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         return 1
+    print_examples(args.output_dir / "predictions.jsonl", args.show)
     print_table(metrics)
     if metrics["unreadable_rows"]:
         print(f"{metrics['unreadable_rows']} rows have no text or no usable audio and were left out")

@@ -57,7 +57,7 @@ def run_eval(checkpoint, data, out, *more):
 
 
 def test_metrics_and_predictions(checkpoint, corpus, tmp_path, capsys):
-    assert run_eval(checkpoint, corpus, tmp_path / "out") == 0
+    assert run_eval(checkpoint, corpus, tmp_path / "out", "--show", "2") == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert METRICS <= set(metrics)
     assert metrics["utterances"] == 5 and metrics["words"] == 10
@@ -67,7 +67,8 @@ def test_metrics_and_predictions(checkpoint, corpus, tmp_path, capsys):
     assert {p["id"] for p in predictions} == {f"utt-{i}" for i in range(5)}
     for p in predictions:
         assert p["reference"] and {"hypothesis", "substitutions", "deletions", "insertions", "seconds"} <= set(p)
-    assert "listening gap" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "listening gap" in printed and printed.count("said:") == 2 and "red green blue" in printed
 
 
 def test_unreadable_rows_are_counted_and_do_not_fail(checkpoint, corpus, tmp_path):

@@ -121,14 +121,26 @@ def test_command_line(tmp_path):
     if shutil.which("flite") is None:
         pytest.skip("flite is not installed")
     sentences = tmp_path / "sentences.txt"
-    sentences.write_text("one two three\n\nfour five six\n")
+    sentences.write_text("one two three\n\nfour five six\nseven eight\n")
     decoded = []
     for processes in ("1", "2"):
         out = tmp_path / f"out{processes}"
-        arguments = [str(sentences), str(out), "--engines", "flite", "--copies", "2", "--processes", processes]
+        arguments = [
+            str(sentences),
+            str(out),
+            "--engines",
+            "flite",
+            "--copies",
+            "2",
+            "--dev",
+            "1",
+            "--processes",
+            processes,
+        ]
         assert maker.main(arguments) == 0
         decoded.append([read_clip(row).tobytes() for row in load_audio_dataset(str(out))])
-    assert len(decoded[0]) == 4 and decoded[0] == decoded[1]
+    assert len(decoded[0]) == 6 and decoded[0] == decoded[1]
+    assert {row["text"] for row in load_audio_dataset(str(out), split="dev")} == {"seven eight"}
     with pytest.raises(SystemExit):
         maker.main(arguments)
     assert not list(tmp_path.glob("*.partial"))

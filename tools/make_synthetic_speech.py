@@ -8,9 +8,9 @@ vocal-tract scaling (resampling, which moves the formants and so makes further "
 share of the clips gets a room and background noise. All draws come from (seed, line number, copy), so the same call
 gives the same samples whatever the number of processes; Piper's own noise, drawn in onnxruntime, is the one exception.
 
-OUT_DIR gets Parquet shards below 25 MB with the columns audio {bytes: Ogg Opus, 16 kHz mono; path}, text (the line as
-written), speaker (engine and voice), seconds. Their schema carries `datasets` features, so that
-`load_dataset("parquet", ...)` decodes the audio column.
+OUT_DIR gets Parquet shards below 25 MB, train-*.parquet and with --dev also dev-*.parquet, with the columns audio
+{bytes: Ogg Opus, 16 kHz mono; path}, text (the line as written), speaker (engine and voice), seconds. Their schema
+carries `datasets` features, so that `load_dataset("parquet", ...)` decodes the audio column.
 """
 
 import argparse
@@ -176,13 +176,13 @@ def make_clip(job: tuple[int, int, str], seed: int, engines: tuple[str, ...], pi
     }
 
 
-def write_shards(rows, folder: Path, max_bytes: int) -> int:
-    """Write rows into `folder/train-NNNNN.parquet`, at most `max_bytes` of audio each; returns the number of rows."""
+def write_shards(rows, folder: Path, max_bytes: int, split: str = "train") -> int:
+    """Write rows into `folder/<split>-NNNNN.parquet`, at most `max_bytes` of audio each; returns the number of rows."""
     shard, size, shards, total = [], 0, 0, 0
 
     def flush():
         table = pa.Table.from_pylist(shard, schema=FEATURES.arrow_schema)
-        pq.write_table(table, folder / f"train-{shards:05d}.parquet", row_group_size=200)
+        pq.write_table(table, folder / f"{split}-{shards:05d}.parquet", row_group_size=200)
 
     for row in rows:
         row_size = len(row["audio"]["bytes"]) + len(row["text"]) + 64
@@ -251,6 +251,9 @@ def main(argv: list[str] | None = None) -> int:
         "--opus_compression", type=float, default=0.95, help="0 (best) to 1 (smallest); 0.95: about 22 kbit/s"
     )
     parser.add_argument("--shard_mb", type=float, default=24.0)
+    parser.add_argument(
+        "--dev", type=int, default=0, help="the last N sentences go to the split dev, the others to train"
+    )
     parser.add_argument("--limit", type=int, help="use only the first N sentences")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args(argv)
@@ -262,7 +265,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     if args.output_dir.exists():
         parser.error(f"{args.output_dir} exists; remove it or name another folder")
-    jobs = [(n, copy, text) for n, text in enumerate(lines[: args.limit]) if text for copy in range(args.copies)]
+    numbered = [(line, text) for line, text in enumerate(lines) if text][: args.limit]
+    if not 0 <= args.dev < max(len(numbered), 1):
+        parser.error(f"--dev {args.dev}: there are {len(numbered)} sentences")
+    splits = {"train": numbered[: len(numbered) - args.dev], "dev": numbered[len(numbered) - args.dev :]}
     make = partial(make_clip, seed=args.seed, engines=engines, piper_voices=voices, room_share=args.room_share,
                    opus_compression=args.opus_compression)  # fmt: skip
 
@@ -276,8 +282,11 @@ def main(argv: list[str] | None = None) -> int:
         with multiprocessing.get_context("spawn").Pool(
             args.processes, initializer=torch.set_num_threads, initargs=(1,)
         ) as pool:
-            results = with_progress(pool.imap(make, jobs, chunksize=8), len(jobs), failures)
-            rows = write_shards(results, partial_dir, int(args.shard_mb * 1e6))
+            rows = 0
+            for split, sentences in splits.items():
+                jobs = [(line, copy, text) for line, text in sentences for copy in range(args.copies)]
+                results = with_progress(pool.imap(make, jobs, chunksize=8), len(jobs), failures)
+                rows += write_shards(results, partial_dir, int(args.shard_mb * 1e6), split)
         if rows:
             partial_dir.rename(args.output_dir)
     finally:
