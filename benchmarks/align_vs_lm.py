@@ -2,10 +2,11 @@
 
     python benchmarks/align_vs_lm.py --seconds 900 --output_dir outputs/align_vs_lm [--key value ...]
 
-Both runs use the same components, data and machine, and get the same seconds of training (encoding the features once, and the
-evaluations, are not counted). A few steps of each stage are timed first; steps = seconds / time per step. Further `--key value`
-pairs override both recipes (their stages: `--align_then_lm.stages.0.batch_size 8`, `--lm.stages.0.learning_rate 1e-4`).
-Writes plan.json (the steps; a repeated call resumes with them), results.json and curves.png.
+Both runs use the same components, data and machine, and get the same seconds of training (encoding the features once,
+and the evaluations, are not counted). A few steps of each stage are timed first; steps = seconds / time per step.
+Further `--key value` pairs override both recipes (their stages: `--align_then_lm.stages.0.batch_size 8`,
+`--lm.stages.0.learning_rate 1e-4`). Writes plan.json (the steps; a repeated call resumes with them), results.json and
+curves.png.
 """
 
 import argparse
@@ -73,7 +74,8 @@ def make_plan(settings: dict[str, dict], seconds: float, align_share: float, out
 
 
 def curve(folder: Path) -> list[dict]:
-    """The evaluations of a run. `best` is the WER of the reading that the stage trains (CTC in align, the LLM in lm)."""
+    """The evaluations of a run. `best` is the WER of the reading that the stage trains (CTC in align, the LLM in
+    lm)."""
     points = [entry for entry in History(folder / "history.jsonl").read() if "loss" not in entry]
     return [{**point, "best": point.get("wer", point.get("wer_align"))} for point in points]
 

@@ -71,7 +71,7 @@ def test_audio_key_is_content_and_speed(tmp_path):
     path.write_bytes(b"sound" * 1000)
     assert hash_audio(path) == hash_audio(str(path)) == hash_audio(b"sound" * 1000)
     key = hash_audio(path)
-    assert len({clip_key(key), clip_key(key, 0.9), clip_key(hash_audio(b'other'))}) == 3
+    assert len({clip_key(key), clip_key(key, 0.9), clip_key(hash_audio(b"other"))}) == 3
     path.write_bytes(b"other")
     assert hash_audio(path) != hash_audio(b"sound" * 1000)
 

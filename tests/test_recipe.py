@@ -37,7 +37,15 @@ def test_every_kind_of_key_can_be_overridden(recipe_file):
     recipe = load_recipe(
         recipe_file,
         ["--seed", "7", "--stages.0.steps=3", "--data.train.1.path", "c.jsonl", "--adapter.type", "conv_mlp"]
-        + ["--stages.0.spec_augment.time_masks", "2", "--components.audio", "/x", "--cache", "false", "--data.streaming"],
+        + [
+            "--stages.0.spec_augment.time_masks",
+            "2",
+            "--components.audio",
+            "/x",
+            "--cache",
+            "false",
+            "--data.streaming",
+        ],
     )
     assert (recipe.seed, recipe.stages[0].steps, recipe.data.train[1].path) == (7, 3, "c.jsonl")
     assert recipe.adapter == {"type": "conv_mlp"}
@@ -88,7 +96,9 @@ def test_override_forms():
     ]
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml")), ids=lambda p: p.stem
+)
 def test_shipped_recipes_are_valid(path):
     recipe = load_recipe(path)
     assert recipe.name == path.stem

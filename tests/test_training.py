@@ -1,5 +1,7 @@
-"""Training end to end on tiny random components: stages, resuming, accumulation, cache, bad rows, what runs and what is saved."""
+"""Training end to end on tiny random components: stages, resuming, accumulation, cache, bad rows, what runs and what
+is saved."""
 
+import itertools
 import json
 import os
 import signal
@@ -22,7 +24,13 @@ from training.recipe import RecipeError, recipe_from_dict
 from training.stages import run_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
-TEXTS = ["the quick brown fox", "she sells sea shells", "runs away from the bear", "it was the best of times", "a lazy dog"]
+TEXTS = [
+    "the quick brown fox",
+    "she sells sea shells",
+    "runs away from the bear",
+    "it was the best of times",
+    "a lazy dog",
+]
 ALIGN = {"name": "align", "loss": "align", "steps": 6, "batch_size": 4, "learning_rate": 1e-3, "warmup": 0.0}
 LM = {"name": "lm", "loss": "lm", "steps": 4, "batch_size": 4, "tune": {"llm": "lora"}, "lora": {"r": 2, "alpha": 4}}
 
@@ -86,14 +94,17 @@ def test_both_stages_end_in_a_model_that_transcribes(settings, speech, capsys, w
     entries = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
     assert [e["step"] for e in entries if e["stage"] == "align" and "wer_align" in e] == [3, 6]
     assert {"wer", "listening_gap", "wer_align"} <= entries[-1].keys() | entries[-2].keys()
-    assert all(later["seconds"] >= earlier["seconds"] for earlier, later in zip(entries, entries[1:]))
+    assert all(later["seconds"] >= earlier["seconds"] for earlier, later in itertools.pairwise(entries))
     logged = next(e for e in entries if "loss" in e)
     assert logged["grad_norm_adapter"] > 0 and logged["align_loss"] == pytest.approx(logged["loss"], rel=1e-4)
     assert (out / "curves.png").stat().st_size > 5000
     assert list(out.glob("*/runs/**/events*")), "no TensorBoard log"
     model = AudioPhiForConditionalGeneration.from_pretrained(out / "final").eval()
     processor = AudioPhiProcessor.from_pretrained(out / "final")
-    message = [{"type": "audio", "audio": waveform(1.0, 3), "sampling_rate": 16000}, {"type": "text", "text": "Transcribe."}]
+    message = [
+        {"type": "audio", "audio": waveform(1.0, 3), "sampling_rate": 16000},
+        {"type": "text", "text": "Transcribe."},
+    ]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": message}], tokenize=True, return_dict=True, add_generation_prompt=True
     )
@@ -102,7 +113,12 @@ def test_both_stages_end_in_a_model_that_transcribes(settings, speech, capsys, w
 
 def test_losses_fall(settings):
     """The align stage must be able to memorise 16 clips of noise; a wrong loss or frozen adapter cannot."""
-    train(settings({**ALIGN, "steps": 60, "batch_size": 8, "learning_rate": 5e-3}, adapter={"type": "mlp", "stack": 2, "dropout": 0.0}))
+    train(
+        settings(
+            {**ALIGN, "steps": 60, "batch_size": 8, "learning_rate": 5e-3},
+            adapter={"type": "mlp", "stack": 2, "dropout": 0.0},
+        )
+    )
     entries = [json.loads(line) for line in (Path(settings()["output_dir"]) / "history.jsonl").read_text().splitlines()]
     losses = [e["align_loss"] for e in entries if "align_loss" in e]
     assert losses[-1] < 0.7 * losses[0]
@@ -141,14 +157,21 @@ def test_cached_features_are_used_and_change_nothing(settings, tmp_path, monkeyp
 
 @pytest.mark.parametrize("loss", ["align", "both"])
 def test_eight_clips_once_are_one_clip_eight_times(settings, tmp_path, loss):
-    stage = {**LM, "loss": loss, "tune": {"llm": "frozen" if loss == "align" else "full"}, "steps": 3, "llm_learning_rate": 1e-3}
+    stage = {
+        **LM,
+        "loss": loss,
+        "tune": {"llm": "frozen" if loss == "align" else "full"},
+        "steps": 3,
+        "llm_learning_rate": 1e-3,
+    }
     adapter = {**settings()["adapter"], "dropout": 0.0}
     whole = train(settings({**stage, "batch_size": 8}, adapter=adapter, output_dir=str(tmp_path / "a")))
     parts = train(
         settings({**stage, "batch_size": 1, "grad_accum": 8}, adapter=adapter, output_dir=str(tmp_path / "b"))
     )
     logs = [
-        [json.loads(line)["loss"] for line in (tmp_path / name / "history.jsonl").read_text().splitlines()] for name in "ab"
+        [json.loads(line)["loss"] for line in (tmp_path / name / "history.jsonl").read_text().splitlines()]
+        for name in "ab"
     ]
     assert logs[0] == pytest.approx(logs[1], rel=1e-4)
     assert largest_difference(whole, parts) < 3e-4
@@ -267,6 +290,47 @@ def test_streaming_trains(settings, speech):
     assert first
 
 
+def test_tempo_changes_on_cached_features(settings, tmp_path):
+    plain = train(settings(ALIGN, output_dir=str(tmp_path / "plain")))
+    first, second = (
+        train(settings({**ALIGN, "time_stretch": 0.2}, output_dir=str(tmp_path / name))) for name in ("a", "b")
+    )
+    assert largest_difference(first, second) == 0
+    assert largest_difference(first, plain) > 1e-4
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(settings, tmp_path):
+    adapter = {**settings()["adapter"], "dropout": 0.0}
+    data = {**settings()["data"], "eval": settings()["data"]["train"]}
+    stages = ({**ALIGN, "eval_steps": 2}, {**LM, "loss": "both", "lora": {"r": 2, "dropout": 0.0}})
+    keys = {"adapter": adapter, "data": data, "logging_steps": 1}
+    one = train(settings(*stages, output_dir=str(tmp_path / "one"), **keys))
+    halves = [{**stage, "batch_size": 2} for stage in stages]
+    recipe = tmp_path / "two.yaml"
+    recipe.write_text(yaml.safe_dump(settings(*halves, output_dir=str(tmp_path / "two"), **keys)))
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        str(ROOT / "train.py"),
+        str(recipe),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(launch, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert largest_difference(one, load_file(tmp_path / "two" / "final" / "model.safetensors")) < 1e-4
+    histories = [
+        [json.loads(line) for line in (tmp_path / name / "history.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    losses = [[entry["loss"] for entry in history if "loss" in entry] for history in histories]
+    assert len(losses[0]) == 6 + 4, "a step's log is missing"  # also at steps with an evaluation
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_unknown_adapter_keys_are_refused(settings):
     with pytest.raises(RecipeError, match="adapter: unknown key 'stak'"):
         train(settings(ALIGN, adapter={"type": "mlp", "stak": 4}))
@@ -276,7 +340,10 @@ def test_command_line_errors_have_exit_codes(settings, tmp_path):
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(yaml.safe_dump(settings(ALIGN)))
     result = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), str(recipe), "--stages.0.stepz", "3"], capture_output=True, text=True, check=False
+        [sys.executable, str(ROOT / "train.py"), str(recipe), "--stages.0.stepz", "3"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert result.returncode == 2 and "stages.0.stepz" in result.stderr and "steps" in result.stderr
 

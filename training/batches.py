@@ -1,4 +1,5 @@
-"""Which clips make up which batch: the whole schedule of a stage follows from the seed, so a resumed run only has to skip."""
+"""Which clips make up which batch: the whole schedule of a stage follows from the seed, so a resumed run only has to
+skip."""
 
 import itertools
 import math
@@ -10,7 +11,8 @@ from torch.utils.data import Sampler
 
 
 class Draw(NamedTuple):
-    """One use of a row: which row, in which pass over the data, at which speed. Augmentation is seeded by (seed, row, epoch)."""
+    """One use of a row: which row, in which pass over the data, at which speed. Augmentation is seeded by (seed, row,
+    epoch)."""
 
     row: int
     epoch: int
@@ -21,12 +23,13 @@ class BatchSchedule(Sampler[list[Draw]]):
     """Length-grouped batches of Draws for one stage (a `batch_sampler`).
 
     An optimiser step's clips are chosen first (neighbours in a noisy sort by length, in random order), then split into
-    `grad_accum * world_size` micro-batches. So 8 clips once and 1 clip eight times are the same step, and each rank walks
-    through its own part. Iterating yields `steps * grad_accum` micro-batches.
+    `grad_accum * world_size` micro-batches. So 8 clips once and 1 clip eight times are the same step, and each rank
+    walks through its own part. Iterating yields `steps * grad_accum` micro-batches.
 
     Args:
         seconds: length of each row.
-        sources: index of each row's source in the mixture. weights: of each source; its share of an epoch's draws is its
+        sources: index of each row's source in the mixture. weights: of each source; its share of an epoch's draws is
+        its
             weight over the sum (None counts as 1). No weights at all: every row once per epoch.
         steps, epochs: give one. batch_size (clips) or batch_seconds (padded seconds), per micro-batch: give one.
     """

@@ -34,7 +34,8 @@ def build_align_tokenizer(recipe: Recipe, processor: AudioPhiProcessor) -> Align
 def build_model(
     recipe: Recipe, processor: AudioPhiProcessor, align_vocab_ids: list[int] | None
 ) -> AudioPhiForConditionalGeneration:
-    """An untrained model of the recipe's components, or the checkpoint `init_from`; the processor learns its length rule.
+    """An untrained model of the recipe's components, or the checkpoint `init_from`; the processor learns its length
+    rule.
 
     Raises RecipeError for adapter settings that do not exist, ValueError for components that do not fit.
     """

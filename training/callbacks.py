@@ -1,4 +1,5 @@
-"""What is watched while a stage trains: progress with ETA, WER and listening gap on a small development set, the history file."""
+"""What is watched while a stage trains: progress with ETA, WER and listening gap on a small development set, the
+history file."""
 
 import contextlib
 import json
@@ -47,8 +48,8 @@ class Development:
     """A few development clips, read once, and the model's scores on them.
 
     Args:
-        corpus: rows with text. clips: how many (spread evenly over the corpus). hidden: keep the frozen encoder's outputs
-            instead of features, so that an evaluation does not run the encoder.
+        corpus: rows with text. clips: how many of them, spread evenly over the corpus.
+        batch_size, max_new_tokens, instruction: for generation.
     """
 
     def __init__(self, corpus: Corpus, processor, clips: int, batch_size: int, max_new_tokens: int, instruction: str):
@@ -93,9 +94,7 @@ class Development:
 
         The random state is left as it was, so that evaluating does not change training.
         """
-        transcribe = AudioPhiTranscriber(
-            model, self.processor, self.instruction, self.max_new_tokens, with_lm=with_lm
-        )
+        transcribe = AudioPhiTranscriber(model, self.processor, self.instruction, self.max_new_tokens, with_lm=with_lm)
         clips = self._hidden or [features for _, _, features in self.rows]
         predictions = []
         with preserved_random_state():
@@ -128,8 +127,8 @@ class StageCallback(TrainerCallback):
     """Prints progress, keeps the clock and the history, and evaluates every `eval_steps` and at the end.
 
     Args:
-        trainer: whose `log` reaches TensorBoard. development: None for no evaluation. offset: seconds that earlier stages took.
-        stop_seconds: stop after this much training (the benchmark's wall-clock budget); None: train all steps.
+        trainer: whose `log` reaches TensorBoard. history: gets every log and evaluation.
+        development: None for no evaluation. offset: seconds that earlier stages took.
     """
 
     def __init__(self, trainer, history: History, development: Development | None, offset: float = 0.0):
@@ -153,7 +152,10 @@ class StageCallback(TrainerCallback):
         if self.development is not None and (
             state.global_step == state.max_steps or (every and state.global_step % every == 0)
         ):
+            # `log` clears the flag, and the step's own log would be lost.
+            should_log = control.should_log
             self._evaluate(state)
+            control.should_log = should_log
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or "loss" not in logs:
@@ -161,10 +163,10 @@ class StageCallback(TrainerCallback):
         self.history.append(stage=self.stage.name, step=state.global_step, seconds=self._seconds(), **logs)
         rate = (self.trainer.clock.seconds - self._first_seconds) / max(1, state.global_step - self._first_step)
         left = duration(rate * (state.max_steps - state.global_step))
-        losses = "  ".join(
-            f"{name} {logs[name]:.3f}" for name in ("loss", "lm_loss", "align_loss") if name in logs
+        losses = "  ".join(f"{name} {logs[name]:.3f}" for name in ("loss", "lm_loss", "align_loss") if name in logs)
+        norms = " ".join(
+            f"{k.removeprefix('grad_norm_')} {v:.2g}" for k, v in logs.items() if k.startswith("grad_norm_")
         )
-        norms = " ".join(f"{k.removeprefix('grad_norm_')} {v:.2g}" for k, v in logs.items() if k.startswith("grad_norm_"))
         print(
             f"{self.stage.name} {state.global_step}/{state.max_steps}  {losses}  gradient {norms}  "
             f"lr {logs['learning_rate']:.2g}  {rate:.2f} s/step  ETA {left}",

@@ -1,7 +1,7 @@
 """The training rows: what can be used, how long it is, and its audio as encoder outputs, features or samples.
 
-Rows without text or with audio that cannot be read are listed in `bad_rows.jsonl` and left out; above a settable share of them
-the run stops, naming that list.
+Rows without text or with audio that cannot be read are listed in `bad_rows.jsonl` and left out; above a settable
+share of them the run stops, naming that list.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import soundfile
 import torch
+from accelerate import PartialState
 from torch.utils.data import Dataset, IterableDataset
 
 from processing.alignment_text import normalise_transcript
@@ -21,7 +22,7 @@ from processing.audio_io import AudioError
 from processing.augment import speed_perturb, stretch_time
 from processing.datasets import load_audio_dataset, read_clip
 
-from .batches import Draw
+from .batches import BatchSchedule, Draw
 from .feature_cache import FeatureCache, clip_key, hash_audio
 from .recipe import Source
 
@@ -34,13 +35,14 @@ class BadRows:
     """Counts unusable rows and lists them in a JSONL file: id, source, reason.
 
     Args:
-        path: the list; emptied here. max_share: of `total` rows (set `total` when it is known).
+        path: the list; emptied here by the main process. max_share: of `total` rows (set `total` when it is known).
     """
 
     def __init__(self, path: Path, max_share: float):
         self.path, self.max_share, self.total = Path(path), max_share, 0
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("")
+        if PartialState().is_main_process:
+            self.path.write_text("")
         self.reasons: dict[tuple[str, str], str] = {}
 
     def __len__(self) -> int:
@@ -51,12 +53,15 @@ class BadRows:
         if (source, row_id) in self.reasons:
             return
         self.reasons[source, row_id] = reason
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"id": row_id, "source": source, "reason": reason}, ensure_ascii=False) + "\n")
+        line = json.dumps({"id": row_id, "source": source, "reason": reason}, ensure_ascii=False)
+        listed = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        if line not in listed:  # other processes and data loader workers write to the same list
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
         if self.total and len(self) > self.max_share * self.total:
             raise TooManyBadRows(
-                f"{len(self)} of {self.total} rows cannot be used, more than data.max_bad_rows = {self.max_share:g} allows. "
-                f"They are listed with the reasons in {self.path}; the last: {row_id}: {reason}"
+                f"{len(self)} of {self.total} rows cannot be used, more than data.max_bad_rows = {self.max_share:g} "
+                f"allows. They are listed with the reasons in {self.path}; the last: {row_id}: {reason}"
             )
 
 
@@ -153,13 +158,15 @@ class Corpus:
 
 
 def source_spec(source: Source) -> dict:
-    """A source as `load_audio_dataset` takes it: weights and lengths are the batch schedule's and the corpus's business."""
+    """A source as `load_audio_dataset` takes it: weights and lengths are the batch schedule's and the corpus's
+    business."""
     spec = dataclasses.asdict(source)
     return {key: value for key, value in spec.items() if key not in ("weight", "max_seconds") and value is not None}
 
 
 def measure_seconds(row: dict) -> float:
-    """Length of a row's audio, from the file's header where possible, else by decoding. Raises AudioError or OSError."""
+    """Length of a row's audio, from the file's header where possible, else by decoding. Raises AudioError or
+    OSError."""
     audio = row["audio"]
     if audio is not None and (audio["bytes"] is not None or audio["path"]):
         try:
@@ -234,7 +241,8 @@ def fill_cache(
 
 
 class TrainingSet(Dataset):
-    """`dataset[Draw]` -> an example for `AudioPhiCollator`: cached encoder outputs, or features where there is no cache."""
+    """`dataset[Draw]` -> an example for `AudioPhiCollator`: cached encoder outputs, or features where there is no
+    cache."""
 
     def __init__(
         self,
@@ -278,10 +286,13 @@ class TrainingSet(Dataset):
 class StreamingSet(IterableDataset):
     """Batches of examples as the rows of a stream come, for data that does not fit on the disk.
 
-    Length grouping happens inside a buffer of rows. The order follows from the seed, so that skipping batches resumes a run.
+    Length grouping happens inside a buffer of rows. The order follows from the seed, so that skipping batches resumes
+    a run.
     """
 
-    def __init__(self, sources: list[Source], bad: BadRows, processor, stage, recipe, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self, sources: list[Source], bad: BadRows, processor, stage, recipe, rank: int = 0, world_size: int = 1
+    ):
         self.sources, self.bad, self.processor, self.stage, self.recipe = sources, bad, processor, stage, recipe
         self.rank, self.world_size, self.buffer = rank, world_size, 512
 
@@ -307,7 +318,9 @@ class StreamingSet(IterableDataset):
             epoch += 1
 
     def _examples(self, epoch: int) -> Iterator[dict]:
-        specs = [{**source_spec(source), **({"weight": source.weight} if source.weight else {})} for source in self.sources]
+        specs = [
+            {**source_spec(source), **({"weight": source.weight} if source.weight else {})} for source in self.sources
+        ]
         rate, speeds, seed = self.processor.sampling_rate, self.recipe.data.speeds, self.recipe.seed
         for number, row in enumerate(load_audio_dataset(specs, streaming=True, seed=seed + epoch)):
             pick = zlib.crc32(f"{seed} {epoch} {number}".encode())
@@ -332,12 +345,13 @@ class StreamingSet(IterableDataset):
             yield {**audio, **example, "seconds": len(waveform) / rate}
 
     def _group(self, buffer: list[dict], epoch: int, batches: int) -> list[list[dict]]:
-        from .batches import BatchSchedule
-
         if not buffer:
             return []
         size = {"batch_size": self.stage.batch_size, "batch_seconds": self.stage.batch_seconds}
         schedule = BatchSchedule(
-            [example.pop("seconds") for example in buffer], epochs=1, seed=self.recipe.seed + 31 * epoch + batches, **size
+            [example.pop("seconds") for example in buffer],
+            epochs=1,
+            seed=self.recipe.seed + 31 * epoch + batches,
+            **size,
         )
         return [[buffer[draw.row] for draw in batch] for batch in schedule]

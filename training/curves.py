@@ -1,6 +1,6 @@
 """curves.png: loss, WER and listening gap over the seconds of training, from a run's history.jsonl.
 
-    python -m training.curves outputs/quickstart
+python -m training.curves outputs/quickstart
 """
 
 import sys
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .callbacks import History
 
+COLORS = ("tab:blue", "tab:orange", "tab:green")
 WER_LIMIT = 160  # a model that runs away scores several hundred percent; the axis ends here
 
 
@@ -26,12 +27,12 @@ def draw_curves(entries: list[dict], path: str | Path, title: str = "") -> None:
             axis.axvspan(min(seconds), max(seconds), color="0.95" if number % 2 else "0.88", lw=0)
         losses.text(min(seconds), 1.0, f" {stage}", transform=losses.get_xaxis_transform(), va="top")
     for axis, names in ((losses, ("lm_loss", "align_loss")), (rates, ("wer", "wer_align", "listening_gap"))):
-        for color, name in zip(("tab:blue", "tab:orange", "tab:green"), names):
+        for color, name in zip(COLORS, names, strict=False):
             label = name
             for stage in stages:
                 points = [(e["seconds"], e[name]) for e in entries if e["stage"] == stage and name in e]
                 if points:
-                    axis.plot(*zip(*points), ".-", color=color, label=label)
+                    axis.plot(*zip(*points, strict=True), ".-", color=color, label=label)
                     label = None
     losses.set_ylabel("loss")
     if losses.lines:

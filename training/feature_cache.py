@@ -1,12 +1,14 @@
 """On-disk cache of a frozen audio encoder's outputs, so that epochs after the first do not run the encoder.
 
-Layout: `<cache_dir>/<fingerprint>/` holds `fingerprint.json` and pairs `<shard>.npy` (frames of many clips, (frames, D), memory
-mapped when read) and `<shard>.json` (which clip lies where). A shard counts only once its `.json` is there, and both files are
-written under another name and renamed: a process killed at any moment leaves a valid cache that the next run completes. Shard
-names are random, so several processes may fill one cache.
+Layout: `<cache_dir>/<fingerprint>/` holds `fingerprint.json` and pairs `<shard>.npy` (frames of many clips, (frames,
+D), memory mapped when read) and `<shard>.json` (which clip lies where). A shard counts only once its `.json` is
+there, and both files are
+written under another name and renamed: a process killed at any moment leaves a valid cache that the next run
+completes. Shard names are random, so several processes may fill one cache.
 
-The fingerprint covers all that determines the features: the encoder's weights, its layer, the feature extractor's settings, the
-dtype. A clip's key covers its audio bytes and the speed factor. So nothing is ever stale, and deleting the folder is always safe.
+The fingerprint covers all that determines the features: the encoder's weights, its layer, the feature extractor's
+settings, the dtype. A clip's key covers its audio bytes and the speed factor. So nothing is ever stale, and deleting
+the folder is always safe.
 """
 
 import hashlib
@@ -20,7 +22,8 @@ import torch
 
 
 def fingerprint_of(**parts) -> dict:
-    """Plain data (as JSON reads it back) that identifies how features are made; keyword values may be anything JSON writes."""
+    """Plain data (as JSON reads it back) that identifies how features are made; keyword values may be anything JSON
+    writes."""
     return json.loads(json.dumps(parts, sort_keys=True, default=str))
 
 
@@ -79,7 +82,8 @@ class FeatureCache:
                 self._read_shard(index)
 
     def _read_shard(self, index: Path) -> None:
-        """Adds a shard's clips. One that is damaged (a full disk, a copy cut short) is removed and will be made again."""
+        """Adds a shard's clips. One that is damaged (a full disk, a copy cut short) is removed and will be made
+        again."""
         try:
             clips = json.loads(index.read_text())
             frames = np.load(index.with_suffix(".npy"), mmap_mode="r")
@@ -111,7 +115,8 @@ class FeatureCache:
         return sum(self._entries[key][2])
 
     def put(self, key: str, windows: list[np.ndarray | torch.Tensor]) -> None:
-        """Stores a clip's windows, (frames, D) each, all valid frames. Written to disk in shards; call flush() at the end."""
+        """Stores a clip's windows, (frames, D) each, all valid frames. Written to disk in shards; call flush() at the
+        end."""
         arrays = [np.asarray(w.detach().cpu().float() if isinstance(w, torch.Tensor) else w) for w in windows]
         if self.dtype == np.float16 and max(np.abs(a).max(initial=0) for a in arrays) > np.finfo(np.float16).max:
             raise ValueError("the encoder's outputs exceed the range of float16; set cache_dtype: float32")

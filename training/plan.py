@@ -1,4 +1,5 @@
-"""Before the first step: what will be trained, how many tokens audio makes, and what it will cost in time and memory."""
+"""Before the first step: what will be trained, how many tokens audio makes, and what it will cost in time and
+memory."""
 
 import resource
 import sys
@@ -25,7 +26,8 @@ def parameter_table(model: torch.nn.Module) -> list[tuple[str, int, int]]:
 def token_rate(model, processor, corpus: Corpus, instructions: list[str], sampled: int = 200) -> dict[str, float]:
     """Audio tokens per second, and the longest prompt (audio + instruction + transcript) against the LLM's context.
 
-    Long prompts are found among the `sampled` longest clips; with the "collapse" readout this is what is left before the collapse.
+    Long prompts are found among the `sampled` longest clips; with the "collapse" readout this is what is left before
+    the collapse.
     """
     rate = processor.sampling_rate
     audio = [(row, processor.num_audio_tokens(int(row.seconds * rate))) for row in corpus.rows]
@@ -41,10 +43,9 @@ def token_rate(model, processor, corpus: Corpus, instructions: list[str], sample
     }
 
 
-def measure_step(
-    model, schedule: BatchSchedule, batch_of: Callable[[list], dict], trainer
-) -> tuple[float, float]:
-    """Runs the longest micro-batch (does it fit?) and times a median one -> (seconds per optimiser step, peak memory, bytes).
+def measure_step(model, schedule: BatchSchedule, batch_of: Callable[[list], dict], trainer) -> tuple[float, float]:
+    """Runs the longest micro-batch (does it fit?) and times a median one -> (seconds per optimiser step, peak memory,
+    bytes).
 
     `batch_of`: Draws -> a collated batch. Nothing is learned: gradients are dropped and random states restored.
     """
@@ -78,15 +79,15 @@ def describe_stage(
     total = sum(count for _, count, _ in table)
     trained = sum(count for _, _, count in table)
     lines = [f"stage {stage_name}: loss {loss}, {steps} steps", "  part        parameters      trained   share"]
-    lines += [f"  {part:8} {count:13,} {tuned:12,} {100 * tuned / max(1, count):6.1f} %" for part, count, tuned in table]
+    lines += [
+        f"  {part:8} {count:13,} {tuned:12,} {100 * tuned / max(1, count):6.1f} %" for part, count, tuned in table
+    ]
     lines.append(f"  {'all':8} {total:13,} {trained:12,} {100 * trained / total:6.1f} %")
     if rate is not None:
         lines.append(
-            f"  audio: {rate['tokens_per_second']:.1f} tokens/s; longest clip {rate['longest_audio']} tokens, longest prompt "
-            f"{rate['longest_prompt']} of a context of {rate['context']}"
+            f"  audio: {rate['tokens_per_second']:.1f} tokens/s; longest clip {rate['longest_audio']} tokens, "
+            f"longest prompt {rate['longest_prompt']} of a context of {rate['context']}"
         )
-        if rate["context"] and rate["longest_prompt"] > rate["context"] and loss != "align":
-            lines.append("  warning: the longest prompts exceed the context; set max_seconds on the data")
     if cost is not None:
         lines.append(
             f"  estimate: {cost[0]:.2f} s/step, {duration(cost[0] * steps)} in all, {cost[1] / 2**30:.1f} GB of memory"

@@ -2,8 +2,8 @@
 
     load_recipe("recipes/quickstart.yaml", ["--stages.0.steps", "10", "--adapter.type=mlp"])
 
-Every key is declared once, as a field below, with its type and default. A key that is not declared, a value of the wrong type and
-settings that contradict each other are `RecipeError`s which name the key (and the nearest valid one).
+Every key is declared once, as a field below, with its type and default. A key that is not declared, a value of the
+wrong type and settings that contradict each other are `RecipeError`s which name the key (and the nearest valid one).
 """
 
 import dataclasses
@@ -16,6 +16,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+POSITIVE_STAGE_KEYS = (
+    *("steps", "epochs", "batch_size", "batch_seconds", "grad_accum"),
+    *("eval_steps", "save_steps", "max_grad_norm"),
+)
 
 
 class RecipeError(ValueError):
@@ -35,7 +40,7 @@ class Components:
 
 @dataclass
 class Alignment:
-    """CTC head over the LLM's embedding table. `merges`: keep the first N merges of the LLM's BPE (short units); null: all."""
+    """CTC head over the LLM's embedding table. `merges`: how many of the LLM's BPE merges are kept; null: all."""
 
     merges: int | None = 400
 
@@ -45,8 +50,8 @@ class Source:
     """One data set of a mixture. `path`: Hub id, folder, LibriSpeech tree, or a jsonl/csv/parquet manifest.
 
     `weight`: the source's share of an epoch's draws is its weight over the sum of weights (no weights: every row once).
-    `filter` keeps and `exclude` drops rows by the values of a column, e.g. `{speaker: ["1272"]}`. `limit` keeps the first
-    rows. Rows longer than `max_seconds` are left out (not counted as bad).
+    `filter` keeps and `exclude` drops rows by the values of a column, e.g. `{speaker: ["1272"]}`. `limit` keeps the
+    first rows. Rows longer than `max_seconds` are left out (not counted as bad).
     """
 
     path: str
@@ -66,7 +71,8 @@ class Data:
 
     train: list[Source]
     eval: list[Source] = field(default_factory=list)
-    speeds: list[float] = field(default_factory=lambda: [1.0])  # speed perturbation: one factor is drawn per clip and epoch
+    # Speed perturbation: one factor is drawn per clip and epoch.
+    speeds: list[float] = field(default_factory=lambda: [1.0])
     max_bad_rows: float = 0.05  # share of rows without text or with unreadable audio above which the run stops
     streaming: bool = False  # read rows as they come (no feature cache, no length grouping over the whole set)
 
@@ -101,7 +107,7 @@ class Lora:
 
 @dataclass
 class SpecAugment:
-    """Masks on the encoder's output: `time_masks` per 100 frames of up to `time_width` frames; `feature_prob` of the channels."""
+    """Masks on encoder outputs: `time_masks` per 100 frames, up to `time_width` long; channels by `feature_prob`."""
 
     time_masks: float = 1.0
     time_width: int = 15
@@ -178,7 +184,9 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
     path = Path(path)
     if not path.is_file():
         near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.yaml")], n=1)
-        raise RecipeError(f"no recipe at {path}" + (f"; did you mean {path.with_name(near[0] + '.yaml')}?" if near else ""))
+        raise RecipeError(
+            f"no recipe at {path}" + (f"; did you mean {path.with_name(near[0] + '.yaml')}?" if near else "")
+        )
     data = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(data, dict):
         raise RecipeError(f"{path} is not a recipe: it must be a YAML mapping, got {type(data).__name__}")
@@ -200,7 +208,7 @@ def recipe_to_dict(recipe: Recipe) -> dict:
 
 
 def parse_overrides(arguments: list[str]) -> list[tuple[str, Any]]:
-    """["--a.b", "1", "--c=x"] -> [("a.b", 1), ("c", "x")]; values are read as YAML. A flag without a value means true."""
+    """["--a.b", "1", "--c=x"] -> [("a.b", 1), ("c", "x")]; values are read as YAML, a flag without one means true."""
     pairs, rest = [], list(arguments)
     while rest:
         flag = rest.pop(0)
@@ -217,7 +225,7 @@ def parse_overrides(arguments: list[str]) -> list[tuple[str, Any]]:
 
 
 def _apply(data: dict, dotted: str, value: Any) -> None:
-    """Sets data["a"]["b"] for "a.b"; existing lists are indexed by number. Declared keys are checked later, by _build."""
+    """Sets data["a"]["b"] for "a.b"; existing lists are indexed by number. Which keys exist is checked by _build."""
     keys = dotted.split(".")
     node: Any = data
     for depth, key in enumerate(keys):
@@ -312,7 +320,9 @@ def _check(recipe: Recipe) -> None:
             raise RecipeError(message)
 
     refuse(not recipe.stages, "stages: a recipe needs at least one stage")
-    refuse(not recipe.instructions, "instructions: give at least one instruction, it is the user's turn in every prompt")
+    refuse(
+        not recipe.instructions, "instructions: give at least one instruction, it is the user's turn in every prompt"
+    )
     refuse(not 0 <= recipe.data.max_bad_rows <= 1, "data.max_bad_rows is a share between 0 and 1")
     refuse(not recipe.data.speeds or min(recipe.data.speeds) <= 0, "data.speeds: give one or more factors above 0")
     refuse(recipe.logging_steps < 1, "logging_steps must be 1 or more")
@@ -325,10 +335,15 @@ def _check(recipe: Recipe) -> None:
     for i, stage in enumerate(recipe.stages):
         at = f"stages.{i}"
         refuse(not re.fullmatch(r"[A-Za-z0-9][\w.-]*", stage.name), f"{at}.name: {stage.name!r} cannot name a folder")
-        refuse(stage.name in ("final", "logs"), f"{at}.name: {stage.name!r} is taken by the run's own folder of that name")
+        refuse(
+            stage.name in ("final", "logs"), f"{at}.name: {stage.name!r} is taken by the run's own folder of that name"
+        )
         refuse((stage.steps is None) == (stage.epochs is None), f"{at}: give either steps or epochs")
-        refuse((stage.batch_size is None) == (stage.batch_seconds is None), f"{at}: give either batch_size or batch_seconds")
-        for key in ("steps", "epochs", "batch_size", "batch_seconds", "grad_accum", "eval_steps", "save_steps", "max_grad_norm"):
+        refuse(
+            (stage.batch_size is None) == (stage.batch_seconds is None),
+            f"{at}: give either batch_size or batch_seconds",
+        )
+        for key in POSITIVE_STAGE_KEYS:
             value = getattr(stage, key)
             refuse(value is not None and value <= 0, f"{at}.{key} must be above 0, got {value}")
         refuse(
@@ -347,12 +362,24 @@ def _check(recipe: Recipe) -> None:
             stage.tune.llm == "full" and recipe.components.quantize_text != "none",
             f"{at}.tune.llm: quantised weights cannot be trained in full; use lora",
         )
-        refuse(not 0 <= stage.time_stretch < 0.5, f"{at}.time_stretch must be 0 or more and below 0.5, got {stage.time_stretch:g}")
+        refuse(
+            not 0 <= stage.time_stretch < 0.5,
+            f"{at}.time_stretch must be 0 or more and below 0.5, got {stage.time_stretch:g}",
+        )
         refuse(
             stage.time_stretch > 0
-            and (not recipe.cache or recipe.data.streaming or stage.tune.encoder != "frozen" or recipe.encoder_layer == "mix"),
+            and (
+                not recipe.cache
+                or recipe.data.streaming
+                or stage.tune.encoder != "frozen"
+                or recipe.encoder_layer == "mix"
+            ),
             f"{at}.time_stretch works on cached encoder outputs; use data.speeds where the encoder runs in every step",
         )
-        refuse(recipe.data.streaming and stage.steps is None, f"{at}: a stream has no known length; give steps, not epochs")
+        refuse(
+            recipe.data.streaming and stage.steps is None, f"{at}: a stream has no known length; give steps, not epochs"
+        )
         for source in stage.data or recipe.data.train:
-            refuse(source.weight is not None and source.weight <= 0, f"{at}: the weight of {source.path} must be above 0")
+            refuse(
+                source.weight is not None and source.weight <= 0, f"{at}: the weight of {source.path} must be above 0"
+            )

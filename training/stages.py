@@ -1,8 +1,8 @@
 """Runs a recipe: data, components, cache, then stage after stage, each resumable, and the finished model.
 
-In `output_dir`: `recipe.yaml` (resolved), `bad_rows.jsonl`, `history.jsonl`, `curves.png`, one folder per stage (checkpoints while
-it trains, then a slim model and `stage.json`), and `final/` with model and processor. Running the same command again skips finished
-stages and resumes the one that was cut short.
+In `output_dir`: `recipe.yaml` (resolved), `bad_rows.jsonl`, `history.jsonl`, `curves.png`, one folder per stage
+(checkpoints while it trains, then a slim model and `stage.json`), and `final/` with model and processor. Running the
+same command again skips finished stages and resumes the one that was cut short.
 """
 
 import copy
@@ -32,7 +32,17 @@ from .trainer import AudioPhiTrainer, last_complete_checkpoint
 
 DONE_NAME = "stage.json"
 # Settings that may change between a run and its continuation: they do not change what is learned.
-FREE_KEYS = {"output_dir", "cache", "cache_dir", "evaluation", "logging_steps", "num_workers", "report_to", "save_dtype", "stages"}
+FREE_KEYS = {
+    "output_dir",
+    "cache",
+    "cache_dir",
+    "evaluation",
+    "logging_steps",
+    "num_workers",
+    "report_to",
+    "save_dtype",
+    "stages",
+}
 FREE_STAGE_KEYS = {"eval_steps", "save_steps"}
 
 
@@ -58,8 +68,11 @@ class Run:
 def run_recipe(recipe: Recipe) -> Path:
     """Trains all stages; returns the folder of the finished model.
 
-    Raises RecipeError when output_dir holds another recipe's run, TooManyBadRows, ValueError for parts or data that do not fit.
+    Raises RecipeError when output_dir holds another recipe's run, TooManyBadRows, ValueError for parts or data that
+    do not fit.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        PartialState(cpu=True)  # several processes on CPUs only become a group when asked to
     main = PartialState().is_main_process
     folder = Path(recipe.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,15 +104,14 @@ def check_same_recipe(recipe: Recipe, path: Path) -> None:
     before, now = yaml.safe_load(path.read_text(encoding="utf-8")), recipe_to_dict(recipe)
     different = [key for key in now if key not in FREE_KEYS and before.get(key) != now[key]]
     folder = path.parent
-    for index, (old, new) in enumerate(zip(before["stages"], now["stages"])):
+    for index, (old, new) in enumerate(zip(before["stages"], now["stages"], strict=False)):
         started = (folder / old["name"]).exists()
         if started:
-            different += [
-                f"stages.{index}.{k}" for k in new if k not in FREE_STAGE_KEYS and old.get(k) != new[k]
-            ]
+            different += [f"stages.{index}.{k}" for k in new if k not in FREE_STAGE_KEYS and old.get(k) != new[k]]
     if different:
         raise RecipeError(
-            f"{folder} holds a run with other settings of {', '.join(different)}; choose another output_dir, or delete that folder"
+            f"{folder} holds a run with other settings of {', '.join(different)}; "
+            "choose another output_dir, or delete that folder"
         )
 
 
@@ -147,7 +159,8 @@ def data_key(recipe: Recipe, stage: Stage) -> str:
 
 
 def stage_cache(run: Run, stage: Stage, corpus: Corpus) -> FeatureCache | None:
-    """The filled cache of a stage with a frozen encoder; None where the encoder must run: tuned, a learned layer mix, or no cache."""
+    """The filled cache of a stage with a frozen encoder; None where the encoder must run: tuned, a learned layer mix,
+    or no cache."""
     recipe, model = run.recipe, run.model.model
     if not recipe.cache or stage.tune.encoder != "frozen":
         return None

@@ -1,4 +1,5 @@
-"""HF Trainer for AudioPhi: the batch order of a BatchSchedule, losses that add up under accumulation, small checkpoints."""
+"""HF Trainer for AudioPhi: the batch order of a BatchSchedule, losses that add up under accumulation, small
+checkpoints."""
 
 import math
 import os
@@ -39,7 +40,8 @@ def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 class Clock:
-    """Seconds spent on optimiser steps of a stage: evaluations, checkpoints and earlier processes' losses not counted."""
+    """Seconds spent on optimiser steps of a stage: evaluations, checkpoints and earlier processes' losses not
+    counted."""
 
     def __init__(self):
         self.seconds, self._since = 0.0, None
@@ -57,7 +59,8 @@ class AudioPhiTrainer(Trainer):
 
     Args:
         stage: of the recipe. schedule: a BatchSchedule (None for streams, whose dataset yields batches).
-        augment: applied here to the frozen encoder's live outputs; cached ones were augmented by the collator, in the same
+        augment: applied here to the frozen encoder's live outputs; cached ones were augmented by the collator, in the
+        same
             way and with the same random numbers, so that training does not depend on the cache.
         kwargs: Trainer's.
     """
@@ -78,7 +81,8 @@ class AudioPhiTrainer(Trainer):
     # ---- data --------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """The schedule's batches. It knows its rank and its whole order, so accelerate has nothing to shard or shuffle."""
+        """The schedule's batches. It knows its rank and its whole order, so accelerate has nothing to shard or
+        shuffle."""
         options = {
             "collate_fn": self.data_collator,
             "num_workers": self.args.dataloader_num_workers,
@@ -101,7 +105,8 @@ class AudioPhiTrainer(Trainer):
     # ---- loss --------------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Sum of losses divided by the labelled tokens (lm) and the clips (align) of the whole optimiser step, over all ranks."""
+        """Sum of losses divided by the labelled tokens (lm) and the clips (align) of the whole optimiser step, over
+        all ranks."""
         self._evaluate_frozen_parts()
         inputs = dict(inputs)
         self._augment_keys = inputs.pop("augment_keys", [])
@@ -189,7 +194,9 @@ class AudioPhiTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
-            logs |= {name: float(value) / max(1, self._summed_steps) for name, value in self._sums.items()}
+            for name, value in self._sums.items():
+                total = self.accelerator.reduce(value, "sum")  # each rank has its part of the sum
+                logs[name] = float(total) / max(1, self._summed_steps)
             logs |= {f"grad_norm_{part}": norm for part, norm in self.part_norms.items()}
             self._sums, self._summed_steps = {}, 0
         super().log(logs, start_time)
