@@ -1,6 +1,8 @@
 """AudioPhi's model. Importing this package registers it with transformers' Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM
+from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor
+
+from processing.processing_audiophi import AudioPhiProcessor
 
 from . import wheel_components  # noqa: F401  (registers the PyPI fallback for base components)
 from .adapters import ADAPTERS
@@ -13,6 +15,7 @@ AutoConfig.register("audiophi", AudioPhiConfig, exist_ok=True)
 AutoConfig.register("audiophi_adapter", AudioPhiAdapterConfig, exist_ok=True)
 AutoModel.register(AudioPhiConfig, AudioPhiForConditionalGeneration, exist_ok=True)
 AutoModelForMultimodalLM.register(AudioPhiConfig, AudioPhiForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(AudioPhiConfig, AudioPhiProcessor, exist_ok=True)
 
 __all__ = [
     "ADAPTERS",

@@ -74,6 +74,17 @@ def speed_perturb(waveform: np.ndarray, factor: float, sampling_rate: int = 1600
     return resample(waveform, sampling_rate * ratio.numerator, sampling_rate * ratio.denominator)
 
 
+def stretch_time(states: torch.Tensor, widest: float, *key) -> torch.Tensor:
+    """(frames, size) -> (frames', size): tempo changed by a factor drawn from 1 - widest to 1 + widest, interpolated.
+
+    Tempo perturbation (Ko et al. 2015) for encoder outputs that were cached once: every epoch speaks at another rate
+    without running the encoder again. Equal for equal key.
+    """
+    factor = 1 + widest * (2 * torch.rand((), generator=seeded_generator("stretch", *key)).item() - 1)
+    frames = max(1, round(len(states) * factor))
+    return torch.nn.functional.interpolate(states.float().T[None], size=frames, mode="linear")[0].T
+
+
 def _span(length: int, widest: int, generator: torch.Generator) -> tuple[int, int]:
     width = int(torch.randint(0, widest + 1, (), generator=generator))
     start = int(torch.randint(0, length - width + 1, (), generator=generator))
