@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from modeling_audiophi import AudioPhiAdapterConfig, AudioPhiForConditionalGeneration
+from modeling_audiophi import AudioPhiAdapterConfig, AudioPhiForConditionalGeneration, resolve_component
 from processing import AudioPhiProcessor
 from processing.alignment_text import AlignmentTokenizer
 
@@ -19,10 +19,8 @@ def build_processor(recipe: Recipe) -> AudioPhiProcessor:
         return AudioPhiProcessor.from_pretrained(recipe.init_from)
     components = recipe.components
     return AudioPhiProcessor.from_components(
-        components.audio,
-        components.text,
-        audio_revision=components.audio_revision,
-        text_revision=components.text_revision,
+        resolve_component(components.audio, components.audio_revision),
+        resolve_component(components.text, components.text_revision),
     )
 
 

@@ -1,0 +1,154 @@
+"""What a stage trains on: corpus, cached encoder outputs, order of batches, augmentation, collator."""
+
+import copy
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from accelerate import PartialState
+from transformers import TrainingArguments
+
+from modeling_audiophi.adapters import adapter_class
+from processing.augment import Augment
+from processing.collator import AudioPhiCollator
+
+from .batches import BatchSchedule
+from .corpus import Corpus, StreamingSet, TrainingSet, fill_cache
+from .feature_cache import FeatureCache, fingerprint_of, hash_weights
+from .plan import token_rate
+from .recipe import Recipe, Stage
+
+if TYPE_CHECKING:
+    from .stages import Run
+
+
+def data_key(recipe: Recipe, stage: Stage) -> str:
+    """Equal for stages that train on the same sources."""
+    return json.dumps([asdict(source) for source in stage.data or recipe.data.train])
+
+
+def stage_cache(run: "Run", stage: Stage, corpus: Corpus) -> FeatureCache | None:
+    """The filled cache of a stage with a frozen encoder; None where the encoder must run: tuned, a learned layer mix,
+    or no cache."""
+    recipe, model = run.recipe, run.model.model
+    if not recipe.cache or stage.tune.encoder != "frozen":
+        return None
+    if recipe.encoder_layer == "mix":
+        run.say("cache: off, a learned layer mix needs all layers of the encoder")
+        return None
+    cache = FeatureCache(
+        recipe.cache_dir,
+        fingerprint_of(
+            weights=hash_weights(model.audio_tower),
+            encoder=run.model.config.audio_config.model_type,
+            layer=recipe.encoder_layer,
+            window_frames=run.processor.window_frames,
+            features=json.loads(run.processor.feature_extractor.to_json_string()),
+        ),
+        recipe.cache_dtype,
+    )
+    model.audio_tower.eval()
+    device = next(model.audio_tower.parameters()).device
+
+    def encode(features, mask):
+        return model.encode(features.to(device), mask.to(device))
+
+    def report(done, total):
+        if done == total or done // 1000 != (done - 16) // 1000:
+            run.say(f"cache: {done:,} of {total:,} clips encoded")
+
+    # One process fills it, the others find it full.
+    with PartialState().main_process_first():
+        cache.refresh()
+        fill_cache(corpus, cache, run.processor, encode, recipe.data.speeds, report=report)
+    run.say(f"cache: {len(cache):,} clips, {cache.nbytes / 2**20:.0f} MB in {cache.folder}")
+    return cache
+
+
+def stage_data(run: "Run", stage: Stage, number: int, arguments: TrainingArguments):
+    """(dataset, schedule or None for streams, cache or None, token rate or None)."""
+    recipe = run.recipe
+    rank, world_size = arguments.process_index, arguments.world_size
+    sources = stage.data or recipe.data.train
+    if recipe.data.streaming:
+        return StreamingSet(sources, run.bad, run.processor, stage, recipe, rank, world_size), None, None, None
+    corpus = run.corpora[data_key(recipe, stage)]
+    cache = stage_cache(run, stage, corpus)
+    rate = token_rate(run.model, run.processor, corpus, recipe.instructions)
+    if stage.loss != "align" and run.model.config.readout == "frames":
+        corpus = without_long_prompts(run, corpus, rate)
+    schedule = BatchSchedule(
+        [row.seconds for row in corpus.rows],
+        steps=stage.steps,
+        epochs=stage.epochs,
+        batch_size=stage.batch_size,
+        batch_seconds=stage.batch_seconds,
+        grad_accum=stage.grad_accum,
+        sources=[row.table for row in corpus.rows],
+        weights=[source.weight for source in sources],
+        speeds=recipe.data.speeds,
+        seed=recipe.seed + number,
+        rank=rank,
+        world_size=world_size,
+    )
+    dataset = TrainingSet(corpus, run.processor, cache, recipe.instructions, recipe.seed, stage.time_stretch)
+    return dataset, schedule, cache, rate
+
+
+def without_long_prompts(run: "Run", corpus: Corpus, rate: dict) -> Corpus:
+    """The corpus without clips whose prompt exceeds the LLM's context; they are listed among the bad rows."""
+    if not rate["context"] or rate["longest_prompt"] <= rate["context"]:
+        return corpus
+    slowest = min(run.recipe.data.speeds)
+    room = rate["context"] - (rate["longest_prompt"] - rate["longest_audio"])
+    kept = []
+    for row in corpus.rows:
+        tokens = run.processor.num_audio_tokens(int(row.seconds / slowest * run.processor.sampling_rate))
+        if tokens <= room:
+            kept.append(row)
+        else:
+            corpus.drop(row, f"{tokens} audio tokens ({row.seconds:.0f} s) exceed the context of {rate['context']}")
+    shorter = copy.copy(corpus)
+    shorter.rows = kept
+    return shorter
+
+
+def stage_augment(recipe: Recipe, stage: Stage) -> Augment | None:
+    """Feature noise and SpecAugment of a stage; None for neither."""
+    if not stage.noise and stage.spec_augment is None:
+        return None
+    masks = stage.spec_augment
+    return Augment(
+        time_masks=masks.time_masks if masks else 0.0,
+        time_width=masks.time_width if masks else 0,
+        feature_dropout=masks.feature_prob if masks else 0.0,
+        noise=stage.noise,
+        seed=recipe.seed,
+    )
+
+
+class StageCollator:
+    """AudioPhiCollator for a stage; `live`: names every window for the augmentation of live encoder outputs."""
+
+    def __init__(self, run: "Run", stage: Stage, augment: Augment | None, live: bool):
+        adapter = run.model.config.adapter_config
+        self.live = live
+        self.collate = AudioPhiCollator(
+            run.processor,
+            mode=stage.loss,
+            align_tokenizer=run.align_tokenizer,
+            augment=augment,
+            text_case=run.recipe.text_case,
+            adapter_length_rule=adapter_class(adapter).length_rule(adapter),
+        )
+
+    def __call__(self, examples: list[dict]) -> dict:
+        batch = dict(self.collate(examples))
+        if self.live:
+            windows = batch["audio_num_windows"].tolist()
+            batch["augment_keys"] = [
+                (example["epoch"], example["id"], window)
+                for example, count in zip(examples, windows, strict=True)
+                for window in range(count)
+            ]
+        return batch
