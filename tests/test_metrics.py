@@ -1,5 +1,7 @@
 """Word error rates: normalisation, counting, intervals, shuffling, the summary of predictions."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -132,3 +134,12 @@ def test_summary_without_an_llm_or_without_rows():
 @given(st.floats(0.01, 100))
 def test_silence_is_as_long_as_the_clip(seconds):
     assert seconds <= silence_length(seconds) < seconds + 0.5 + 1e-9
+
+
+def test_as_a_metric_of_evaluate(monkeypatch, tmp_path):
+    import evaluate
+
+    folder = Path(__file__).resolve().parents[1] / "evaluation" / "wer"
+    metric = evaluate.load(str(folder), cache_dir=str(tmp_path))
+    scores = metric.compute(predictions=["The cat!", "a b"], references=["the cat sat", "a b"])
+    assert scores["wer"] == pytest.approx(20) and scores["deletions"] == 1 and scores["words"] == 5

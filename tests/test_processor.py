@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, WhisperFeatureExtractor
+from transformers import AutoProcessor, AutoTokenizer, WhisperFeatureExtractor
 
 from processing import AudioError, AudioPhiProcessor
 from processing.chat_templates import CHATML, LLAMA3, PLAIN, training_template
@@ -341,3 +341,10 @@ class TestAudioToken:
         extractor = WhisperFeatureExtractor.from_pretrained(tiny_whisper_dir)
         with pytest.raises(ValueError, match="<|nowhere|>"):
             AudioPhiProcessor(extractor, AutoTokenizer.from_pretrained(tiny_llm_dir), audio_token="<|nowhere|>")
+
+
+def test_auto_processor_finds_it(processor, tmp_path):
+    import modeling_audiophi  # noqa: F401  (registers)
+
+    processor.save_pretrained(tmp_path)
+    assert type(AutoProcessor.from_pretrained(tmp_path)) is AudioPhiProcessor
