@@ -42,7 +42,7 @@ class Components:
 class Alignment:
     """CTC head over the LLM's embedding table. `merges`: how many of the LLM's BPE merges are kept; null: all."""
 
-    merges: int | None = 400
+    merges: int | None = None
 
 
 @dataclass
@@ -328,7 +328,7 @@ def _check(recipe: Recipe) -> None:
     refuse(recipe.logging_steps < 1, "logging_steps must be 1 or more")
     refuse(
         recipe.readout == "collapse" and recipe.alignment is None and recipe.init_from is None,
-        "readout: collapse needs the alignment head; add `alignment: {merges: 400}`",
+        "readout: collapse needs the alignment head; add `alignment: {merges: null}`",
     )
     names = [stage.name for stage in recipe.stages]
     refuse(len(set(names)) < len(names), f"stages: names must differ, got {', '.join(names)}")
@@ -352,7 +352,7 @@ def _check(recipe: Recipe) -> None:
         )
         refuse(
             stage.loss != "lm" and recipe.alignment is None and recipe.init_from is None,
-            f"{at}.loss: {stage.loss} needs the alignment head; add `alignment: {{merges: 400}}`",
+            f"{at}.loss: {stage.loss} needs the alignment head; add `alignment: {{merges: null}}`",
         )
         refuse(
             stage.loss == "align" and stage.tune.llm != "frozen",
