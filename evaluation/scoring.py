@@ -9,6 +9,7 @@ or, for a row without a score: row, id, error, readable (False: no text or no us
 could not take it, say because it is longer than the LLM's context).
 """
 
+import copy
 import itertools
 import math
 import time
@@ -16,7 +17,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
 
 from processing.audio_io import AudioError
 from processing.datasets import read_clip
@@ -41,7 +41,7 @@ Transcriber = Callable[[list], list[dict]]
 
 
 class AudioPhiTranscriber:
-    """Greedy transcripts of a batch of clips by an AudioPhi model.
+    """Transcripts of a batch of clips by an AudioPhi model, decoded as its generation_config says, without sampling.
 
     Args:
         model, processor: AudioPhiForConditionalGeneration, in whatever mode it is (put into eval mode while it works).
@@ -102,13 +102,15 @@ class AudioPhiTranscriber:
             processor_kwargs={"padding_side": "left"},
         )  # fmt: skip
         ends = self._end_tokens()
-        greedy = GenerationConfig(
+        settings = copy.deepcopy(self.model.generation_config)
+        settings.update(
             max_new_tokens=self.max_new_tokens,
+            max_length=None,
             do_sample=False,
             eos_token_id=ends,
             pad_token_id=self.processor.tokenizer.pad_token_id,
         )
-        output = self.model.generate(**self._to_device(inputs), generation_config=greedy)
+        output = self.model.generate(**self._to_device(inputs), generation_config=settings)
         results = []
         for new in output[:, inputs["input_ids"].shape[1] :].tolist():
             length = next((index for index, token in enumerate(new) if token in ends), None)
@@ -197,8 +199,8 @@ def errors_of(reference: str, hypothesis: str | None) -> dict:
 def summarize(predictions: Iterable[dict], silence: dict[float, str] | None = None, seed: int = 0) -> dict:
     """Scores of predictions (those with an error are left out). Rates are percentages, None where undefined.
 
-    `wer_shuffled_audio`: every reference against what the model heard in another utterance's audio. Greedy decoding
-    with one instruction for all makes that the other utterance's hypothesis, so nothing is decoded twice.
+    `wer_shuffled_audio`: every reference against what the model heard in another utterance's audio. Decoding without
+    sampling and one instruction for all make that the other utterance's hypothesis, so nothing is decoded twice.
     `wer_silence`: against `silence`, from `transcribe_silence`. `listening_gap`: shuffled minus true.
     """
     scored = sorted((p for p in predictions if "error" not in p), key=lambda p: p["row"])

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_audiophi.alignment_audiophi import AlignmentHead, CollapseReadout
+from modeling_audiophi.alignment_audiophi import SHARPNESS, AlignmentHead, CollapseReadout
 from modeling_audiophi.lengths_audiophi import length_mask
 
 VOCAB_IDS = torch.tensor([3, 7, 8, 20])
@@ -123,7 +123,7 @@ def test_collapse_is_a_mean_over_the_run_and_carries_the_acoustic_state():
     tokens = torch.randn(1, 3, 6)
     residual = CollapseReadout(6)
     embeds, keep = head.collapse(logits, tokens, torch.ones(1, 3, dtype=torch.bool), TABLE, residual)
-    weights = logits[0, :2, 1:].softmax(-1)
+    weights = (SHARPNESS * logits[0, :2, 1:]).softmax(-1)
     expected = (weights @ TABLE[VOCAB_IDS]).mean(0) + residual(tokens[:, :2].mean(1, keepdim=True))[0, 0]
     assert keep.tolist() == [[True, False, False]]
     assert torch.allclose(embeds[0, 0], expected, atol=1e-5)

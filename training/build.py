@@ -60,8 +60,17 @@ def build_model(
         )
     if recipe.components.quantize_text == "4bit":
         quantize_text(model)
+    set_generation(model, recipe)
     processor.match_model(model.config)
     return model
+
+
+def set_generation(model: AudioPhiForConditionalGeneration, recipe: Recipe) -> None:
+    """The recipe's `generation` as defaults of generate(). RecipeError for an unknown key."""
+    unknown = [key for key in recipe.generation if not hasattr(model.generation_config, key)]
+    if unknown:
+        raise RecipeError(f"generation: {', '.join(unknown)} is not a setting of transformers' GenerationConfig")
+    model.generation_config.update(**recipe.generation)
 
 
 def check_adapter_keys(adapter: dict) -> None:

@@ -166,6 +166,9 @@ class Recipe:
     cache_dtype: Literal["float16", "float32"] = "float16"
     output_dir: str = "outputs/{name}"
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights in final/
+    generation: dict[str, Any] = field(
+        default_factory=dict
+    )  # defaults of generate(), saved with the model: num_beams, ...
     evaluation: Evaluation = field(default_factory=Evaluation)
     seed: int = 0
     logging_steps: int = 10

@@ -16,7 +16,7 @@ import yaml
 from accelerate import PartialState
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
-from .build import apply_tuning, build_align_tokenizer, build_model, build_processor, full_align_vocab
+from .build import apply_tuning, build_align_tokenizer, build_model, build_processor, full_align_vocab, set_generation
 from .callbacks import Development, History, StageCallback
 from .corpus import BadRows, Corpus
 from .curves import draw_curves
@@ -32,6 +32,7 @@ FREE_KEYS = {
     "cache",
     "cache_dir",
     "evaluation",
+    "generation",
     "logging_steps",
     "num_workers",
     "report_to",
@@ -253,6 +254,7 @@ def load_stage(run: Run, stage: Stage) -> None:
     """The model as the finished stage left it."""
     device = run.model.device
     run.model = type(run.model).from_pretrained(run.folder / stage.name / "model", dtype=torch.float32).to(device)
+    set_generation(run.model, run.recipe)
 
 
 def write_atomically(path: Path, text: str) -> None:
