@@ -5,6 +5,7 @@ import copy
 import torch
 from transformers import GenerationMixin
 
+from .ctc_scoring_audiophi import CTCPrefixScorer, alignment_per_prompt
 from .placeholders_audiophi import check_context, check_placeholders, drop_unused_placeholders, repeat_audio
 
 AUDIO_INPUTS = (
@@ -16,6 +17,8 @@ AUDIO_INPUTS = (
     "audio_hidden_mask",
     "audio_num_windows",
 )
+# Settings of a generation config that transformers does not know.
+GENERATION_SETTINGS = ("ctc_weight",)
 
 
 class AudioPhiGenerationMixin(GenerationMixin):
@@ -28,7 +31,12 @@ class AudioPhiGenerationMixin(GenerationMixin):
         Takes the processor's outputs and everything `generate` takes. The audio is encoded once. With the "collapse"
         readout unused placeholders are removed from the prompt while generating; the returned sequences start with
         the prompt as given, and `max_length` / `min_length` count it so.
+
+        `ctc_weight` (argument or attribute of the generation config, default 0): share of the alignment head in the
+        scores, see `CTCPrefixScorer`. For transcripts only: an answer about the audio is not aligned to it. Raises
+        ValueError where there is no such head, or for a weight outside 0..1.
         """
+        ctc_weight = self._ctc_weight(generation_config, kwargs)
         audio_inputs = {name: kwargs.pop(name) for name in AUDIO_INPUTS if name in kwargs}
         audio_inputs = {name: value for name, value in audio_inputs.items() if value is not None}
         if not audio_inputs:
@@ -40,7 +48,7 @@ class AudioPhiGenerationMixin(GenerationMixin):
             )
         if self.config.readout == "frames":
             check_context(input_ids, self.config)
-        audio = self.get_audio_features(**audio_inputs)
+        audio = self.get_audio_features(**audio_inputs, with_alignment=ctc_weight > 0)
         embeds, keep = audio.pooler_output, audio.audio_keep
         check_placeholders(input_ids, embeds, self.config)
         prompt, attention_mask = input_ids, kwargs.pop("attention_mask", None)
@@ -49,6 +57,9 @@ class AudioPhiGenerationMixin(GenerationMixin):
             input_ids, attention_mask, embeds = compact.input_ids, compact.attention_mask, embeds[keep]
             check_context(input_ids, self.config)
             generation_config, kwargs = self._shorten(generation_config, kwargs, prompt.shape[1] - input_ids.shape[1])
+        if ctc_weight:
+            scorer = self._ctc_scorer(audio, prompt, input_ids.shape[1], ctc_weight, generation_config, kwargs)
+            kwargs["logits_processor"] = [*(kwargs.get("logits_processor") or []), scorer]
         output = super().generate(
             input_ids, generation_config, attention_mask=attention_mask, audio_embeds=embeds, **kwargs
         )
@@ -61,6 +72,27 @@ class AudioPhiGenerationMixin(GenerationMixin):
             return sequences
         output.sequences = sequences
         return output
+
+    def _ctc_weight(self, generation_config, kwargs):
+        """Takes `ctc_weight` out of the arguments of `generate`."""
+        given = generation_config if generation_config is not None else self.generation_config
+        weight = kwargs.pop("ctc_weight", None)
+        weight = getattr(given, "ctc_weight", None) if weight is None else weight
+        weight = weight or 0.0
+        if not 0 <= weight <= 1:
+            raise ValueError(f"ctc_weight={weight} is not between 0 and 1")
+        if weight and self.model.alignment is None:
+            raise ValueError(f"ctc_weight={weight} needs an alignment head, which this model does not have")
+        return weight
+
+    def _ctc_scorer(self, audio, prompt, prompt_length, weight, generation_config, kwargs):
+        given = generation_config if generation_config is not None else self.generation_config
+        ends = kwargs.get("eos_token_id", given.eos_token_id)
+        log_probs, lengths = alignment_per_prompt(
+            audio.align_logits, audio.tokens_mask, prompt, self.config.audio_token_id
+        )
+        ends = ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
+        return CTCPrefixScorer(log_probs, lengths, self.model.alignment.vocab_ids, ends, prompt_length, weight)
 
     def _shorten(self, generation_config, kwargs, removed):
         """Total lengths that count the prompt, less the `removed` columns; new-token limits stay as they are."""

@@ -45,7 +45,9 @@ LLAMA3 = _template(
 PLAIN = (  # base LLMs that have no chat format of their own
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}{{ 'Assistant:' }}"
-    "{% generation %}{{ ' ' }}" + _CONTENT + "{{ eos_token }}{% endgeneration %}{{ '\\n' }}"
+    "{% generation %}{{ '' if message['content'] is string and message['content'].startswith(' ') else ' ' }}"
+    + _CONTENT
+    + "{{ eos_token }}{% endgeneration %}{{ '\\n' }}"
     "{% else %}{{ message['role'] | capitalize + ': ' }}" + _CONTENT + "{{ '\\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )

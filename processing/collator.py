@@ -85,7 +85,8 @@ class AudioPhiCollator:
                         {"type": "text", "text": example.get("instruction") or self.instruction},
                     ],
                 },
-                {"role": "assistant", "content": text},
+                # With a space, as in running text: so its tokens are the alignment's, first word included.
+                {"role": "assistant", "content": " " + text},
             ]
             for example, clip, text in zip(examples, clips, texts, strict=True)
         ]

@@ -42,9 +42,16 @@ def test_labels_are_the_normalised_text_and_the_end_token_and_nothing_else(proce
     end = processor.end_token_id
     for ids, labels, text in zip(batch["input_ids"], batch["labels"], ["the quick brown fox", "no"], strict=True):
         kept = labels != -100
-        assert labels[kept].tolist() == [*processor.tokenizer(text)["input_ids"], end]
+        assert labels[kept].tolist() == [*processor.tokenizer(" " + text)["input_ids"], end]
         assert torch.equal(labels[kept], ids[kept])
         assert processor.audio_token_id not in labels
+
+
+def test_both_losses_have_the_same_targets(processor, examples):
+    """The alignment can score what the LLM writes only where both cut the transcript into the same tokens."""
+    batch = AudioPhiCollator(processor, "both", align_tokenizer=AlignmentTokenizer(processor.tokenizer))(examples)
+    for labels, targets in zip(batch["labels"], batch["align_labels"], strict=True):
+        assert labels[labels != -100][:-1].tolist() == targets[targets != -100].tolist()
 
 
 def test_padding_is_not_a_label_although_it_has_the_end_tokens_id(processor, examples):
@@ -97,7 +104,7 @@ def test_both_is_the_two_together(processor, align_tokenizer, examples):
 def test_keep_leaves_the_text_as_written(processor, examples):
     batch = AudioPhiCollator(processor, "lm", text_case="keep")(examples)
     assert (
-        processor.tokenizer.decode(batch["labels"][0][batch["labels"][0] != -100]) == "The QUICK, brown fox!<|im_end|>"
+        processor.tokenizer.decode(batch["labels"][0][batch["labels"][0] != -100]) == " The QUICK, brown fox!<|im_end|>"
     )
 
 

@@ -310,9 +310,11 @@ class TestChatTemplates:
         tokenizer.add_special_tokens({"extra_special_tokens": ["<|audio|>"]})
         extractor = WhisperFeatureExtractor.from_pretrained(tiny_whisper_dir)
         processor = AudioPhiProcessor(extractor, tokenizer, audio_length_rule=WHISPER_RULE)
-        batch = encode(processor, answered(waveform(0.2), answer="fox"), return_assistant_tokens_mask=True)
-        labels = batch["input_ids"][batch["assistant_masks"].bool()]
-        assert tokenizer.decode(labels) == " fox</s>" and labels[-1] == tokenizer.eos_token_id == processor.end_token_id
+        for answer in ("fox", " fox"):
+            batch = encode(processor, answered(waveform(0.2), answer=answer), return_assistant_tokens_mask=True)
+            labels = batch["input_ids"][batch["assistant_masks"].bool()]
+            assert tokenizer.decode(labels) == " fox</s>"
+            assert labels[-1] == tokenizer.eos_token_id == processor.end_token_id
         prompt = encode(processor, question(waveform(0.2)), add_generation_prompt=True)["input_ids"][0]
         assert torch.equal(batch["input_ids"][0][: len(prompt)], prompt)
 

@@ -5,6 +5,7 @@ import json
 import torch
 
 from modeling_audiophi import AudioPhiAdapterConfig, AudioPhiForConditionalGeneration, resolve_component
+from modeling_audiophi.generation_audiophi import GENERATION_SETTINGS
 from processing import AudioPhiProcessor
 from processing.alignment_text import AlignmentTokenizer
 
@@ -67,10 +68,12 @@ def build_model(
 
 def set_generation(model: AudioPhiForConditionalGeneration, recipe: Recipe) -> None:
     """The recipe's `generation` as defaults of generate(). RecipeError for an unknown key."""
-    unknown = [key for key in recipe.generation if not hasattr(model.generation_config, key)]
+    settings = model.generation_config
+    unknown = [key for key in recipe.generation if not hasattr(settings, key) and key not in GENERATION_SETTINGS]
     if unknown:
         raise RecipeError(f"generation: {', '.join(unknown)} is not a setting of transformers' GenerationConfig")
-    model.generation_config.update(**recipe.generation)
+    for key, value in recipe.generation.items():
+        setattr(settings, key, value)
 
 
 def check_adapter_keys(adapter: dict) -> None:

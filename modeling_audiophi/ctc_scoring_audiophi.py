@@ -1,0 +1,129 @@
+"""Joint decoding: the language model's beams are also scored by the alignment head.
+
+The alignment's classes are the LLM's own tokens, so both give probabilities to the same sequences: the LLM to what
+reads well, CTC to what was heard, in order and to its end. Their weighted sum keeps the LLM from skipping, looping and
+replacing unlikely words. Watanabe et al. 2017, "Hybrid CTC/attention architecture for end-to-end speech recognition"
+(https://www.merl.com/publications/docs/TR2017-190.pdf), section IV-B.
+"""
+
+import torch
+from transformers import LogitsProcessor
+
+
+class CTCPrefixScorer(LogitsProcessor):
+    """Adds the CTC probability of each continuation to the LLM's.
+
+    Scores become (1 - weight) log p_LLM(c | prefix) + weight log p_CTC(prefix c ...) / p_CTC(prefix ...). Tokens that
+    the alignment does not know get -inf. Rows without audio are left as they are.
+
+    Args:
+        log_probs: (B, T, V' + 1) log-softmax of the alignment logits per prompt, class 0 the blank.
+        lengths: (B,) frames of each prompt's audio, 0 for none.
+        vocab_ids: (V',) ascending LLM token ids of the classes 1...
+        end_ids: token ids that end a sequence.
+        prompt_length: columns of the prompt, after which the transcript begins.
+        weight: of CTC, between 0 and 1.
+    """
+
+    def __init__(self, log_probs, lengths, vocab_ids, end_ids, prompt_length, weight):
+        real = torch.arange(log_probs.shape[1], device=log_probs.device) < lengths[:, None]
+        # Beyond its end a clip is certainly blank: the last frame then holds the score of the whole clip.
+        self.blank = log_probs[..., 0].masked_fill(~real, 0.0)
+        self.probs = log_probs[..., 1:].exp() * real[..., None]
+        self.lengths, self.vocab_ids, self.end_ids = lengths, vocab_ids, list(end_ids)
+        self.prompt_length, self.weight = prompt_length, weight
+        self.rows, self.gamma, self.heard = {}, None, None  # of the last step, by (prompt, what it has written)
+
+    def __call__(self, input_ids, scores):
+        """`input_ids` (N, L), `scores` (N, V), N a multiple of B with the rows of a prompt together -> (N, V)."""
+        if not self.blank.shape[1]:
+            return scores
+        batch = torch.arange(len(input_ids), device=input_ids.device) // (len(input_ids) // len(self.blank))
+        gamma, heard = self._advance(input_ids[:, self.prompt_length :].tolist(), batch)
+        continued, ended = self._continuations(gamma, input_ids[:, self.prompt_length :], batch)
+        ctc = torch.full_like(scores, -torch.inf, dtype=torch.float32)
+        ctc[:, self.vocab_ids] = continued - heard[:, None]
+        ctc[:, self.end_ids] = (ended - heard)[:, None]
+        joint = (1 - self.weight) * scores.float().log_softmax(-1) + self.weight * ctc
+        joint = joint.masked_fill(torch.isneginf(scores), -torch.inf)  # also at weight 1, where 0 * -inf is no number
+        # A row that has ended is only padded; one that CTC finds impossible has nothing left to be told.
+        usable = (self.lengths[batch] > 0) & torch.isfinite(joint).any(-1)
+        return torch.where(usable[:, None], joint.to(scores.dtype), scores)
+
+    def _advance(self, prefixes, batch):
+        """Forward variables of every row's prefix and the log probability of all transcripts that begin with it.
+
+        Returns gamma (N, T, 2), log probability that frames 0..t read the prefix and end in its last token or in a
+        blank, and heard (N,).
+        """
+        rows = list(zip(batch.tolist(), map(tuple, prefixes), strict=True))
+        if not rows[0][1]:
+            gamma = self.blank.new_full((*self.blank.shape, 2), -torch.inf)
+            gamma[..., 1] = self.blank.cumsum(1)
+            gamma, heard = gamma[batch], self.blank.new_zeros(len(batch))
+        else:
+            # Beams were reordered since the last step: every row finds its parent by what it has written.
+            parents = torch.tensor([self.rows[row, prefix[:-1]] for row, prefix in rows], device=batch.device)
+            gamma, heard = self.gamma[parents], self.heard[parents]
+            tokens = torch.tensor([prefix[-1] for _, prefix in rows], device=batch.device)
+            before = torch.tensor([prefix[-2] if len(prefix) > 1 else -1 for _, prefix in rows], device=batch.device)
+            classes = torch.searchsorted(self.vocab_ids, tokens).clamp(max=len(self.vocab_ids) - 1)
+            known = self.vocab_ids[classes] == tokens
+            extended, score = self._extend(gamma, classes, tokens == before, batch)
+            gamma = torch.where(known[:, None, None], extended, gamma)
+            heard = torch.where(known, score, heard)
+        self.rows = {row: index for index, row in enumerate(rows)}
+        self.gamma, self.heard = gamma, heard
+        return gamma, heard
+
+    def _extend(self, gamma, classes, repeated, batch):
+        """Forward variables (N, T, 2) after one more token, and its prefix score (N,)."""
+        emit = self.probs[batch, :, classes].log()
+        blank = self.blank[batch]
+        before = self._before(torch.where(repeated[:, None], gamma[..., 1], gamma.logsumexp(-1)), gamma)
+        token = torch.full_like(emit[:, 0], -torch.inf)
+        pause, steps = token, []
+        for t in range(emit.shape[1]):
+            pause = torch.logaddexp(pause, token) + blank[:, t]
+            token = torch.logaddexp(token, before[:, t]) + emit[:, t]
+            steps.append(torch.stack([token, pause], -1))
+        return torch.stack(steps, 1), (before + emit).logsumexp(1)
+
+    def _before(self, total, gamma):
+        """`total` (N, T) one frame earlier. Before the first frame only the empty prefix has been read."""
+        empty = torch.isneginf(gamma[..., 0]).all(1)
+        first = torch.zeros_like(total[:, :1]).masked_fill(~empty[:, None], -torch.inf)
+        return torch.cat([first, total[:, :-1]], 1)
+
+    def _continuations(self, gamma, written, batch):
+        """log p_CTC of every row's prefix and one more token (N, V'), and of the prefix as a whole transcript (N,)."""
+        total = gamma.logsumexp(-1)
+        continued = self._emit(self._before(total, gamma), batch)
+        if written.shape[1]:
+            # The token just written needs a blank before it can come again.
+            last = torch.searchsorted(self.vocab_ids, written[:, -1].contiguous()).clamp(max=len(self.vocab_ids) - 1)
+            again = (self._before(gamma[..., 1], gamma) + self.probs[batch, :, last].log()).logsumexp(1)
+            known = self.vocab_ids[last] == written[:, -1]
+            rows = known.nonzero()[:, 0]
+            continued[rows, last[rows]] = again[rows]
+        return continued, total[:, -1]
+
+    def _emit(self, before, batch):
+        """logsumexp over frames of `before` (N, T) + log p(class) -> (N, V'), as one scaled matrix product a prompt."""
+        peak = before.amax(1, keepdim=True).clamp(min=torch.finfo(before.dtype).min)
+        weights = (before - peak).exp()
+        per_prompt = len(batch) // len(self.probs)
+        sums = torch.bmm(weights.view(len(self.probs), per_prompt, -1), self.probs)
+        return sums.flatten(0, 1).log() + peak
+
+
+def alignment_per_prompt(align_logits, tokens_mask, input_ids, audio_token_id):
+    """Alignment of all the audio of each prompt: clips are given per clip, but a prompt may have several or none.
+
+    `align_logits` (C, T, V' + 1), `tokens_mask` (C, T), `input_ids` (B, L) with a placeholder per audio token. Returns
+    log_probs (B, T', V' + 1) and lengths (B,).
+    """
+    lengths = (input_ids == audio_token_id).sum(1)
+    frames = align_logits[tokens_mask].log_softmax(-1)
+    rows = frames.split(lengths.tolist())
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths
