@@ -11,6 +11,8 @@ Aligned tokens do not fit the LLM as they are: most are blank and their norm is 
 import torch
 from torch import nn
 
+from .ctc_loss_audiophi import ctc_negative_log_likelihood
+
 # Posteriors are raised to this power before the embeddings are averaged: plain ones blur the words, and the LLM then
 # guesses instead of copying (dev/LOG.md: 72 % word errors at 1, 58 % at 3, 68 % at 30, which is the best token alone).
 SHARPNESS = 3.0
@@ -30,9 +32,13 @@ class AlignmentHead(nn.Module):
         self.blank = nn.Parameter(torch.randn(hidden_size) * 0.1)
 
     def logits(self, tokens, embedding_weight):
-        """`tokens` (B, T, D), `embedding_weight` (V, D) the LLM's table -> logits (B, T, V' + 1) float32."""
-        table = torch.cat([self.blank[None], embedding_weight[self.vocab_ids].to(self.blank.dtype)])
-        return (self.scale * (tokens.to(table.dtype) @ table.T) + self.bias).float()
+        """`tokens` (B, T, D), `embedding_weight` (V, D) the LLM's table -> logits (B, T, V' + 1)."""
+        tokens = self.scale * tokens.to(self.blank.dtype)
+        # The blank apart from the table: a frozen table then costs no gradient.
+        table = embedding_weight[self.vocab_ids].to(self.blank.dtype)
+        words = nn.functional.linear(tokens, table, self.bias[1:])
+        blank = nn.functional.linear(tokens, self.blank[None], self.bias[:1])
+        return torch.cat([blank, words], -1)
 
     def targets(self, token_ids):
         """LLM token ids (B, S), -100 padded -> classes (B, S) (0 where padded) and lengths (B,).
@@ -63,15 +69,7 @@ class AlignmentHead(nn.Module):
         classes, target_lengths = self.targets(token_ids)
         repeats = ((classes[:, 1:] == classes[:, :-1]) & (classes[:, 1:] > 0)).sum(1)
         impossible = lengths < target_lengths + repeats
-        losses = nn.functional.ctc_loss(
-            logits.float().log_softmax(-1).transpose(0, 1),
-            classes,
-            lengths,
-            target_lengths,
-            blank=0,
-            reduction="none",
-            zero_infinity=True,
-        )
+        losses = ctc_negative_log_likelihood(logits, classes, lengths, target_lengths)
         losses = losses.masked_fill(impossible, 0) / target_lengths.clamp(min=1)
         count = (~impossible).sum().clamp(min=1) if num_items is None else num_items
         return losses.sum() / count, impossible.sum()
@@ -101,7 +99,7 @@ class AlignmentHead(nn.Module):
         keep = starts & (path > 0)
         run = starts.cumsum(1) - 1 + length * torch.arange(batch, device=path.device)[:, None]
         table = embedding_weight[self.vocab_ids]
-        expected = (SHARPNESS * logits[..., 1:]).softmax(-1).to(table.dtype) @ table
+        expected = (SHARPNESS * logits[..., 1:].float()).softmax(-1).to(table.dtype) @ table
         embeds = run_means(expected, run) + residual(run_means(tokens, run)).to(expected.dtype)
         return embeds * keep[..., None], keep
 

@@ -124,6 +124,6 @@ def alignment_per_prompt(align_logits, tokens_mask, input_ids, audio_token_id):
     log_probs (B, T', V' + 1) and lengths (B,).
     """
     lengths = (input_ids == audio_token_id).sum(1)
-    frames = align_logits[tokens_mask].log_softmax(-1)
+    frames = align_logits[tokens_mask].float().log_softmax(-1)
     rows = frames.split(lengths.tolist())
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths

@@ -322,7 +322,8 @@ class AudioPhiForConditionalGeneration(ComponentsMixin, AudioPhiPreTrainedModel,
 
         `labels` (B, L) with -100 where nothing is to be predicted: the head runs at labelled positions only, and
         logits are not returned unless `return_logits=True`. `align_labels` (C, S): LLM token ids of each clip's
-        transcript, -100 padded; without input_ids the language model is not run at all. `num_items_in_batch`
+        transcript, -100 padded; without input_ids the language model is not run at all, and align_logits are returned
+        only with `return_logits=True`. `num_items_in_batch`
         (labelled tokens) and `align_items_in_batch` (clips) divide the summed losses under gradient accumulation.
         Returns `AudioPhiOutput`.
         """
@@ -363,7 +364,8 @@ class AudioPhiForConditionalGeneration(ComponentsMixin, AudioPhiPreTrainedModel,
                 kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
                 output.logits = self.compute_logits(hidden[:, kept])
         if audio is not None:
-            output.align_logits, output.audio_keep = audio.align_logits, audio.audio_keep
+            output.audio_keep = audio.audio_keep
+            output.align_logits = audio.align_logits if align_labels is None or return_logits else None
         if align_labels is not None:
             if audio is None:
                 raise ValueError("align_labels need audio inputs")

@@ -13,8 +13,8 @@ class AudioPhiAudioOutput(ModelOutput):
 
     last_hidden_state: encoder states (windows, T, encoder size). pooler_output: audio tokens of all clips (N, LLM
         size), one per placeholder. audio_keep: (N,) bool, which of them the collapse keeps (None: all). tokens,
-        tokens_mask: adapter outputs per clip (C, T', LLM size), (C, T'). align_logits: (C, T', align_vocab_size + 1)
-        float32, None when nothing asked for them.
+        tokens_mask: adapter outputs per clip (C, T', LLM size), (C, T'). align_logits: (C, T', align_vocab_size + 1),
+        None when nothing asked for them.
     """
 
     last_hidden_state: torch.Tensor | None = None

@@ -71,6 +71,24 @@ def random_like_trained(model):
     return model
 
 
+def message(waves, text="Write."):
+    """A user's turn: waveforms at 16 kHz, then text."""
+    content = [{"type": "audio", "audio": wave, "sampling_rate": 16_000} for wave in waves]
+    return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+
+
+def prompts(processor, clips, side="left"):
+    """Model inputs for generation. `clips`: per conversation a list of waveforms."""
+    return processor.apply_chat_template(
+        [message(waves) for waves in clips],
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=True,
+        return_tensors="pt",
+        processor_kwargs={"padding_side": side},
+    )
+
+
 @pytest.fixture(scope="session")
 def tiny_llm_dir(tmp_path_factory):
     """Llama with 2 layers, width 32, context 512, and a byte-level BPE tokenizer with ChatML's tokens."""

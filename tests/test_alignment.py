@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_audiophi.alignment_audiophi import SHARPNESS, AlignmentHead, CollapseReadout
+from modeling_audiophi.ctc_loss_audiophi import ctc_negative_log_likelihood
 from modeling_audiophi.lengths_audiophi import length_mask
 
 VOCAB_IDS = torch.tensor([3, 7, 8, 20])
@@ -67,6 +68,25 @@ def test_ctc_loss_is_the_mean_over_clips_of_loss_per_token():
     assert skipped == 0
     total, _ = head.ctc_loss(logits, torch.tensor([4, 2]), labels, num_items=8)
     assert total.item() == pytest.approx((first + second) / 8, rel=1e-4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), batch=st.integers(1, 3), frames=st.integers(1, 7), targets=st.integers(1, 4))
+def test_sparse_ctc_has_the_loss_and_gradient_of_torchs(data, batch, frames, targets):
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 100)))
+    classes = torch.randint(1, 4, (batch, targets), generator=generator)  # few classes: many repeats
+    logits = (3 * torch.randn(batch, frames, 6, generator=generator)).requires_grad_()
+    lengths = torch.randint(1, frames + 1, (batch,), generator=generator)
+    target_lengths = torch.randint(0, targets + 1, (batch,), generator=generator)
+    weights = torch.rand(batch, generator=generator)
+    losses = ctc_negative_log_likelihood(logits, classes, lengths, target_lengths)
+    (gradient,) = torch.autograd.grad((weights * losses).sum(), logits)
+    expected = torch.nn.functional.ctc_loss(
+        logits.log_softmax(-1).transpose(0, 1), classes, lengths, target_lengths, reduction="none", zero_infinity=True
+    )
+    (reference,) = torch.autograd.grad((weights * expected).sum(), logits)
+    assert torch.allclose(losses, expected, atol=1e-4)
+    assert torch.allclose(gradient, reference, atol=1e-4)
 
 
 def test_transcripts_longer_than_their_audio_are_counted_and_cost_nothing():

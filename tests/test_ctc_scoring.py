@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_audiophi.ctc_scoring_audiophi import CTCPrefixScorer, alignment_per_prompt
+from tests.conftest import prompts
 
 VOCAB_IDS = torch.tensor([3, 7, 8])
 END = 1
@@ -94,18 +95,6 @@ def test_clips_of_one_prompt_are_read_one_after_the_other():
     assert lengths.tolist() == [6, 0, 3]
     assert torch.allclose(log_probs[0], torch.cat([logits[0], logits[1, :2]]).log_softmax(-1))
     assert torch.allclose(log_probs[2, :3], logits[2, :3].log_softmax(-1))
-
-
-def conversation_of(clips):
-    user = [{"type": "audio", "audio": clip, "sampling_rate": 16_000} for clip in clips]
-    return [{"role": "user", "content": [*user, {"type": "text", "text": "Transcribe."}]}]
-
-
-def prompts(processor, conversations):
-    return processor.apply_chat_template(
-        [conversation_of(clips) for clips in conversations], tokenize=True, return_dict=True,
-        add_generation_prompt=True, processor_kwargs={"padding_side": "left"},
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("readout", ["frames", "collapse"])
