@@ -51,6 +51,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="only the first N rows")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--max_new_tokens", type=int, default=256)
+    parser.add_argument("--ctc_weight", type=float, help="share of the alignment head in the beams' scores, 0 to 1 "
+                        "(0: the LLM alone); default: the checkpoint's")  # fmt: skip
     parser.add_argument("--instruction", default=TRANSCRIBE, help=f"default: {TRANSCRIBE!r}")
     parser.add_argument("--baseline", metavar="ID_OR_DIR", help="a speech recogniser of transformers, side by side")
     parser.add_argument("--show", type=int, default=0, help="print N transcripts beside their references")
@@ -60,6 +62,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for name in ("batch_size", "max_new_tokens"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
+    if args.ctc_weight is not None and not 0 <= args.ctc_weight <= 1:
+        parser.error("--ctc_weight must be between 0 and 1")
     if args.limit is not None and args.limit < 1:
         parser.error("--limit must be at least 1")
     return args
@@ -95,6 +99,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     settings = {
         "data": args.data, "audio_column": args.audio_column, "text_column": args.text_column, "split": args.split,
         "limit": args.limit, "rows": len(rows), "dtype": args.dtype, "max_new_tokens": args.max_new_tokens,
+        "ctc_weight": args.ctc_weight,
     }  # fmt: skip
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -143,7 +148,7 @@ def load_transcriber(args: argparse.Namespace, dtype: torch.dtype) -> AudioPhiTr
 
     model = AudioPhiForConditionalGeneration.from_pretrained(args.model, dtype=dtype).to(args.device).eval()
     processor = AudioPhiProcessor.from_pretrained(args.model)
-    return AudioPhiTranscriber(model, processor, args.instruction, args.max_new_tokens)
+    return AudioPhiTranscriber(model, processor, args.instruction, args.max_new_tokens, args.ctc_weight)
 
 
 def write_atomically(path: Path, text: str) -> None:

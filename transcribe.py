@@ -19,7 +19,7 @@ import torch
 from evaluation.scoring import AudioPhiTranscriber
 from modeling_audiophi import AudioPhiForConditionalGeneration
 from processing import AudioPhiProcessor
-from processing.prompts import TRANSCRIBE
+from processing.prompts import TRANSCRIBE, TRANSCRIBE_PARAPHRASES
 
 DEFAULT_MODEL = str(Path(__file__).resolve().parent / "checkpoints" / "audiophi-tiny")
 
@@ -35,7 +35,9 @@ def load(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     processor = AudioPhiProcessor.from_pretrained(model)
     loaded = AudioPhiForConditionalGeneration.from_pretrained(model, dtype=torch.float32).to(device)
-    read = AudioPhiTranscriber(loaded, processor, instruction, max_new_tokens, with_alignment=False)
+    # The alignment head knows transcripts only: it has no say in an answer to another question.
+    ctc_weight = None if instruction in TRANSCRIBE_PARAPHRASES else 0.0
+    read = AudioPhiTranscriber(loaded, processor, instruction, max_new_tokens, ctc_weight, with_alignment=False)
 
     def transcribe(audio, sampling_rate: int | None = None) -> str:
         return read([processor.load_audio(audio, sampling_rate)])[0]["hypothesis"]

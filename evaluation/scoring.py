@@ -47,6 +47,7 @@ class AudioPhiTranscriber:
         model, processor: AudioPhiForConditionalGeneration, in whatever mode it is (put into eval mode while it works).
         instruction: text after the audio in the user's message; the one it was trained with.
         max_new_tokens: where a model that does not stop is stopped.
+        ctc_weight: share of the alignment head in the beams' scores; None: as the generation_config says.
         with_lm, with_alignment: which of the two readings to make; the alignment's only where there is such a head.
     """
 
@@ -56,11 +57,13 @@ class AudioPhiTranscriber:
         processor,
         instruction: str = TRANSCRIBE,
         max_new_tokens: int = 256,
+        ctc_weight: float | None = None,
         with_lm: bool = True,
         with_alignment: bool = True,
     ):
         self.model, self.processor = model, processor
         self.instruction, self.max_new_tokens = instruction, max_new_tokens
+        self.ctc_weight = ctc_weight
         self.with_lm = with_lm
         self.with_alignment = with_alignment and model.config.align_vocab_size > 0
         self.sampling_rate = processor.sampling_rate
@@ -110,6 +113,8 @@ class AudioPhiTranscriber:
             eos_token_id=ends,
             pad_token_id=self.processor.tokenizer.pad_token_id,
         )
+        if self.ctc_weight is not None:
+            settings.ctc_weight = self.ctc_weight
         output = self.model.generate(**self._to_device(inputs), generation_config=settings)
         results = []
         for new in output[:, inputs["input_ids"].shape[1] :].tolist():

@@ -58,3 +58,13 @@ def test_mistakes_are_named(tmp_path, wordnet, capsys):
     with pytest.raises(SystemExit):
         maker.main([str(tmp_path / "out.txt"), "--wordnet", str(wordnet), "--known", str(tmp_path / "empty.txt")])
     assert "empty.txt has no texts" in capsys.readouterr().err
+
+
+def test_a_recipe_gives_the_texts_of_the_sources_that_exist(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"audio": "a.wav", "text": "ONE HEN", "speaker": "1"}) + "\n")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "name: r\ncomponents: {audio: a, text: b}\nalignment: {merges: null}\nstages: [{name: align, loss: align, epochs: 1, batch_size: 1}]\n"
+        f"data: {{train: [{{path: {tmp_path}/a.jsonl}}, {{path: {tmp_path}/later}}]}}\n"
+    )
+    assert maker.read_texts(recipe) == ["ONE HEN"]

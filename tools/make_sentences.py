@@ -9,8 +9,8 @@ those with more than twenty occurrences one in eight (dev/LOG.md). So a number o
 examples, those with the largest share of wanted words first, and then from lists of the words that are still missing.
 
 Needs `apt-get install wordnet-base` (WordNet's licence allows any use) and `pip install wordfreq` (word ranks).
-Same arguments, same output. Texts in --known: .txt (a sentence per line), .jsonl (column `text`), or a folder of
-Parquet (column `text`).
+Same arguments, same output. --known: .txt (a sentence per line), .jsonl (column `text`), or a recipe (.yaml): the texts
+of those of its training sources that exist already.
 """
 
 import argparse
@@ -21,6 +21,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 # Occurrences wanted for words up to this rank of frequency.
 WANTED = ((5_000, 10), (10_000, 8), (20_000, 5), (1_000_000, 2))
 WORD = re.compile(r"[a-z]+(?:'[a-z]+)?")
@@ -30,11 +32,13 @@ LIST_WORDS = (6, 13)  # shortest and longest list of single words
 
 def read_texts(path: Path) -> list[str]:
     """The texts of one --known. ValueError where it has none."""
-    if path.is_dir():
-        import pyarrow.parquet as pq
+    if path.suffix == ".yaml":
+        from processing.datasets import load_audio_dataset
+        from training.corpus import source_spec
+        from training.recipe import load_recipe
 
-        tables = [pq.read_table(file, columns=["text"]) for file in sorted(path.rglob("*.parquet"))]
-        texts = [text for table in tables for text in table["text"].to_pylist()]
+        sources = [source for source in load_recipe(path).data.train if Path(source.path).exists()]
+        texts = [text for source in sources for text in load_audio_dataset(source_spec(source))["text"]]
     else:
         lines = path.read_text(encoding="utf-8").splitlines()
         texts = [json.loads(line)["text"] for line in lines] if path.suffix == ".jsonl" else lines
