@@ -64,7 +64,8 @@ def test_a_recipe_gives_the_texts_of_the_sources_that_exist(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"audio": "a.wav", "text": "ONE HEN", "speaker": "1"}) + "\n")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        "name: r\ncomponents: {audio: a, text: b}\nalignment: {merges: null}\nstages: [{name: align, loss: align, epochs: 1, batch_size: 1}]\n"
+        "name: r\ncomponents: {audio: a, text: b}\nalignment: {merges: null}\n"
+        "stages: [{name: align, loss: align, epochs: 1, batch_size: 1}]\n"
         f"data: {{train: [{{path: {tmp_path}/a.jsonl}}, {{path: {tmp_path}/later}}]}}\n"
     )
     assert maker.read_texts(recipe) == ["ONE HEN"]
