@@ -22,6 +22,7 @@ from .configuration_audiophi import AudioPhiAdapterConfig, AudioPhiConfig
 from .encoders import encoder_class
 from .lengths_audiophi import output_length
 from .lora_audiophi import PARTS, inject_lora, is_lora_key, with_base_layers
+from .spelling_audiophi import spell
 
 logger = logging.get_logger(__name__)
 
@@ -158,6 +159,7 @@ class ComponentsMixin:
         readout="frames",
         encoder_layer="last",
         align_vocab_ids=None,
+        align_spelling=None,
         window_frames=None,
         lora=None,
         dtype=torch.float32,
@@ -173,6 +175,7 @@ class ComponentsMixin:
             audio_token_id: the processor's placeholder id; None adds a row to the embedding table. An id beyond the
                 table adds rows.
             align_vocab_ids: LLM token ids of the alignment head; None builds none.
+            align_spelling: {"texts": text of each of those tokens, "buckets", "size"} to score their spelling too.
             lora: {"audio": {...}, "text": {...}} arguments of `peft.LoraConfig`.
             dtype: of all weights. kwargs: further arguments of `from_pretrained` (device_map, attn_implementation,
                 ...).
@@ -189,6 +192,11 @@ class ComponentsMixin:
         rows = text_config.vocab_size
         if vocab_ids and not 0 <= vocab_ids[0] <= vocab_ids[-1] < rows:
             raise ValueError(f"align_vocab_ids must be token ids below {rows}, got {vocab_ids[0]} to {vocab_ids[-1]}")
+        spellings, sizes = None, None
+        if vocab_ids and align_spelling:
+            spellings = [spell(text, align_spelling["buckets"]) for text in align_spelling["texts"]]
+            sizes = {"buckets": align_spelling["buckets"], "size": align_spelling["size"]}
+            sizes["entries"] = sum(map(len, spellings))
         # Sub-configs remember where they were read; a checkpoint must not carry this machine's paths.
         audio_config.name_or_path, text_config.name_or_path = component_id(audio), component_id(text)
         audio_token_id = rows if audio_token_id is None else audio_token_id
@@ -201,6 +209,7 @@ class ComponentsMixin:
             readout=readout,
             encoder_layer=encoder_layer,
             align_vocab_size=len(vocab_ids or ()),
+            align_spelling=sizes,
             window_frames=window_frames,
             base_vocab_size=rows,
             base_components={
@@ -214,7 +223,7 @@ class ComponentsMixin:
         paths = {"audio": resolve_component(audio, audio_revision), "text": resolve_component(text, text_revision)}
         model = cls._assemble(config, paths, {}, dtype=dtype, **kwargs)
         model.name_or_path = model.config.name_or_path = ""
-        model.model.match_embeddings(vocab_ids)
+        model.model.match_embeddings(vocab_ids, spellings)
         model.generation_config = text_generation_config(paths["text"], text_config, audio_token_id)
         for part, arguments in (lora or {}).items():
             model.add_lora(part, arguments)
