@@ -73,8 +73,7 @@ def resolve_component(component, revision=None, weights=True):
 
 
 def component_id(component):
-    """The name a checkpoint remembers: `<org>/<name>` also for a folder called `<org>--<name>`, else the absolute
-    path."""
+    """The name a checkpoint remembers: `<org>/<name>`, also for a folder `<org>--<name>`, else the absolute path."""
     if not Path(component).is_dir():
         return str(Path(component).resolve() if Path(component).is_file() else component)
     name = Path(component).resolve().name
@@ -202,8 +201,8 @@ class ComponentsMixin:
             raise ValueError(f"align_vocab_ids must be token ids below {rows}, got {vocab_ids[0]} to {vocab_ids[-1]}")
         spellings, sizes = None, None
         if vocab_ids and align_spelling:
-            spellings = [spell(text, align_spelling["buckets"]) for text in align_spelling["texts"]]
-            sizes = {"buckets": align_spelling["buckets"], "size": align_spelling["size"]}
+            sizes = {name: align_spelling[name] for name in ("buckets", "size")}
+            spellings = [spell(text, sizes["buckets"]) for text in align_spelling["texts"]]
             sizes["entries"] = sum(map(len, spellings))
         # Sub-configs remember where they were read; a checkpoint must not carry this machine's paths.
         audio_config.name_or_path, text_config.name_or_path = component_id(audio), component_id(text)
