@@ -104,7 +104,10 @@ class AlignmentHead(nn.Module):
         keep = starts & (path > 0)
         run = starts.cumsum(1) - 1 + length * torch.arange(batch, device=path.device)[:, None]
         table = embedding_weight[self.vocab_ids]
-        expected = (SHARPNESS * logits[..., 1:].float()).softmax(-1).to(table.dtype) @ table
+        words = path > 0  # blank frames, most of them, have no embedding: no need for their posteriors
+        posterior = (SHARPNESS * logits[words][:, 1:].float()).softmax(-1)
+        means = posterior.to(table.dtype) @ table
+        expected = means.new_zeros(tokens.shape).index_put((words,), means)
         embeds = run_means(expected, run) + residual(run_means(tokens, run)).to(expected.dtype)
         return embeds * keep[..., None], keep
 
