@@ -10,7 +10,7 @@ from modeling_audiophi.lengths_audiophi import output_length
 from modeling_audiophi.placeholders_audiophi import drop_unused_placeholders
 from tests.conftest import message, prompts
 
-READOUTS = ["frames", "collapse"]
+READOUTS = ["frames", "collapse", "mixed"]
 TOLERANCE = 2e-4  # logits, float32; their scale is about 1
 
 
