@@ -112,6 +112,13 @@ def test_mixed_is_the_same_alone_and_in_a_batch():
         assert torch.equal(keep[row, :length], alone[1][0]) and not keep[row, length:].any()
 
 
+def test_sounds_are_learned():
+    head, readout = build_head(), MixedReadout(6)
+    tokens = torch.randn(1, 12, 6)
+    readout(tokens, torch.ones(1, 12).bool(), head, path_logits([0] * 12), TABLE)[0].square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for n, p in readout.sounds.named_parameters() if n not in ("1.bias",))
+
+
 @pytest.mark.parametrize("before", READOUTS)
 @pytest.mark.parametrize("after", READOUTS)
 def test_another_readout_keeps_what_both_have(make_tiny_model, waveform, tmp_path, before, after):
