@@ -22,7 +22,7 @@ from .configuration_audiophi import AudioPhiAdapterConfig, AudioPhiConfig
 from .convert_xeus import xeus_component
 from .encoders import encoder_class, warn_of_licence
 from .lengths_audiophi import output_length
-from .lora_audiophi import PARTS, inject_lora, is_lora_key, with_base_layers
+from .lora_audiophi import is_lora_key, with_base_layers
 from .spelling_audiophi import spell
 
 logger = logging.get_logger(__name__)
@@ -34,7 +34,6 @@ CONVERTERS = [xeus_component]
 FALLBACKS = []
 
 SAMPLING_RATE = 16_000
-TUNED = ("frozen", "lora", "full")
 AUDIO_PREFIX = "model.audio_tower."
 TEXT_PREFIX = "model.language_model."
 
@@ -331,37 +330,6 @@ class ComponentsMixin:
             if not self.config.tie_word_embeddings:
                 own["added_output_rows"] = state_dict["lm_head.weight"][rows:].clone()
         return own
-
-    def add_lora(self, part, arguments):
-        """Add LoRA to "audio" or "text" (arguments of `peft.LoraConfig`); remembered in the config, saved in slim
-        checkpoints."""
-        if self.config.lora.get(part) is not None:
-            raise ValueError(f"the {part} part already has LoRA layers")
-        inject_lora(self.model, part, arguments)
-        self.config.lora[part] = dict(arguments)
-        self._remember(part, "lora")
-
-    def tune(self, part, how):
-        """Make "audio" or "text" trainable: "frozen", "lora" (its LoRA layers only) or "full" (everything but LoRA
-        layers stays as it is loaded; both if there are any). What was once tuned in full stays in slim
-        checkpoints."""
-        if part not in PARTS or how not in TUNED:
-            raise ValueError(
-                f"tune({part!r}, {how!r}): part is one of {', '.join(PARTS)}, how one of {', '.join(TUNED)}"
-            )
-        if how == "lora" and self.config.lora.get(part) is None:
-            raise ValueError(f"the {part} part has no LoRA layers: add_lora first")
-        modules = [getattr(self.model, PARTS[part])] + ([self.lm_head] if part == "text" else [])
-        for module in modules:
-            for name, parameter in module.named_parameters():
-                parameter.requires_grad_(how == "full" or (how == "lora" and is_lora_key(name)))
-        if part == "audio":
-            for parameter in self.model.audio_tower.layer_choice.parameters():
-                parameter.requires_grad_(True)
-        self._remember(part, how)
-
-    def _remember(self, part, how):
-        self.config.tuned[part] = max(self.config.tuned[part], how, key=TUNED.index)
 
 
 def is_own_key(key, config):

@@ -6,6 +6,7 @@ from transformers.configuration_utils import SubConfigSpec
 from .adapters import adapter_class
 from .encoders import encoder_class
 from .lengths_audiophi import output_length
+from .readouts_audiophi import READOUTS
 
 
 class AudioPhiAdapterConfig(PreTrainedConfig):
@@ -50,7 +51,8 @@ class AudioPhiConfig(PreTrainedConfig):
         adapter_config: `AudioPhiAdapterConfig` or dict.
         audio_token_id: id of the placeholder that stands for one audio token in the prompt.
         encoder_layer: "last", an index into the encoder's hidden states, or "mix" (learned softmax mix).
-        readout: "frames" (every adapter token goes to the LLM) or "collapse" (blanks dropped, repeats merged).
+        readout: "frames" (every adapter token goes to the LLM), "collapse" (blanks dropped, repeats merged) or "mixed"
+            (collapsed words, and a token per half second without words).
         align_vocab_size: tokens of the alignment head, the blank not counted; 0 means no head.
         align_spelling: sizes of the head's `Spelling` (entries, buckets, size); None: it knows embeddings only.
         window_frames: longest encoder window in feature frames; None takes the encoder's own limit (30 s).
@@ -102,10 +104,12 @@ class AudioPhiConfig(PreTrainedConfig):
             self.window_frames = limit
         if self.audio_config.model_type == "whisper" and self.window_frames > limit:
             raise ValueError(f"window_frames {self.window_frames} is more than the encoder's limit of {limit}")
-        if self.readout not in ("frames", "collapse"):
-            raise ValueError(f"readout {self.readout!r}: expected 'frames' or 'collapse'")
-        if self.readout == "collapse" and self.align_vocab_size < 1:
-            raise ValueError("readout 'collapse' needs an alignment head: set align_vocab_size (align_vocab_ids)")
+        if self.readout not in READOUTS:
+            raise ValueError(f"readout {self.readout!r}: expected one of {', '.join(READOUTS)}")
+        if READOUTS[self.readout].needs_alignment and self.align_vocab_size < 1:
+            raise ValueError(
+                f"readout {self.readout!r} needs an alignment head: set align_vocab_size (align_vocab_ids)"
+            )
         if self.audio_token_id >= self.text_config.vocab_size:
             raise ValueError(
                 f"audio_token_id {self.audio_token_id} is outside the language model's "

@@ -231,7 +231,7 @@ def make_tiny_model(tiny_whisper_dir, tiny_llm_dir):
             adapter={**sizes, **adapter},
             audio_token_id=processor.audio_token_id,
             readout=readout,
-            align_vocab_ids=range(10, 310) if align or readout == "collapse" else None,
+            align_vocab_ids=range(10, 310) if align or readout != "frames" else None,
             **kwargs,
         )
         processor.match_model(model.config)

@@ -41,6 +41,8 @@ def build_model(
     torch.manual_seed(recipe.seed)
     if recipe.init_from is not None:
         model = AudioPhiForConditionalGeneration.from_pretrained(recipe.init_from, dtype=torch.float32)
+        if recipe.readout not in (None, model.config.readout):
+            model.set_readout(recipe.readout)
     else:
         components = recipe.components
         try:
@@ -53,7 +55,7 @@ def build_model(
             text=components.text,
             adapter=adapter,
             audio_token_id=processor.audio_token_id,
-            readout=recipe.readout,
+            readout=recipe.readout or "frames",
             encoder_layer=recipe.encoder_layer,
             align_vocab_ids=align_vocab_ids,
             align_spelling=align_spelling(recipe, processor, align_vocab_ids),

@@ -162,7 +162,7 @@ class Recipe:
     init_from: str | None = None  # an AudioPhi checkpoint to start from instead of an untrained adapter
     adapter: dict[str, Any] = field(default_factory=lambda: {"type": "mlp"})
     encoder_layer: str | int = "last"
-    readout: Literal["frames", "collapse"] = "frames"
+    readout: Literal["frames", "collapse", "mixed"] | None = None  # null: frames, or what `init_from` has
     alignment: Alignment | None = None
     text_case: Literal["lower", "keep"] = "lower"
     instructions: list[str] = field(default_factory=lambda: ["Transcribe the speech."])
@@ -335,8 +335,8 @@ def _check(recipe: Recipe) -> None:
     refuse(not recipe.data.speeds or min(recipe.data.speeds) <= 0, "data.speeds: give one or more factors above 0")
     refuse(recipe.logging_steps < 1, "logging_steps must be 1 or more")
     refuse(
-        recipe.readout == "collapse" and recipe.alignment is None and recipe.init_from is None,
-        "readout: collapse needs the alignment head; add `alignment: {merges: null}`",
+        recipe.readout in ("collapse", "mixed") and recipe.alignment is None and recipe.init_from is None,
+        f"readout: {recipe.readout} needs the alignment head; add `alignment: {{merges: null}}`",
     )
     names = [stage.name for stage in recipe.stages]
     refuse(len(set(names)) < len(names), f"stages: names must differ, got {', '.join(names)}")
