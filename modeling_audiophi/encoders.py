@@ -3,10 +3,14 @@
 To add one: write `encoder_<name>.py` with a class that has the interface of `WhisperAudioEncoder` (feature_key,
     time_axis, length_rule, hidden_size, window_frames, feature_rate, read_base, forward) and add its line here; the
     relative import is also what makes the file ship to the Hub. A `model_type` that transformers does not know must
-    be registered with AutoConfig by that file.
+    be registered with AutoConfig by that file. Optional: sampling_rate (16,000 if not given), settings (names of config
+    values that a recipe may change), fixed_window (see `encoder_windows.py`).
 """
 
+from .encoder_ast import ASTAudioEncoder
+from .encoder_clap import ClapAudioEncoder
 from .encoder_hf import HFAudioEncoder, HFFeatureEncoder
+from .encoder_languagebind import LanguageBindAudioEncoder
 from .encoder_whisper import WhisperAudioEncoder
 
 ENCODERS = {
@@ -18,6 +22,9 @@ ENCODERS = {
     "unispeech": HFAudioEncoder,
     "unispeech-sat": HFAudioEncoder,
     "wav2vec2-bert": HFFeatureEncoder,
+    "languagebind_audio": LanguageBindAudioEncoder,
+    "audio-spectrogram-transformer": ASTAudioEncoder,
+    "clap": ClapAudioEncoder,
 }
 
 
@@ -26,3 +33,18 @@ def encoder_class(audio_config):
     if audio_config.model_type not in ENCODERS:
         raise ValueError(f"unknown audio encoder {audio_config.model_type!r}; known: {', '.join(sorted(ENCODERS))}")
     return ENCODERS[audio_config.model_type]
+
+
+def change_settings(audio_config, settings):
+    """Set values of an encoder's config in place, of those that its class lists as `settings`.
+
+    Raises ValueError naming a setting that this encoder does not have.
+    """
+    known = getattr(encoder_class(audio_config), "settings", ())
+    for name, value in (settings or {}).items():
+        if name not in known:
+            raise ValueError(
+                f"audio_settings: the {audio_config.model_type} encoder has no setting {name!r}; it has "
+                f"{', '.join(known) or 'none'}"
+            )
+        setattr(audio_config, name, value)
