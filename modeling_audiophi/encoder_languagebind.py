@@ -46,4 +46,4 @@ class LanguageBindAudioEncoder(WindowEncoder):
         output = self.model(features, output_hidden_states=self.layer_choice.needs_all)
         if not self.layer_choice.needs_all:
             return output.last_hidden_state
-        return self.model.pool(self.layer_choice(None, output.hidden_states))
+        return self.model.pool(self.layer_choice(output.hidden_states[-1], output.hidden_states))

@@ -299,14 +299,22 @@ def tiny_ast_dir(tmp_path_factory):
     return str(path)
 
 
-@pytest.fixture(scope="session", params=[False, True], ids=["plain", "fused"])
-def tiny_clap_dir(request, tmp_path_factory):
-    """CLAP whose last audio stage has width 32; windows of 10 s at 48 kHz. With fusion and without."""
-    path = tmp_path_factory.mktemp("tiny-clap")
+def save_clap(path, fused):
+    """CLAP whose last audio stage has width 32; windows of 10 s at 48 kHz."""
     audio = {"patch_embeds_hidden_size": 4, "hidden_size": 32, "depths": [1, 1, 1, 1]}
-    audio |= {"num_attention_heads": [1, 1, 2, 2], "enable_fusion": request.param}
+    audio |= {"num_attention_heads": [1, 1, 2, 2], "enable_fusion": fused}
     text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     config = ClapConfig(audio_config=audio, text_config={**text, "vocab_size": 20}, projection_dim=8)
     random_like_trained(ClapModel(config)).save_pretrained(path)
-    ClapFeatureExtractor(truncation="fusion" if request.param else "rand_trunc").save_pretrained(path)
+    ClapFeatureExtractor(truncation="fusion" if fused else "rand_trunc").save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_clap_dir(tmp_path_factory):
+    return save_clap(tmp_path_factory.mktemp("tiny-clap"), fused=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_fused_clap_dir(tmp_path_factory):
+    return save_clap(tmp_path_factory.mktemp("tiny-fused-clap"), fused=True)
