@@ -13,13 +13,14 @@ class AudioPhiAdapterConfig(PreTrainedConfig):
     """The adapter between encoder and language model.
 
     Args:
-        type: exact key of the registry in `adapters.py`: linear, mlp, conv_mlp, transformer, qformer.
-        stack: encoder frames per token (all but qformer); 4 turns 50 frames/s into 12.5 tokens/s.
-        hidden_size: inner width.
+        type: exact key of the registry in `adapters.py`: linear, mlp, mlp2x_gelu, conv_mlp, transformer, qformer,
+            resampler, identity.
+        stack: encoder frames per token (all but qformer, resampler, identity); 4 turns 50 frames/s into 12.5 tokens/s.
+        hidden_size: inner width (mlp2x_gelu: the LLM's).
         kernel_size: width of the depthwise convolutions, odd (conv_mlp, transformer).
         num_layers: convolution, attention or query blocks.
-        num_heads: attention heads (transformer, qformer).
-        window, queries: encoder frames per window and tokens made of each (qformer).
+        num_heads: attention heads (transformer, qformer, resampler).
+        window, queries: encoder frames per window and tokens made of each (qformer, resampler).
         dropout: probability, in training.
     """
 
@@ -102,7 +103,8 @@ class AudioPhiConfig(PreTrainedConfig):
         limit = encoder.window_frames(self.audio_config)
         if self.window_frames is None:
             self.window_frames = limit
-        if self.audio_config.model_type == "whisper" and self.window_frames > limit:
+        fixed = self.audio_config.model_type == "whisper" or getattr(encoder, "fixed_window", False)
+        if fixed and self.window_frames > limit:
             raise ValueError(f"window_frames {self.window_frames} is more than the encoder's limit of {limit}")
         if self.readout not in READOUTS:
             raise ValueError(f"readout {self.readout!r}: expected one of {', '.join(READOUTS)}")

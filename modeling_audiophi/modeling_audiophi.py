@@ -147,7 +147,7 @@ class AudioPhiModel(AudioPhiPreTrainedModel):
             if features is None:
                 raise ValueError(f"the {self.config.audio_config.model_type} encoder takes {key!r}, which is missing")
             hidden, mask = self.encode(features, mask)
-        adapter_dtype = next(self.multi_modal_projector.parameters()).dtype
+        adapter_dtype = next(self.multi_modal_projector.parameters(), hidden).dtype
         tokens, tokens_mask = self.multi_modal_projector(hidden.to(adapter_dtype), mask)
         tokens, tokens_mask = join_windows(tokens, tokens_mask, audio_num_windows)
         output = AudioPhiAudioOutput(last_hidden_state=hidden, tokens=tokens, tokens_mask=tokens_mask)

@@ -22,6 +22,7 @@ def build_processor(recipe: Recipe) -> AudioPhiProcessor:
     return AudioPhiProcessor.from_components(
         resolve_component(components.audio, components.audio_revision),
         resolve_component(components.text, components.text_revision),
+        chat_template=components.chat_template,
     )
 
 
@@ -61,6 +62,7 @@ def build_model(
             align_spelling=align_spelling(recipe, processor, align_vocab_ids),
             audio_revision=components.audio_revision,
             text_revision=components.text_revision,
+            audio_settings=components.audio_settings,
         )
     if recipe.components.quantize_text == "4bit":
         quantize_text(model)

@@ -35,6 +35,8 @@ class Components:
     text: str
     audio_revision: str | None = None
     text_revision: str | None = None
+    audio_settings: dict[str, Any] | None = None  # changes to the encoder's config: {frequency_pooling: concat}
+    chat_template: str | None = None  # chatml, llama3, plain, phi, or Jinja; null: by the LLM's chat format
     quantize_text: Literal["none", "4bit"] = "none"  # "4bit": NF4 weights in the frozen LLM (QLoRA), needs bitsandbytes
 
 

@@ -27,6 +27,12 @@ def data_key(recipe: Recipe, stage: Stage) -> str:
     return json.dumps([asdict(source) for source in stage.data or recipe.data.train])
 
 
+def encoder_name(audio_config) -> str:
+    """The encoder's family, with what its config changes about its outputs beside the weights."""
+    pooling = getattr(audio_config, "frequency_pooling", None)
+    return audio_config.model_type + (f" {pooling}" if pooling else "")
+
+
 def stage_cache(run: "Run", stage: Stage, corpus: Corpus) -> FeatureCache | None:
     """The filled cache of a stage with a frozen encoder; None where the encoder must run: tuned, a learned layer mix,
     or no cache."""
@@ -40,7 +46,7 @@ def stage_cache(run: "Run", stage: Stage, corpus: Corpus) -> FeatureCache | None
         recipe.cache_dir,
         fingerprint_of(
             weights=hash_weights(model.audio_tower),
-            encoder=run.model.config.audio_config.model_type,
+            encoder=encoder_name(run.model.config.audio_config),
             layer=recipe.encoder_layer,
             window_frames=run.processor.window_frames,
             features=json.loads(run.processor.feature_extractor.to_json_string()),
