@@ -16,7 +16,7 @@ from .batches import BatchSchedule
 from .corpus import Corpus, StreamingSet, TrainingSet, fill_cache
 from .feature_cache import FeatureCache, fingerprint_of, hash_weights
 from .plan import token_rate
-from .recipe import Recipe, Stage
+from .recipe import Recipe, RecipeError, Stage
 
 if TYPE_CHECKING:
     from .stages import Run
@@ -79,8 +79,10 @@ def stage_data(run: "Run", stage: Stage, number: int, arguments: TrainingArgumen
     if recipe.data.streaming:
         return StreamingSet(sources, run.bad, run.processor, stage, recipe, rank, world_size), None, None, None
     corpus = run.corpora[data_key(recipe, stage)]
+    if stage.loss == "align":
+        corpus = with_transcripts(run, corpus)
     cache = stage_cache(run, stage, corpus)
-    rate = token_rate(run.model, run.processor, corpus, recipe.instructions)
+    rate = token_rate(run.model, run.processor, corpus, recipe.instructions + recipe.caption_instructions)
     if stage.loss != "align" and run.model.config.readout == "frames":
         corpus = without_long_prompts(run, corpus, rate)
     schedule = BatchSchedule(
@@ -97,8 +99,22 @@ def stage_data(run: "Run", stage: Stage, number: int, arguments: TrainingArgumen
         rank=rank,
         world_size=world_size,
     )
-    dataset = TrainingSet(corpus, run.processor, cache, recipe.instructions, recipe.seed, stage.time_stretch)
+    words = (recipe.instructions, recipe.seed, stage.time_stretch, recipe.caption_instructions)
+    dataset = TrainingSet(corpus, run.processor, cache, *words)
     return dataset, schedule, cache, rate
+
+
+def with_transcripts(run: "Run", corpus: Corpus) -> Corpus:
+    """The corpus without captioned clips: CTC needs words in the order in which they are heard."""
+    rows = [row for row in corpus.rows if row.task == "transcribe"]
+    if len(rows) == len(corpus):
+        return corpus
+    if not rows:
+        raise RecipeError("a stage with loss align has only captions as data; train them with loss lm")
+    run.say(f"align: {len(corpus) - len(rows):,} captioned clips are left out, they have no order to align")
+    spoken = copy.copy(corpus)
+    spoken.rows = rows
+    return spoken
 
 
 def without_long_prompts(run: "Run", corpus: Corpus, rate: dict) -> Corpus:
