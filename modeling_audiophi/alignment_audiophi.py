@@ -57,7 +57,7 @@ class AlignmentHead(nn.Module):
         return (classes + 1).masked_fill(~valid, 0).gather(1, order), valid.sum(1)
 
     def ctc_loss(self, logits, lengths, token_ids, num_items=None):
-        """CTC loss, each clip divided by its number of target tokens.
+        """CTC loss, each clip divided by its number of target tokens (of frames where it has no words).
 
         `logits` (B, T, V' + 1), `lengths` (B,) frames, `token_ids` (B, S) LLM ids, -100 padded. Returns the mean over
         clips (the sum divided by `num_items` when given, for gradient accumulation) and the number of clips whose
@@ -68,7 +68,8 @@ class AlignmentHead(nn.Module):
         repeats = ((classes[:, 1:] == classes[:, :-1]) & (classes[:, 1:] > 0)).sum(1)
         impossible = lengths < target_lengths + repeats
         losses = ctc_negative_log_likelihood(logits, classes, lengths, target_lengths)
-        losses = losses.masked_fill(impossible, 0) / target_lengths.clamp(min=1)
+        # Without words (a sound to be captioned) every frame is a target: blank.
+        losses = losses.masked_fill(impossible, 0) / target_lengths.where(target_lengths > 0, lengths).clamp(min=1)
         count = (~impossible).sum().clamp(min=1) if num_items is None else num_items
         return losses.sum() / count, impossible.sum()
 
