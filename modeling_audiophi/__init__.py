@@ -8,8 +8,10 @@ from . import wheel_components  # noqa: F401  (registers the PyPI fallback for b
 from .adapters import ADAPTERS
 from .components_audiophi import FALLBACKS, resolve_component
 from .configuration_audiophi import AudioPhiAdapterConfig, AudioPhiConfig
+from .configuration_xeus import XeusConfig
 from .encoders import ENCODERS
 from .modeling_audiophi import AudioPhiForConditionalGeneration, AudioPhiModel, AudioPhiPreTrainedModel
+from .modeling_xeus import XeusModel
 
 AutoConfig.register("audiophi", AudioPhiConfig, exist_ok=True)
 AutoConfig.register("audiophi_adapter", AudioPhiAdapterConfig, exist_ok=True)
@@ -26,5 +28,7 @@ __all__ = [
     "AudioPhiForConditionalGeneration",
     "AudioPhiModel",
     "AudioPhiPreTrainedModel",
+    "XeusConfig",
+    "XeusModel",
     "resolve_component",
 ]

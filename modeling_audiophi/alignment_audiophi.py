@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .ctc_loss_audiophi import ctc_negative_log_likelihood
+from .spelling_audiophi import Spelling
 
 # Posteriors are raised to this power before the embeddings are averaged: plain ones blur the words, and the LLM then
 # guesses instead of copying (dev/LOG.md: 72 % word errors at 1, 58 % at 3, 68 % at 30, which is the best token alone).
@@ -21,15 +22,17 @@ SHARPNESS = 3.0
 class AlignmentHead(nn.Module):
     """Scores audio tokens against `vocab_size` of the LLM's input embeddings and a blank (class 0).
 
+    `spelling` (None or the sizes of a `Spelling`): score their spelling too.
     `vocab_ids` (V',) long, ascending LLM token ids, is a buffer; class i + 1 is `vocab_ids[i]`.
     """
 
-    def __init__(self, vocab_size, hidden_size):
+    def __init__(self, vocab_size, hidden_size, spelling=None):
         super().__init__()
         self.register_buffer("vocab_ids", torch.arange(vocab_size))
         self.scale = nn.Parameter(torch.ones(()))
         self.bias = nn.Parameter(torch.zeros(vocab_size + 1))
         self.blank = nn.Parameter(torch.randn(hidden_size) * 0.1)
+        self.spelling = Spelling(vocab_size, hidden_size, **spelling) if spelling else None
 
     def logits(self, tokens, embedding_weight):
         """`tokens` (B, T, D), `embedding_weight` (V, D) the LLM's table -> logits (B, T, V' + 1)."""
@@ -37,6 +40,8 @@ class AlignmentHead(nn.Module):
         # The blank apart from the table: a frozen table then costs no gradient.
         table = embedding_weight[self.vocab_ids].to(self.blank.dtype)
         words = nn.functional.linear(tokens, table, self.bias[1:])
+        if self.spelling is not None:
+            words = self.spelling(tokens, words)
         blank = nn.functional.linear(tokens, self.blank[None], self.bias[:1])
         return torch.cat([blank, words], -1)
 
@@ -99,7 +104,10 @@ class AlignmentHead(nn.Module):
         keep = starts & (path > 0)
         run = starts.cumsum(1) - 1 + length * torch.arange(batch, device=path.device)[:, None]
         table = embedding_weight[self.vocab_ids]
-        expected = (SHARPNESS * logits[..., 1:].float()).softmax(-1).to(table.dtype) @ table
+        words = path > 0  # blank frames, most of them, have no embedding: no need for their posteriors
+        posterior = (SHARPNESS * logits[words][:, 1:].float()).softmax(-1)
+        means = posterior.to(table.dtype) @ table
+        expected = means.new_zeros(tokens.shape).index_put((words,), means)
         embeds = run_means(expected, run) + residual(run_means(tokens, run)).to(expected.dtype)
         return embeds * keep[..., None], keep
 

@@ -19,12 +19,17 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from .configuration_audiophi import AudioPhiAdapterConfig, AudioPhiConfig
-from .encoders import encoder_class
+from .convert_xeus import xeus_component
+from .encoders import encoder_class, warn_of_licence
 from .lengths_audiophi import output_length
 from .lora_audiophi import PARTS, inject_lora, is_lora_key, with_base_layers
+from .spelling_audiophi import spell
 
 logger = logging.get_logger(__name__)
 
+# Functions (id, revision) -> folder or None, for components whose files on the Hub are not transformers' own; tried
+# before the Hub is.
+CONVERTERS = [xeus_component]
 # Functions id -> folder or None, tried last; `wheel_components.py` adds one.
 FALLBACKS = []
 
@@ -38,8 +43,9 @@ def resolve_component(component, revision=None, weights=True):
     """Local folder of a base component.
 
     Looks, in this order, at: a local folder of that name; `$AUDIOPHI_COMPONENTS/<org>--<name>`;
-    `~/.cache/audiophi/components/<org>--<name>`; the Hub; the registered FALLBACKS. `weights=False` downloads only
-    the small files. Raises OSError that lists what was tried.
+    `~/.cache/audiophi/components/<org>--<name>`; the CONVERTERS (XEUS: from the Hub or a local `.pth`); the Hub; the
+    registered FALLBACKS. `weights=False` downloads only the small files, where nothing has to be converted. Raises
+    OSError that lists what was tried, ValueError for a checkpoint that cannot be converted.
     """
     if Path(component).is_dir():
         return str(component)
@@ -50,6 +56,9 @@ def resolve_component(component, revision=None, weights=True):
             tried.append(str(Path(root) / folder))
             if Path(tried[-1], "config.json").is_file():
                 return tried[-1]
+    for convert in CONVERTERS:
+        if (path := convert(str(component), revision)) is not None:
+            return path
     patterns = ["*.json", "*.txt", "*.jinja", "*.model"] + (["*.safetensors"] if weights else [])
     try:
         return snapshot_download(str(component), revision=revision, allow_patterns=patterns)
@@ -64,10 +73,9 @@ def resolve_component(component, revision=None, weights=True):
 
 
 def component_id(component):
-    """The name a checkpoint remembers: `<org>/<name>` also for a folder called `<org>--<name>`, else the absolute
-    path."""
+    """The name a checkpoint remembers: `<org>/<name>`, also for a folder `<org>--<name>`, else the absolute path."""
     if not Path(component).is_dir():
-        return str(component)
+        return str(Path(component).resolve() if Path(component).is_file() else component)
     name = Path(component).resolve().name
     return name.replace("--", "/", 1) if "--" in name else str(Path(component).resolve())
 
@@ -158,6 +166,7 @@ class ComponentsMixin:
         readout="frames",
         encoder_layer="last",
         align_vocab_ids=None,
+        align_spelling=None,
         window_frames=None,
         lora=None,
         dtype=torch.float32,
@@ -168,11 +177,12 @@ class ComponentsMixin:
         """A model of pretrained parts and a new adapter.
 
         Args:
-            audio, text: Hub ids or local folders of an encoder and a causal LM.
+            audio, text: Hub ids or local folders of an encoder and a causal LM; for XEUS also ESPnet's `.pth`.
             adapter: registry key, dict of `AudioPhiAdapterConfig` arguments, or such a config.
             audio_token_id: the processor's placeholder id; None adds a row to the embedding table. An id beyond the
                 table adds rows.
             align_vocab_ids: LLM token ids of the alignment head; None builds none.
+            align_spelling: {"texts": text of each of those tokens, "buckets", "size"} to score their spelling too.
             lora: {"audio": {...}, "text": {...}} arguments of `peft.LoraConfig`.
             dtype: of all weights. kwargs: further arguments of `from_pretrained` (device_map, attn_implementation,
                 ...).
@@ -189,6 +199,11 @@ class ComponentsMixin:
         rows = text_config.vocab_size
         if vocab_ids and not 0 <= vocab_ids[0] <= vocab_ids[-1] < rows:
             raise ValueError(f"align_vocab_ids must be token ids below {rows}, got {vocab_ids[0]} to {vocab_ids[-1]}")
+        spellings, sizes = None, None
+        if vocab_ids and align_spelling:
+            sizes = {name: align_spelling[name] for name in ("buckets", "size")}
+            spellings = [spell(text, sizes["buckets"]) for text in align_spelling["texts"]]
+            sizes["entries"] = sum(map(len, spellings))
         # Sub-configs remember where they were read; a checkpoint must not carry this machine's paths.
         audio_config.name_or_path, text_config.name_or_path = component_id(audio), component_id(text)
         audio_token_id = rows if audio_token_id is None else audio_token_id
@@ -201,6 +216,7 @@ class ComponentsMixin:
             readout=readout,
             encoder_layer=encoder_layer,
             align_vocab_size=len(vocab_ids or ()),
+            align_spelling=sizes,
             window_frames=window_frames,
             base_vocab_size=rows,
             base_components={
@@ -214,7 +230,7 @@ class ComponentsMixin:
         paths = {"audio": resolve_component(audio, audio_revision), "text": resolve_component(text, text_revision)}
         model = cls._assemble(config, paths, {}, dtype=dtype, **kwargs)
         model.name_or_path = model.config.name_or_path = ""
-        model.model.match_embeddings(vocab_ids)
+        model.model.match_embeddings(vocab_ids, spellings)
         model.generation_config = text_generation_config(paths["text"], text_config, audio_token_id)
         for part, arguments in (lora or {}).items():
             model.add_lora(part, arguments)
@@ -296,6 +312,8 @@ class ComponentsMixin:
             )
         if slim:
             state_dict = self.slim_state_dict(state_dict)
+        if not slim or self.config.tuned["audio"] == "full":
+            warn_of_licence(self.config.audio_config, save_directory)
         before, self.config.slim = self.config.slim, slim
         try:
             super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)

@@ -52,6 +52,7 @@ class AudioPhiConfig(PreTrainedConfig):
         encoder_layer: "last", an index into the encoder's hidden states, or "mix" (learned softmax mix).
         readout: "frames" (every adapter token goes to the LLM) or "collapse" (blanks dropped, repeats merged).
         align_vocab_size: tokens of the alignment head, the blank not counted; 0 means no head.
+        align_spelling: sizes of the head's `Spelling` (entries, buckets, size); None: it knows embeddings only.
         window_frames: longest encoder window in feature frames; None takes the encoder's own limit (30 s).
         base_components: {"audio": {"id", "revision"}, "text": {...}}: where frozen weights come from.
         tuned: {"audio": ..., "text": ...}: "frozen", "lora" or "full"; what a slim checkpoint has to keep.
@@ -78,6 +79,7 @@ class AudioPhiConfig(PreTrainedConfig):
     encoder_layer: str | int = "last"
     readout: str = "frames"
     align_vocab_size: int = 0
+    align_spelling: dict | None = None
     window_frames: int | None = None
     audio_length_rule: list | None = None
     base_components: dict | None = None

@@ -21,6 +21,7 @@ from .lengths_audiophi import join_windows
 from .lora_audiophi import inject_lora
 from .outputs_audiophi import AudioPhiAudioOutput, AudioPhiModelOutput, AudioPhiOutput
 from .placeholders_audiophi import check_context, check_placeholders, drop_unused_placeholders, padding_side_of
+from .spelling_audiophi import Spelling
 
 # Windows that go through the encoder at a time, in units of the longest window (30 s): bounds the memory of an hour
 # of audio.
@@ -48,6 +49,10 @@ class AudioPhiPreTrainedModel(PreTrainedModel):
             init.ones_(module.scale)
             init.zeros_(module.bias)
             init.normal_(module.blank, mean=0.0, std=0.1)
+        elif isinstance(module, Spelling):
+            init.zeros_(module.ngrams)
+            init.zeros_(module.starts)
+            init.normal_(module.table, mean=0.0, std=module.table.shape[1] ** -0.5)
         elif hasattr(module, "layer_weights"):
             init.zeros_(module.layer_weights)
 
@@ -63,7 +68,8 @@ class AudioPhiModel(AudioPhiPreTrainedModel):
         self.multi_modal_projector = adapter_class(config.adapter_config)(
             config.adapter_config, encoder.hidden_size(config.audio_config), size
         )
-        self.alignment = AlignmentHead(config.align_vocab_size, size) if config.align_vocab_size else None
+        head = (config.align_vocab_size, size, config.align_spelling)
+        self.alignment = AlignmentHead(*head) if config.align_vocab_size else None
         self.readout = CollapseReadout(size) if config.readout == "collapse" else FramesReadout(size)
         self.language_model = AutoModel.from_config(config.text_config)
         for part, arguments in config.lora.items():
@@ -85,11 +91,13 @@ class AudioPhiModel(AudioPhiPreTrainedModel):
         return self
 
     @torch.no_grad()
-    def match_embeddings(self, align_vocab_ids=None):
+    def match_embeddings(self, align_vocab_ids=None, spellings=None):
         """Fit new parts to the loaded LLM: the alignment vocabulary, and the gain of the frames readout to the
         table's RMS."""
         if align_vocab_ids is not None:
             self.alignment.vocab_ids.copy_(torch.as_tensor(align_vocab_ids))
+        if spellings is not None:
+            self.alignment.spelling.match(spellings)
         if self.config.readout == "frames":
             table = self.get_input_embeddings().weight
             self.readout.norm.weight.fill_(table.float().square().mean().sqrt())

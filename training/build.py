@@ -56,6 +56,7 @@ def build_model(
             readout=recipe.readout,
             encoder_layer=recipe.encoder_layer,
             align_vocab_ids=align_vocab_ids,
+            align_spelling=align_spelling(recipe, processor, align_vocab_ids),
             audio_revision=components.audio_revision,
             text_revision=components.text_revision,
         )
@@ -82,6 +83,14 @@ def check_adapter_keys(adapter: dict) -> None:
     for key in adapter:
         if key not in known:
             raise ValueError(f"unknown key {key!r}; valid keys: {', '.join(known)}")
+
+
+def align_spelling(recipe: Recipe, processor: AudioPhiProcessor, align_vocab_ids: list[int] | None) -> dict | None:
+    """What `from_components` needs to score spelling; None for a recipe that does not want it."""
+    if align_vocab_ids is None or not recipe.alignment.spelling:
+        return None
+    texts = [processor.tokenizer.decode([index], clean_up_tokenization_spaces=False) for index in align_vocab_ids]
+    return {"texts": texts, "buckets": recipe.alignment.ngrams, "size": recipe.alignment.spelling}
 
 
 def full_align_vocab(tokenizer, merges: int | None) -> list[int]:

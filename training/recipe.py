@@ -36,9 +36,14 @@ class Components:
 
 @dataclass
 class Alignment:
-    """CTC head over the LLM's embedding table. `merges`: how many of the LLM's BPE merges are kept; null: all."""
+    """CTC head over the LLM's embedding table. `merges`: how many of the LLM's BPE merges are kept; null: all.
+
+    `spelling`: size of the classes' spelling vectors, of `ngrams` character n-grams; 0: their embeddings only.
+    """
 
     merges: int | None = None
+    spelling: int = 0
+    ngrams: int = 6144
 
 
 @dataclass

@@ -250,6 +250,10 @@ def save_model(run: Run, folder: Path, dtype: torch.dtype = torch.float32) -> No
         state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     run.model.save_pretrained(partial, state_dict=state)
     run.processor.save_pretrained(partial)
+    tokenizer = partial / "tokenizer.json"
+    # Indented, as the tokenizer writes it, it is more than twice the size.
+    compact = json.dumps(json.loads(tokenizer.read_text("utf-8")), ensure_ascii=False, separators=(",", ":"))
+    tokenizer.write_text(compact, "utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
 
