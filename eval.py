@@ -111,19 +111,23 @@ def so_far(file: PredictionFile, args: argparse.Namespace) -> str:
     return f", WER so far {show(percent(errors, sum(p['words'] for p in scored)))} %"
 
 
-def load_rows(args: argparse.Namespace):
-    """The data set to evaluate on. Raises ValueError for captions where transcripts are asked for."""
+def load_rows(args: argparse.Namespace) -> tuple:
+    """The data set to evaluate on, and the classes of the whole of it.
+
+    Raises ValueError for captions where transcripts are asked for.
+    """
     captions = {"label_column": args.label_column, "task": "caption"} if args.task == "caption" else {}
     spec = {"path": args.data, **({"audio_folder": args.audio_folder} if args.audio_folder else {})}
     rows = load_audio_dataset(spec, args.audio_column, args.text_column, args.split, **captions)
     if args.task != "caption" and "captions" in rows.column_names:
         raise ValueError(f"{args.data}: holds captions of sounds, not transcripts; add --task caption.")
-    return rows if args.limit is None else rows.take(args.limit)
+    classes = sorted({label for label in rows["label"] if label}) if args.task == "caption" else []
+    return rows if args.limit is None else rows.take(args.limit), classes
 
 
 def evaluate(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     """The metrics of one evaluation, and the readable rows that could not be scored."""
-    rows = load_rows(args)
+    rows, classes = load_rows(args)
     if args.task == "caption":  # whatever is missing is missing now, not after the decoding
         probe = (["a dog barks", "it is raining"], [["a dog is barking"], ["rain falls"]])
         for metric in (caption_scores, *([official_scores] if args.official else [])):
@@ -147,7 +151,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[dict]]:
     with PredictionFile(args.output_dir / "predictions.jsonl", ours, fresh) as file:
         predictions = transcribe_all(rows, transcribe, file, args, "model")
     if args.task == "caption":
-        scores = caption_scoring.summarize_captions(predictions)
+        scores = caption_scoring.summarize_captions(predictions, classes)
         if args.official:
             scored = [p for p in predictions if "error" not in p]
             texts = ([p["hypothesis"] for p in scored], [p["references"] for p in scored])

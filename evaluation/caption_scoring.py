@@ -30,9 +30,12 @@ def caption_fields(row: dict, hypothesis: str | None) -> dict:
     return {"references": row.get("captions") or [row["text"]], "label": row.get("label")}
 
 
-def summarize_captions(predictions: Iterable[dict], seed: int = 0, with_package: bool = True) -> dict:
+def summarize_captions(
+    predictions: Iterable[dict], classes: Iterable[str] = (), seed: int = 0, with_package: bool = True
+) -> dict:
     """Scores of predictions (those with an error are left out), as `caption_metrics` defines them.
 
+    `classes`: those that a caption may name wrongly beside the predictions' own.
     `..._shuffled`: the caption of another clip (of another class, or where there are none with another caption)
     against each clip's references and label; decoding without sampling makes that what the model says with the other
     clip's audio. `listening_gap`: true minus shuffled, of `listening_gap_of`: label_accuracy (percent) where clips have
@@ -43,14 +46,14 @@ def summarize_captions(predictions: Iterable[dict], seed: int = 0, with_package:
         (p for p in predictions if "error" not in p and p["hypothesis"] is not None), key=lambda p: p["row"]
     )
     labelled = [p for p in scored if p["label"]]
-    classes = sorted({p["label"] for p in labelled})
+    classes = sorted({p["label"] for p in labelled} | set(classes))
     own = score([p["hypothesis"] for p in scored], [p["references"] for p in scored])
     others = _shuffled(scored, seed)
     other = score(others, [p["references"] for p in scored]) if others else {"cider_d": None}
     truth = [p["label"] for p in labelled]
     accuracy = label_accuracy([p["hypothesis"] for p in labelled], truth, classes)
     shuffled_accuracy = None
-    if len(classes) > 1:
+    if len(set(truth)) > 1:
         shuffled_accuracy = label_accuracy(_shuffled(labelled, seed), truth, classes)
     gap_of = "label_accuracy" if labelled else "cider_d"
     pair = (accuracy, shuffled_accuracy) if labelled else (own["cider_d"], other["cider_d"])

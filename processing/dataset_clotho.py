@@ -66,4 +66,4 @@ def _split_of(table: Path) -> str:
 
 def _key(name: str) -> str:
     """A file name without suffix and without what archivers and re-encoders change in it (spaces, punctuation)."""
-    return re.sub(r"\W+", "_", Path(name).stem).strip("_").lower()
+    return re.sub(r"[\W_]+", "_", Path(name).stem).strip("_").lower()

@@ -157,6 +157,12 @@ def test_a_model_that_listens_has_a_gap_and_one_that_does_not_has_none():
     assert deaf["cider_d"] == pytest.approx(deaf["cider_d_shuffled"]) and deaf["distinct_captions"] == 1
 
 
+def test_classes_of_the_data_without_a_prediction_count_as_others():
+    heard = predictions(["a dog barks at the sea waves", "rain", "a dog bark", "rain"])
+    assert summarize_captions(heard)["label_accuracy"] == 100
+    assert summarize_captions(heard, CLASSES)["label_accuracy"] == 75
+
+
 def test_without_classes_the_gap_is_of_cider_d():
     captions = predictions(["a dog bark", "rain", "a dog bark", "rain"])
     scores = summarize_captions([{**p, "label": None} for p in captions])
