@@ -6,6 +6,8 @@ import torch
 from transformers import GenerationMixin
 
 from .ctc_scoring_audiophi import CTCPrefixScorer, alignment_per_prompt
+from .lm_prior_audiophi import LanguageModelPrior
+from .lora_audiophi import without_lora
 from .placeholders_audiophi import check_context, check_placeholders, drop_unused_placeholders, repeat_audio
 
 AUDIO_INPUTS = (
@@ -17,8 +19,8 @@ AUDIO_INPUTS = (
     "audio_hidden_mask",
     "audio_num_windows",
 )
-# Settings of a generation config that transformers does not know.
-GENERATION_SETTINGS = ("ctc_weight",)
+# Settings of a generation config that transformers does not know, and what they are where they are not given.
+GENERATION_SETTINGS = {"ctc_weight": 0.0, "ctc_temperature": 1.0, "lm_prior_weight": 0.0, "lm_prior_start_id": None}
 
 
 class AudioPhiGenerationMixin(GenerationMixin):
@@ -32,11 +34,15 @@ class AudioPhiGenerationMixin(GenerationMixin):
         readout unused placeholders are removed from the prompt while generating; the returned sequences start with
         the prompt as given, and `max_length` / `min_length` count it so.
 
-        `ctc_weight` (argument or attribute of the generation config, default 0): share of the alignment head in the
-        scores, see `CTCPrefixScorer`. For transcripts only: an answer about the audio is not aligned to it. Raises
-        ValueError where there is no such head, or for a weight outside 0..1.
+        For transcripts, the alignment head can have a share in the scores (it knows nothing of other answers). These
+        are arguments, or attributes of the generation config:
+            ctc_weight (0): its share, between 0 and 1, see `CTCPrefixScorer`.
+            ctc_temperature (1): of its posteriors; CTC is surer of itself than it should be, more makes it less so.
+            lm_prior_weight (0): see `LanguageModelPrior`; without effect where ctc_weight is 0.
+            lm_prior_start_id (the LLM's bos): token that begins a text for that prior.
+        Raises ValueError for values outside these ranges, and where there is no alignment head.
         """
-        ctc_weight = self._ctc_weight(generation_config, kwargs)
+        fusion = self._fusion_settings(generation_config, kwargs)
         audio_inputs = {name: kwargs.pop(name) for name in AUDIO_INPUTS if name in kwargs}
         audio_inputs = {name: value for name, value in audio_inputs.items() if value is not None}
         if not audio_inputs:
@@ -48,7 +54,7 @@ class AudioPhiGenerationMixin(GenerationMixin):
             )
         if self.config.readout == "frames":
             check_context(input_ids, self.config)
-        audio = self.get_audio_features(**audio_inputs, with_alignment=ctc_weight > 0)
+        audio = self.get_audio_features(**audio_inputs, with_alignment=fusion["ctc_weight"] > 0)
         embeds, keep = audio.pooler_output, audio.audio_keep
         check_placeholders(input_ids, embeds, self.config)
         prompt, attention_mask = input_ids, kwargs.pop("attention_mask", None)
@@ -57,9 +63,9 @@ class AudioPhiGenerationMixin(GenerationMixin):
             input_ids, attention_mask, embeds = compact.input_ids, compact.attention_mask, embeds[keep]
             check_context(input_ids, self.config)
             generation_config, kwargs = self._shorten(generation_config, kwargs, prompt.shape[1] - input_ids.shape[1])
-        if ctc_weight:
-            scorer = self._ctc_scorer(audio, prompt, input_ids.shape[1], ctc_weight, generation_config, kwargs)
-            kwargs["logits_processor"] = [*(kwargs.get("logits_processor") or []), scorer]
+        if fusion["ctc_weight"]:
+            scorers = self._scorers(audio, prompt, input_ids.shape[1], fusion, generation_config, kwargs)
+            kwargs["logits_processor"] = [*(kwargs.get("logits_processor") or []), *scorers]
         output = super().generate(
             input_ids, generation_config, attention_mask=attention_mask, audio_embeds=embeds, **kwargs
         )
@@ -73,26 +79,49 @@ class AudioPhiGenerationMixin(GenerationMixin):
         output.sequences = sequences
         return output
 
-    def _ctc_weight(self, generation_config, kwargs):
-        """Takes `ctc_weight` out of the arguments of `generate`."""
+    def _fusion_settings(self, generation_config, kwargs):
+        """Takes GENERATION_SETTINGS out of the arguments of `generate`, else out of the generation config."""
         given = generation_config if generation_config is not None else self.generation_config
-        weight = kwargs.pop("ctc_weight", None)
-        weight = getattr(given, "ctc_weight", None) if weight is None else weight
-        weight = weight or 0.0
+        settings = {}
+        for name, default in GENERATION_SETTINGS.items():
+            value = kwargs.pop(name, None)
+            value = getattr(given, name, None) if value is None else value
+            settings[name] = default if value is None else value
+        weight = settings["ctc_weight"]
         if not 0 <= weight <= 1:
             raise ValueError(f"ctc_weight={weight} is not between 0 and 1")
+        for name, allowed in (("lm_prior_weight", settings["lm_prior_weight"] >= 0),
+                              ("ctc_temperature", settings["ctc_temperature"] > 0)):  # fmt: skip
+            if not allowed:
+                raise ValueError(f"{name}={settings[name]} is too small")
         if weight and self.model.alignment is None:
             raise ValueError(f"ctc_weight={weight} needs an alignment head, which this model does not have")
-        return weight
+        return settings
 
-    def _ctc_scorer(self, audio, prompt, prompt_length, weight, generation_config, kwargs):
+    def _scorers(self, audio, prompt, prompt_length, fusion, generation_config, kwargs):
+        """What judges a continuation beside the LLM that hears: the alignment, and the LLM that does not."""
         given = generation_config if generation_config is not None else self.generation_config
         ends = kwargs.get("eos_token_id", given.eos_token_id)
-        log_probs, lengths = alignment_per_prompt(
-            audio.align_logits, audio.tokens_mask, prompt, self.config.audio_token_id
-        )
         ends = ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
-        return CTCPrefixScorer(log_probs, lengths, self.model.alignment.vocab_ids, ends, prompt_length, weight)
+        log_probs, lengths = alignment_per_prompt(
+            audio.align_logits / fusion["ctc_temperature"], audio.tokens_mask, prompt, self.config.audio_token_id
+        )
+        vocab_ids = self.model.alignment.vocab_ids
+        scorers = [CTCPrefixScorer(log_probs, lengths, vocab_ids, ends, prompt_length, fusion["ctc_weight"])]
+        if not fusion["lm_prior_weight"]:
+            return scorers
+        start = fusion["lm_prior_start_id"]
+        if start is None:
+            start = self.config.text_config.bos_token_id
+        if start is None:
+            start = ends[0] if ends else 0
+
+        def predict(tokens, cache):
+            with without_lora(self.model.language_model):
+                hidden = self.model.language_model(input_ids=tokens, past_key_values=cache, use_cache=True)
+                return self.compute_logits(hidden.last_hidden_state[:, -1])
+
+        return [*scorers, LanguageModelPrior(predict, vocab_ids, start, prompt_length, fusion["lm_prior_weight"])]
 
     def _shorten(self, generation_config, kwargs, removed):
         """Total lengths that count the prompt, less the `removed` columns; new-token limits stay as they are."""

@@ -1,6 +1,8 @@
 """LoRA (https://arxiv.org/abs/2106.09685) inside the model, through peft: no wrapper, so names and `generate` stay
 the same."""
 
+import contextlib
+
 from transformers.utils import is_peft_available
 
 PARTS = {"audio": "audio_tower", "text": "language_model"}
@@ -28,6 +30,21 @@ def inject_lora(model, part, arguments):
         if is_lora_key(name):
             # peft has initialised them (B = 0: no effect at first); transformers would do it again, at random.
             parameter._is_hf_initialized = True
+
+
+@contextlib.contextmanager
+def without_lora(module):
+    """LoRA layers of `module` do nothing inside the `with` block. Unlike peft's own switch, this leaves
+    `requires_grad` alone, so that it may be used in the middle of training."""
+    layers = [layer for layer in module.modules() if hasattr(layer, "lora_A") and hasattr(layer, "_disable_adapters")]
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
 
 
 def is_lora_key(key):

@@ -99,10 +99,12 @@ def test_clips_of_one_prompt_are_read_one_after_the_other():
 
 @pytest.mark.parametrize("readout", ["frames", "collapse"])
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_joint_decoding_does_not_depend_on_the_batch(make_tiny_model, waveform, readout, num_beams):
+@pytest.mark.parametrize("prior", [0.0, 0.4])
+def test_joint_decoding_does_not_depend_on_the_batch(make_tiny_model, waveform, readout, num_beams, prior):
     model, processor = make_tiny_model(readout=readout)
     clips = [[waveform(0.9), waveform(0.4, 1)], [waveform(0.5, 2)], []]
     settings = {"max_new_tokens": 6, "do_sample": False, "num_beams": num_beams, "ctc_weight": 0.5}
+    settings |= {"ctc_temperature": 1.5, "lm_prior_weight": prior}
     inputs = prompts(processor, clips)
     length = inputs["input_ids"].shape[1]
     together = model.generate(**inputs, **settings)[:, length:]
@@ -132,12 +134,18 @@ def test_full_weight_writes_what_the_alignment_hears(make_tiny_model, waveform):
 
 
 @pytest.mark.parametrize(
-    ("align", "weight", "message"), [(True, 1.5, "between 0 and 1"), (False, 0.5, "alignment head")]
+    ("align", "settings", "message"),
+    [
+        (True, {"ctc_weight": 1.5}, "ctc_weight=1.5 is not between 0 and 1"),
+        (True, {"ctc_weight": 0.5, "ctc_temperature": 0.0}, "ctc_temperature=0.0"),
+        (True, {"ctc_weight": 0.5, "lm_prior_weight": -1.0}, "lm_prior_weight=-1.0"),
+        (False, {"ctc_weight": 0.5}, "alignment head"),
+    ],
 )
-def test_impossible_weights_are_refused(make_tiny_model, waveform, align, weight, message):
+def test_impossible_settings_are_refused(make_tiny_model, waveform, align, settings, message):
     model, processor = make_tiny_model(align=align)
     with pytest.raises(ValueError, match=message):
-        model.generate(**prompts(processor, [[waveform(0.5)]]), max_new_tokens=1, ctc_weight=weight)
+        model.generate(**prompts(processor, [[waveform(0.5)]]), max_new_tokens=1, **settings)
 
 
 def test_the_weight_is_saved_with_the_generation_config(make_tiny_model, waveform, tmp_path):

@@ -1,0 +1,45 @@
+"""Shallow fusion: what the language model would write if it heard nothing.
+
+The LLM that reads the alignment's tokens mostly copies them, mistakes included. The same LLM without audio and without
+its LoRA layers has not learned to copy: it knows only which words follow one another, and that is what tells "lay now
+and then an egg" from "laid now and then and egg". Gulcehre et al. 2015 (https://arxiv.org/abs/1503.03535).
+"""
+
+import torch
+from transformers import DynamicCache, LogitsProcessor
+
+
+class LanguageModelPrior(LogitsProcessor):
+    """Adds weight * log p(token | what has been written) to the scores of the alignment's tokens.
+
+    Args:
+        predict: (token ids (N, 1), cache) -> logits (N, V) of the next token, without audio.
+        vocab_ids: (V',) LLM token ids that are scored; the probabilities are normalised over them, so that ending the
+            transcript, which only hearing can tell, is neither favoured nor disfavoured by the prior's other words.
+        start_id: token that begins a text.
+        prompt_length: columns of the prompt, after which the transcript begins.
+        weight: of the prior.
+    """
+
+    def __init__(self, predict, vocab_ids, start_id, prompt_length, weight):
+        self.predict, self.vocab_ids, self.start_id = predict, vocab_ids, start_id
+        self.prompt_length, self.weight = prompt_length, weight
+        self.cache, self.rows = None, {}
+
+    def __call__(self, input_ids, scores):
+        """`input_ids` (N, L), `scores` (N, V), a prompt's rows together -> (N, V)."""
+        written = input_ids[:, self.prompt_length :]
+        if not written.shape[1]:
+            self.cache = DynamicCache()
+            tokens = torch.full_like(input_ids[:, :1], self.start_id)
+        else:
+            # Rows of one prompt were reordered since the last step. Two prompts may have written the same, and then
+            # share what follows from it.
+            parents = [self.rows[tuple(prefix)] for prefix in written[:, :-1].tolist()]
+            self.cache.reorder_cache(torch.tensor(parents, device=input_ids.device))
+            tokens = written[:, -1:]
+        self.rows = {tuple(prefix): row for row, prefix in enumerate(written.tolist())}
+        prior = self.predict(tokens, self.cache)[:, self.vocab_ids].float().log_softmax(-1)
+        fused = scores.clone()
+        fused[:, self.vocab_ids] += (self.weight * prior).to(scores.dtype)
+        return fused
