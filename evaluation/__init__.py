@@ -1,1 +1,2 @@
-"""Word error rates and whether the model listens: normalisation, counting, transcription of data sets, baselines."""
+"""Word error rates and caption scores, and whether the model listens: normalisation, counting, prediction of data sets,
+baselines."""

@@ -146,11 +146,13 @@ def transcribe_dataset(
     batch_size: int = 16,
     sampling_rate: int = 16_000,
     done: Collection[int] = (),
+    score: Callable[[dict, str | None], dict] | None = None,
 ) -> Iterator[dict]:
     """Predictions for rows of `processing.datasets.load_audio_dataset`, in batches of clips of similar length.
 
     Rows are read in chunks of 8 batches, so that memory does not grow with the data; within a chunk the longest come
     first. `done` are indices of rows to leave out. Rows without text or readable audio yield their error instead.
+    `score` (row, hypothesis) makes what a prediction has beside what was heard: by default its error counts.
     """
     wanted = ((index, row) for index, row in enumerate(rows) if index not in done)
     while chunk := list(itertools.islice(wanted, 8 * batch_size)):
@@ -163,10 +165,12 @@ def transcribe_dataset(
         clips.sort(key=lambda clip: -len(clip[2]))
         for start in range(0, len(clips), batch_size):
             batch = clips[start : start + batch_size]
-            yield from _transcribe_batch(batch, transcribe, sampling_rate)
+            yield from _transcribe_batch(batch, transcribe, sampling_rate, score or transcript_errors)
 
 
-def _transcribe_batch(batch: list[tuple[int, dict, np.ndarray]], transcribe: Transcriber, sampling_rate: int):
+def _transcribe_batch(
+    batch: list[tuple[int, dict, np.ndarray]], transcribe: Transcriber, sampling_rate: int, score: Callable
+) -> Iterator[dict]:
     before = time.perf_counter()
     try:
         results = transcribe([waveform for _, _, waveform in batch])
@@ -176,7 +180,7 @@ def _transcribe_batch(batch: list[tuple[int, dict, np.ndarray]], transcribe: Tra
             yield {"row": index, "id": row.get("id"), "error": str(error), "readable": True}
         else:  # find the clip that the model refuses
             for clip in batch:
-                yield from _transcribe_batch([clip], transcribe, sampling_rate)
+                yield from _transcribe_batch([clip], transcribe, sampling_rate, score)
         return
     spent = time.perf_counter() - before
     samples = sum(len(waveform) for _, _, waveform in batch)
@@ -189,8 +193,13 @@ def _transcribe_batch(batch: list[tuple[int, dict, np.ndarray]], transcribe: Tra
             "reference": row["text"],
             **result,
             "compute_seconds": spent * len(waveform) / samples,
-            **errors_of(row["text"], result["hypothesis"]),
+            **score(row, result["hypothesis"]),
         }
+
+
+def transcript_errors(row: dict, hypothesis: str | None) -> dict:
+    """The error counts of a transcript."""
+    return errors_of(row["text"], hypothesis)
 
 
 def errors_of(reference: str, hypothesis: str | None) -> dict:

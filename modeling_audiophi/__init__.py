@@ -8,9 +8,11 @@ from . import wheel_components  # noqa: F401  (registers the PyPI fallback for b
 from .adapters import ADAPTERS
 from .components_audiophi import FALLBACKS, resolve_component
 from .configuration_audiophi import AudioPhiAdapterConfig, AudioPhiConfig
+from .configuration_languagebind_audio import LanguageBindAudioConfig
 from .configuration_xeus import XeusConfig
 from .encoders import ENCODERS
 from .modeling_audiophi import AudioPhiForConditionalGeneration, AudioPhiModel, AudioPhiPreTrainedModel
+from .modeling_languagebind_audio import LanguageBindAudioModel
 from .modeling_xeus import XeusModel
 
 AutoConfig.register("audiophi", AudioPhiConfig, exist_ok=True)
@@ -28,6 +30,8 @@ __all__ = [
     "AudioPhiForConditionalGeneration",
     "AudioPhiModel",
     "AudioPhiPreTrainedModel",
+    "LanguageBindAudioConfig",
+    "LanguageBindAudioModel",
     "XeusConfig",
     "XeusModel",
     "resolve_component",

@@ -1,4 +1,4 @@
-"""TinyLLaVA's two-layer MLP (`mlp2x_gelu`) on stacked frames."""
+"""A two-layer MLP on stacked frames: TinyLLaVA's `mlp2x_gelu` with a width and dropout of its own."""
 
 from torch import nn
 

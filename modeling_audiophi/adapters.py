@@ -6,16 +6,22 @@ the Hub.
 """
 
 from .adapter_conv_mlp import ConvMLPAdapter, TransformerAdapter
+from .adapter_identity import IdentityAdapter
 from .adapter_linear import LinearAdapter
 from .adapter_mlp import MLPAdapter
+from .adapter_mlp2x_gelu import MLP2xGELUAdapter
 from .adapter_qformer import QFormerAdapter
+from .adapter_resampler import ResamplerAdapter
 
 ADAPTERS = {
     "linear": LinearAdapter,
     "mlp": MLPAdapter,
+    "mlp2x_gelu": MLP2xGELUAdapter,
     "conv_mlp": ConvMLPAdapter,
     "transformer": TransformerAdapter,
     "qformer": QFormerAdapter,
+    "resampler": ResamplerAdapter,
+    "identity": IdentityAdapter,
 }
 
 

@@ -3,9 +3,6 @@
 Every audio token is scored against the LLM's embeddings of a restricted vocabulary (the tokens of the training texts)
 and a learned blank; CTC (Graves et al. 2006) teaches the adapter where each word is without running the LLM. Related:
 SpeechMapper (https://arxiv.org/abs/2601.20417), TASU (https://arxiv.org/abs/2511.03310).
-
-Aligned tokens do not fit the LLM as they are: most are blank and their norm is far from the table's. `collapse` keeps
-    one per run of equal labels and gives it as a probability-weighted mean of the LLM's own embeddings.
 """
 
 import torch
@@ -13,10 +10,6 @@ from torch import nn
 
 from .ctc_loss_audiophi import ctc_negative_log_likelihood
 from .spelling_audiophi import Spelling
-
-# Posteriors are raised to this power before the embeddings are averaged: plain ones blur the words, and the LLM then
-# guesses instead of copying (dev/LOG.md: 72 % word errors at 1, 58 % at 3, 68 % at 30, which is the best token alone).
-SHARPNESS = 3.0
 
 
 class AlignmentHead(nn.Module):
@@ -64,7 +57,7 @@ class AlignmentHead(nn.Module):
         return (classes + 1).masked_fill(~valid, 0).gather(1, order), valid.sum(1)
 
     def ctc_loss(self, logits, lengths, token_ids, num_items=None):
-        """CTC loss, each clip divided by its number of target tokens.
+        """CTC loss, each clip divided by its number of target tokens (of frames where it has no words).
 
         `logits` (B, T, V' + 1), `lengths` (B,) frames, `token_ids` (B, S) LLM ids, -100 padded. Returns the mean over
         clips (the sum divided by `num_items` when given, for gradient accumulation) and the number of clips whose
@@ -75,7 +68,8 @@ class AlignmentHead(nn.Module):
         repeats = ((classes[:, 1:] == classes[:, :-1]) & (classes[:, 1:] > 0)).sum(1)
         impossible = lengths < target_lengths + repeats
         losses = ctc_negative_log_likelihood(logits, classes, lengths, target_lengths)
-        losses = losses.masked_fill(impossible, 0) / target_lengths.clamp(min=1)
+        # Without words (a sound to be captioned) every frame is a target: blank.
+        losses = losses.masked_fill(impossible, 0) / target_lengths.where(target_lengths > 0, lengths).clamp(min=1)
         count = (~impossible).sum().clamp(min=1) if num_items is None else num_items
         return losses.sum() / count, impossible.sum()
 
@@ -88,59 +82,3 @@ class AlignmentHead(nn.Module):
             classes = torch.unique_consecutive(row[:length])
             transcripts.append(self.vocab_ids[classes[classes > 0] - 1].tolist())
         return transcripts
-
-    def collapse(self, logits, tokens, mask, embedding_weight, residual):
-        """One embedding per run of equal non-blank labels on the best path.
-
-        `logits` (B, T, V' + 1), `tokens` (B, T, D), `mask` (B, T). A run's embedding is the mean over its frames of
-        the posterior (without the blank, sharpened) times the LLM's embeddings, plus `residual` (a module D -> D)
-        of the mean adapter state. Returns embeds (B, T, D) with each run at its first frame and zeros elsewhere, and
-        keep (B, T) bool, True there.
-        """
-        batch, length, _ = tokens.shape
-        path = logits.argmax(-1).masked_fill(~mask, 0)
-        starts = torch.ones_like(mask)
-        starts[:, 1:] = path[:, 1:] != path[:, :-1]
-        keep = starts & (path > 0)
-        run = starts.cumsum(1) - 1 + length * torch.arange(batch, device=path.device)[:, None]
-        table = embedding_weight[self.vocab_ids]
-        words = path > 0  # blank frames, most of them, have no embedding: no need for their posteriors
-        posterior = (SHARPNESS * logits[words][:, 1:].float()).softmax(-1)
-        means = posterior.to(table.dtype) @ table
-        expected = means.new_zeros(tokens.shape).index_put((words,), means)
-        embeds = run_means(expected, run) + residual(run_means(tokens, run)).to(expected.dtype)
-        return embeds * keep[..., None], keep
-
-
-def run_means(values, run):
-    """Mean of `values` (B, T, D) over positions with the same index in `run` (B, T), at every position of the run."""
-    flat, index = values.reshape(-1, values.shape[-1]), run.reshape(-1)
-    sums = torch.zeros_like(flat).index_add(0, index, flat)
-    counts = torch.bincount(index, minlength=len(flat)).clamp(min=1)
-    return (sums / counts[:, None].to(sums.dtype))[index].view_as(values)
-
-
-class FramesReadout(nn.Module):
-    """Every audio token, normalised to the size of the LLM's own embeddings (the gain starts at their RMS)."""
-
-    def __init__(self, hidden_size):
-        super().__init__()
-        self.norm = nn.LayerNorm(hidden_size)
-
-    def forward(self, tokens):
-        """`tokens` (B, T, D) -> embeds (B, T, D)."""
-        return self.norm(tokens)
-
-
-class CollapseReadout(nn.Module):
-    """The acoustic state that accompanies a collapsed token: LayerNorm and a linear map that starts at zero."""
-
-    def __init__(self, hidden_size):
-        super().__init__()
-        self.norm = nn.LayerNorm(hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
-        self.proj.starts_at_zero = True
-
-    def forward(self, states):
-        """`states` (B, T, D) mean adapter states -> residual (B, T, D)."""
-        return self.proj(self.norm(states))

@@ -19,10 +19,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from .configuration_audiophi import AudioPhiAdapterConfig, AudioPhiConfig
+from .convert_languagebind_audio import converted_component
 from .convert_xeus import xeus_component
-from .encoders import encoder_class, warn_of_licence
+from .encoders import change_settings, encoder_class, warn_of_licence
 from .lengths_audiophi import output_length
-from .lora_audiophi import PARTS, inject_lora, is_lora_key, with_base_layers
+from .lora_audiophi import is_lora_key, with_base_layers
 from .spelling_audiophi import spell
 
 logger = logging.get_logger(__name__)
@@ -34,13 +35,20 @@ CONVERTERS = [xeus_component]
 FALLBACKS = []
 
 SAMPLING_RATE = 16_000
-TUNED = ("frozen", "lora", "full")
 AUDIO_PREFIX = "model.audio_tower."
 TEXT_PREFIX = "model.language_model."
 
 
 def resolve_component(component, revision=None, weights=True):
-    """Local folder of a base component.
+    """Local folder of a base component; a checkpoint in a format of its own is converted once.
+
+    Arguments and errors: see `find_component`, `converted_component`.
+    """
+    return converted_component(find_component(component, revision, weights), component, revision)
+
+
+def find_component(component, revision=None, weights=True):
+    """Local folder of a base component as it was released.
 
     Looks, in this order, at: a local folder of that name; `$AUDIOPHI_COMPONENTS/<org>--<name>`;
     `~/.cache/audiophi/components/<org>--<name>`; the CONVERTERS (XEUS: from the Hub or a local `.pth`); the Hub; the
@@ -109,9 +117,10 @@ def check_components(audio, audio_config, text, text_config, revision=None):
     settings = feature_extractor_settings(resolve_component(audio, revision, weights=False))
     if settings is None:
         raise ValueError(f"audio component {audio!r} has no preprocessor_config.json: its feature extractor is unknown")
-    rate = settings.get("sampling_rate", SAMPLING_RATE)
-    if rate != SAMPLING_RATE:
-        raise ValueError(f"audio component {audio!r} wants audio at {rate} Hz; AudioPhi works at {SAMPLING_RATE} Hz")
+    wanted = getattr(encoder, "sampling_rate", SAMPLING_RATE)
+    rate = settings.get("sampling_rate", wanted)
+    if rate != wanted:
+        raise ValueError(f"audio component {audio!r} wants audio at {rate} Hz; AudioPhi's encoder works at {wanted} Hz")
     bins = getattr(audio_config, "num_mel_bins", None)
     if bins is not None and encoder.feature_key == "input_features" and settings.get("feature_size", bins) != bins:
         raise ValueError(
@@ -172,6 +181,7 @@ class ComponentsMixin:
         dtype=torch.float32,
         audio_revision=None,
         text_revision=None,
+        audio_settings=None,
         **kwargs,
     ):
         """A model of pretrained parts and a new adapter.
@@ -183,6 +193,7 @@ class ComponentsMixin:
                 table adds rows.
             align_vocab_ids: LLM token ids of the alignment head; None builds none.
             align_spelling: {"texts": text of each of those tokens, "buckets", "size"} to score their spelling too.
+            audio_settings: changes to the encoder's config, say {"frequency_pooling": "concat"}; see encoders.py.
             lora: {"audio": {...}, "text": {...}} arguments of `peft.LoraConfig`.
             dtype: of all weights. kwargs: further arguments of `from_pretrained` (device_map, attn_implementation,
                 ...).
@@ -191,6 +202,7 @@ class ComponentsMixin:
         """
         audio_config, text_config = load_config(audio, audio_revision), load_config(text, text_revision)
         check_components(audio, audio_config, text, text_config, audio_revision)
+        change_settings(audio_config, audio_settings)
         if isinstance(adapter, str):
             adapter = {"type": adapter}
         if isinstance(adapter, dict):
@@ -331,37 +343,6 @@ class ComponentsMixin:
             if not self.config.tie_word_embeddings:
                 own["added_output_rows"] = state_dict["lm_head.weight"][rows:].clone()
         return own
-
-    def add_lora(self, part, arguments):
-        """Add LoRA to "audio" or "text" (arguments of `peft.LoraConfig`); remembered in the config, saved in slim
-        checkpoints."""
-        if self.config.lora.get(part) is not None:
-            raise ValueError(f"the {part} part already has LoRA layers")
-        inject_lora(self.model, part, arguments)
-        self.config.lora[part] = dict(arguments)
-        self._remember(part, "lora")
-
-    def tune(self, part, how):
-        """Make "audio" or "text" trainable: "frozen", "lora" (its LoRA layers only) or "full" (everything but LoRA
-        layers stays as it is loaded; both if there are any). What was once tuned in full stays in slim
-        checkpoints."""
-        if part not in PARTS or how not in TUNED:
-            raise ValueError(
-                f"tune({part!r}, {how!r}): part is one of {', '.join(PARTS)}, how one of {', '.join(TUNED)}"
-            )
-        if how == "lora" and self.config.lora.get(part) is None:
-            raise ValueError(f"the {part} part has no LoRA layers: add_lora first")
-        modules = [getattr(self.model, PARTS[part])] + ([self.lm_head] if part == "text" else [])
-        for module in modules:
-            for name, parameter in module.named_parameters():
-                parameter.requires_grad_(how == "full" or (how == "lora" and is_lora_key(name)))
-        if part == "audio":
-            for parameter in self.model.audio_tower.layer_choice.parameters():
-                parameter.requires_grad_(True)
-        self._remember(part, how)
-
-    def _remember(self, part, how):
-        self.config.tuned[part] = max(self.config.tuned[part], how, key=TUNED.index)
 
 
 def is_own_key(key, config):

@@ -6,19 +6,21 @@ from transformers.configuration_utils import SubConfigSpec
 from .adapters import adapter_class
 from .encoders import encoder_class
 from .lengths_audiophi import output_length
+from .readouts_audiophi import READOUTS
 
 
 class AudioPhiAdapterConfig(PreTrainedConfig):
     """The adapter between encoder and language model.
 
     Args:
-        type: exact key of the registry in `adapters.py`: linear, mlp, conv_mlp, transformer, qformer.
-        stack: encoder frames per token (all but qformer); 4 turns 50 frames/s into 12.5 tokens/s.
-        hidden_size: inner width.
+        type: exact key of the registry in `adapters.py`: linear, mlp, mlp2x_gelu, conv_mlp, transformer, qformer,
+            resampler, identity.
+        stack: encoder frames per token (all but qformer, resampler, identity); 4 turns 50 frames/s into 12.5 tokens/s.
+        hidden_size: inner width (mlp2x_gelu: the LLM's).
         kernel_size: width of the depthwise convolutions, odd (conv_mlp, transformer).
         num_layers: convolution, attention or query blocks.
-        num_heads: attention heads (transformer, qformer).
-        window, queries: encoder frames per window and tokens made of each (qformer).
+        num_heads: attention heads (transformer, qformer, resampler).
+        window, queries: encoder frames per window and tokens made of each (qformer, resampler).
         dropout: probability, in training.
     """
 
@@ -50,7 +52,8 @@ class AudioPhiConfig(PreTrainedConfig):
         adapter_config: `AudioPhiAdapterConfig` or dict.
         audio_token_id: id of the placeholder that stands for one audio token in the prompt.
         encoder_layer: "last", an index into the encoder's hidden states, or "mix" (learned softmax mix).
-        readout: "frames" (every adapter token goes to the LLM) or "collapse" (blanks dropped, repeats merged).
+        readout: "frames" (every adapter token goes to the LLM), "collapse" (blanks dropped, repeats merged) or "mixed"
+            (collapsed words, and a token per half second without words).
         align_vocab_size: tokens of the alignment head, the blank not counted; 0 means no head.
         align_spelling: sizes of the head's `Spelling` (entries, buckets, size); None: it knows embeddings only.
         window_frames: longest encoder window in feature frames; None takes the encoder's own limit (30 s).
@@ -100,12 +103,15 @@ class AudioPhiConfig(PreTrainedConfig):
         limit = encoder.window_frames(self.audio_config)
         if self.window_frames is None:
             self.window_frames = limit
-        if self.audio_config.model_type == "whisper" and self.window_frames > limit:
+        fixed = self.audio_config.model_type == "whisper" or getattr(encoder, "fixed_window", False)
+        if fixed and self.window_frames > limit:
             raise ValueError(f"window_frames {self.window_frames} is more than the encoder's limit of {limit}")
-        if self.readout not in ("frames", "collapse"):
-            raise ValueError(f"readout {self.readout!r}: expected 'frames' or 'collapse'")
-        if self.readout == "collapse" and self.align_vocab_size < 1:
-            raise ValueError("readout 'collapse' needs an alignment head: set align_vocab_size (align_vocab_ids)")
+        if self.readout not in READOUTS:
+            raise ValueError(f"readout {self.readout!r}: expected one of {', '.join(READOUTS)}")
+        if READOUTS[self.readout].needs_alignment and self.align_vocab_size < 1:
+            raise ValueError(
+                f"readout {self.readout!r} needs an alignment head: set align_vocab_size (align_vocab_ids)"
+            )
         if self.audio_token_id >= self.text_config.vocab_size:
             raise ValueError(
                 f"audio_token_id {self.audio_token_id} is outside the language model's "

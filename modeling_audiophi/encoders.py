@@ -3,12 +3,17 @@
 To add one: write `encoder_<name>.py` with a class that has the interface of `WhisperAudioEncoder` (feature_key,
     time_axis, length_rule, hidden_size, window_frames, feature_rate, read_base, forward) and add its line here; the
     relative import is also what makes the file ship to the Hub. A `model_type` that transformers does not know must
-    be registered with AutoConfig by that file. Optional: weights_licence, said when a checkpoint contains them.
+    be registered with AutoConfig by that file. Optional: sampling_rate (16,000 if not given), settings (names of config
+    values that a recipe may change), fixed_window (see `encoder_windows.py`), weights_licence (said when a checkpoint
+    contains them).
 """
 
 from transformers.utils import logging
 
+from .encoder_ast import ASTAudioEncoder
+from .encoder_clap import ClapAudioEncoder
 from .encoder_hf import HFAudioEncoder, HFFeatureEncoder
+from .encoder_languagebind import LanguageBindAudioEncoder
 from .encoder_whisper import WhisperAudioEncoder
 from .encoder_xeus import XeusAudioEncoder
 
@@ -24,6 +29,9 @@ ENCODERS = {
     "unispeech-sat": HFAudioEncoder,
     "wav2vec2-bert": HFFeatureEncoder,
     "xeus": XeusAudioEncoder,
+    "languagebind_audio": LanguageBindAudioEncoder,
+    "audio-spectrogram-transformer": ASTAudioEncoder,
+    "clap": ClapAudioEncoder,
 }
 
 
@@ -42,3 +50,18 @@ def warn_of_licence(audio_config, folder):
             f"{folder} contains encoder weights whose licence holds for the whole checkpoint ({licence}): do not "
             "publish it under another one. A slim checkpoint with a frozen encoder leaves them out and names them."
         )
+
+
+def change_settings(audio_config, settings):
+    """Set values of an encoder's config in place, of those that its class lists as `settings`.
+
+    Raises ValueError naming a setting that this encoder does not have.
+    """
+    known = getattr(encoder_class(audio_config), "settings", ())
+    for name, value in (settings or {}).items():
+        if name not in known:
+            raise ValueError(
+                f"audio_settings: the {audio_config.model_type} encoder has no setting {name!r}; it has "
+                f"{', '.join(known) or 'none'}"
+            )
+        setattr(audio_config, name, value)

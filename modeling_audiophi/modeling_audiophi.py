@@ -12,7 +12,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 
 from .adapters import adapter_class
-from .alignment_audiophi import AlignmentHead, CollapseReadout, FramesReadout
+from .alignment_audiophi import AlignmentHead
 from .components_audiophi import ComponentsMixin
 from .configuration_audiophi import AudioPhiConfig
 from .encoders import encoder_class
@@ -21,7 +21,9 @@ from .lengths_audiophi import join_windows
 from .lora_audiophi import inject_lora
 from .outputs_audiophi import AudioPhiAudioOutput, AudioPhiModelOutput, AudioPhiOutput
 from .placeholders_audiophi import check_context, check_placeholders, drop_unused_placeholders, padding_side_of
+from .readouts_audiophi import READOUTS
 from .spelling_audiophi import Spelling
+from .tuning_audiophi import TuningMixin
 
 # Windows that go through the encoder at a time, in units of the longest window (30 s): bounds the memory of an hour
 # of audio.
@@ -70,7 +72,7 @@ class AudioPhiModel(AudioPhiPreTrainedModel):
         )
         head = (config.align_vocab_size, size, config.align_spelling)
         self.alignment = AlignmentHead(*head) if config.align_vocab_size else None
-        self.readout = CollapseReadout(size) if config.readout == "collapse" else FramesReadout(size)
+        self.readout = READOUTS[config.readout](size)
         self.language_model = AutoModel.from_config(config.text_config)
         for part, arguments in config.lora.items():
             inject_lora(self, part, arguments)
@@ -92,15 +94,12 @@ class AudioPhiModel(AudioPhiPreTrainedModel):
 
     @torch.no_grad()
     def match_embeddings(self, align_vocab_ids=None, spellings=None):
-        """Fit new parts to the loaded LLM: the alignment vocabulary, and the gain of the frames readout to the
-        table's RMS."""
+        """Fit new parts to the loaded LLM: the alignment's vocabulary and spelling, the readout to the table's RMS."""
         if align_vocab_ids is not None:
             self.alignment.vocab_ids.copy_(torch.as_tensor(align_vocab_ids))
         if spellings is not None:
             self.alignment.spelling.match(spellings)
-        if self.config.readout == "frames":
-            table = self.get_input_embeddings().weight
-            self.readout.norm.weight.fill_(table.float().square().mean().sqrt())
+        self.readout.start_at(self.get_input_embeddings().weight.float().square().mean().sqrt())
 
     def encode(self, features, mask=None):
         """Encoder states of feature rows: `features` as the encoder takes them, `mask` (W, T) (None: all real).
@@ -148,23 +147,19 @@ class AudioPhiModel(AudioPhiPreTrainedModel):
             if features is None:
                 raise ValueError(f"the {self.config.audio_config.model_type} encoder takes {key!r}, which is missing")
             hidden, mask = self.encode(features, mask)
-        adapter_dtype = next(self.multi_modal_projector.parameters()).dtype
+        adapter_dtype = next(self.multi_modal_projector.parameters(), hidden).dtype
         tokens, tokens_mask = self.multi_modal_projector(hidden.to(adapter_dtype), mask)
         tokens, tokens_mask = join_windows(tokens, tokens_mask, audio_num_windows)
         output = AudioPhiAudioOutput(last_hidden_state=hidden, tokens=tokens, tokens_mask=tokens_mask)
-        collapse = self.config.readout == "collapse"
         embedding_weight = self.get_input_embeddings().weight
-        if with_alignment or (collapse and with_readout):
+        if with_alignment or (self.readout.needs_alignment and with_readout):
             if self.alignment is None:
                 raise ValueError("this model has no alignment head: build it with align_vocab_ids")
             output.align_logits = self.alignment.logits(tokens, embedding_weight)
-        if with_readout and collapse:
-            embeds, keep = self.alignment.collapse(
-                output.align_logits, tokens, tokens_mask, embedding_weight, self.readout
-            )
-            output.pooler_output, output.audio_keep = embeds[tokens_mask], keep[tokens_mask]
-        elif with_readout:
-            output.pooler_output = self.readout(tokens)[tokens_mask]
+        if with_readout:
+            embeds, keep = self.readout(tokens, tokens_mask, self.alignment, output.align_logits, embedding_weight)
+            output.pooler_output = embeds[tokens_mask]
+            output.audio_keep = None if keep is None else keep[tokens_mask]
         return output
 
     def forward(
@@ -255,7 +250,7 @@ def restore_length(hidden, latest):
     return hidden.gather(1, latest[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
-class AudioPhiForConditionalGeneration(ComponentsMixin, AudioPhiPreTrainedModel, AudioPhiGenerationMixin):
+class AudioPhiForConditionalGeneration(ComponentsMixin, TuningMixin, AudioPhiPreTrainedModel, AudioPhiGenerationMixin):
     """The whole model: audio and text in, words out. Build with `from_components`, load with `from_pretrained`."""
 
     def __init__(self, config):

@@ -52,12 +52,42 @@ PLAIN = (  # base LLMs that have no chat format of their own
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 
+# Phi-2's question-answer format (its model card: "Instruct: <prompt>\nOutput:"); it has no chat template of its own.
+# A turn ends with the end token (<|endoftext|>), which Phi-2 was not trained to write after an answer.
+PHI = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ 'Output:' }}"
+    "{% generation %}{{ '' if message['content'] is string and message['content'].startswith(' ') else ' ' }}"
+    + _CONTENT
+    + "{{ eos_token }}{% endgeneration %}{{ '\n' }}"
+    "{% else %}{{ 'Instruct: ' if message['role'] == 'user' else '' }}" + _CONTENT + "{{ '\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Output:' }}{% endif %}"
+)
+
+# Names by which a recipe or `AudioPhiProcessor.from_components` asks for a template.
+TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "plain": PLAIN, "phi": PHI}
 # Token that gives a chat format away → its template.
 BY_TOKEN = {"<|im_start|>": CHATML, "<|start_header_id|>": LLAMA3}
+# `model_type` of LLMs that come without a chat template → what their makers document.
+BY_MODEL_TYPE = {"phi": PHI}
 
 
-def training_template(tokenizer, audio_token: str = AUDIO_PLACEHOLDER) -> str:
+def named_template(template: str) -> str:
+    """A name of `TEMPLATES` or a Jinja template → the template. ValueError for a text that is neither."""
+    if template in TEMPLATES:
+        return TEMPLATES[template]
+    if "{" not in template:
+        raise ValueError(
+            f"chat_template {template!r} is neither a name ({', '.join(TEMPLATES)}) nor a Jinja template "
+            "with {% generation %} around the assistant's words."
+        )
+    return template
+
+
+def training_template(tokenizer, audio_token: str = AUDIO_PLACEHOLDER, model_type: str | None = None) -> str:
     """The template with generation marks for a tokenizer's chat format, with `audio_token` as the placeholder.
+
+    `model_type` of the LLM decides where the tokenizer has no chat template and the makers document a format.
 
     Raises ValueError for a tokenizer with a chat template of a format not known here: training on another format than
     the LLM was tuned with must be somebody's decision.
@@ -67,6 +97,8 @@ def training_template(tokenizer, audio_token: str = AUDIO_PLACEHOLDER) -> str:
         own = own.get("default")
     if own and "generation %}" in own and AUDIO_PLACEHOLDER in own:
         return own.replace(AUDIO_PLACEHOLDER, audio_token)
+    if not own and model_type in BY_MODEL_TYPE and tokenizer.eos_token is not None:
+        return BY_MODEL_TYPE[model_type].replace(AUDIO_PLACEHOLDER, audio_token)
     vocabulary = tokenizer.get_vocab()
     for token, template in BY_TOKEN.items():
         if token in vocabulary and (own is None or token in own):

@@ -28,6 +28,7 @@ class AudioPhiCollator:
                 input_features / input_values and their mask, num_audio_tokens: from `processor.encode_audio`;
                 audio_hidden_states: cached encoder outputs, (frames, size), or a list of them, one per window;
         instruction (optional): what the user asks, instead of the collator's `instruction`;
+        task (optional): "caption" has no order to align, so its CTC target is empty: all blank;
         id, epoch (optional): name the example for the augmentation's random numbers;
         num_audio_tokens (optional with cached states): else counted by `adapter_length_rule`.
 
@@ -71,7 +72,8 @@ class AudioPhiCollator:
         else:
             batch = self._prompts(examples, clips, texts)
         if self.mode != "lm":
-            targets = [torch.tensor(self.align_tokenizer.encode(text), dtype=torch.long) for text in texts]
+            spoken = ["" if example.get("task") == "caption" else t for example, t in zip(examples, texts, strict=True)]
+            targets = [torch.tensor(self.align_tokenizer.encode(text), dtype=torch.long) for text in spoken]
             batch["align_labels"] = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORED)
         return batch
 

@@ -1,9 +1,10 @@
 """AudioPhiProcessor: chat messages with audio → the tensors that AudioPhi takes.
 
 A clip's way through this file: `load_audio` (file → waveform) → `_windows` (cut to what the encoder can take at once) →
-`_extract` (features and mask of one window) → `count_tokens` (how many placeholders) → the chat template's text with
-that many placeholders → token ids. The counting rule is data copied from the model's config (`match_model`), because
-files that ship to the Hub cannot import each other across folders; a test compares it with the model's real outputs.
+`window_features.py` (features and mask of one window) → `count_tokens` (how many placeholders) → the chat template's
+text with that many placeholders → token ids. The counting rule is data copied from the model's config (`match_model`),
+because files that ship to the Hub cannot import each other across folders; a test compares it with the model's real
+outputs.
 """
 
 import math
@@ -17,7 +18,9 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from .audio_io import load_audio
-from .chat_templates import AUDIO_PLACEHOLDER, training_template
+from .chat_templates import AUDIO_PLACEHOLDER, named_template, training_template
+from .feature_extraction_languagebind_audio import LanguageBindAudioFeatureExtractor  # noqa: F401  (registers itself)
+from .window_features import WindowFeatures, window_features, window_lengths
 
 # Special tokens that LLM makers left unused; one of them serves as placeholder where the vocabulary has no free row.
 RESERVED_TOKENS = ("<|reserved_special_token_0|>", "<|extra_0|>", "<unused0>", "[unused0]", "<|dummy_0|>", "<reponame>")
@@ -96,16 +99,22 @@ class AudioPhiProcessor(ProcessorMixin):
         Chooses the placeholder token: "<|audio|>" where the LLM's embedding table has a row to spare, else a token that
         the LLM's makers reserved, else "<|audio|>" as a new row (the model must then resize its embeddings:
         `audio_token_id` is not below `vocab_size`). Its embedding is never read, so any one will do.
+
+        `chat_template`: a name (chatml, llama3, plain, phi) or Jinja; None picks one by the LLM's chat format.
         """
-        feature_extractor = AutoFeatureExtractor.from_pretrained(local_component(audio), revision=audio_revision)
-        tokenizer = AutoTokenizer.from_pretrained(local_component(text), revision=text_revision)
-        rows = AutoConfig.from_pretrained(local_component(text), revision=text_revision).get_text_config().vocab_size
+        audio, text = local_component(audio, audio_revision), local_component(text, text_revision)
+        feature_extractor = AutoFeatureExtractor.from_pretrained(audio, revision=audio_revision)
+        tokenizer = AutoTokenizer.from_pretrained(text, revision=text_revision)
+        config = AutoConfig.from_pretrained(text, revision=text_revision)
+        rows = config.get_text_config().vocab_size
         tokenizer.padding_side = "left"  # what generation needs; training passes its own side
         audio_token = choose_audio_token(tokenizer, rows)
         if audio_token not in tokenizer.get_vocab():
             tokenizer.add_special_tokens({"extra_special_tokens": [audio_token]}, replace_extra_special_tokens=False)
-        if chat_template is not None:
-            chat_template = chat_template.replace(AUDIO_PLACEHOLDER, audio_token)
+        if chat_template is None:
+            chat_template = training_template(tokenizer, audio_token, config.model_type)
+        else:
+            chat_template = named_template(chat_template).replace(AUDIO_PLACEHOLDER, audio_token)
         return cls(feature_extractor, tokenizer, chat_template, audio_token, audio_length_rule, window_frames)
 
     def match_model(self, config) -> "AudioPhiProcessor":
@@ -149,7 +158,7 @@ class AudioPhiProcessor(ProcessorMixin):
             {feature_key: (windows, …), its mask: (windows, frames) bool, "num_audio_tokens": int}
         """
         waveform = self.load_audio(audio, sampling_rate)
-        rows = [self._extract(window) for window in self._windows(waveform)]
+        rows = [self.window_features.extract(window) for window in self._windows(waveform)]
         encoded = pad_rows([(features[None], mask[None]) for features, mask in rows], self.time_axis)
         return {
             self.feature_key: encoded[0],
@@ -160,7 +169,8 @@ class AudioPhiProcessor(ProcessorMixin):
     def num_audio_tokens(self, num_samples: int) -> int:
         """Audio tokens of a clip with `num_samples` samples at the encoder's rate, without looking at the audio."""
         return sum(
-            count_tokens(self._num_frames(length), self._length_rule()) for length in self._window_lengths(num_samples)
+            count_tokens(self.window_features.num_frames(length), self._length_rule())
+            for length in self._window_lengths(num_samples)
         )
 
     def _length_rule(self) -> list[list[int]]:
@@ -171,86 +181,28 @@ class AudioPhiProcessor(ProcessorMixin):
         return self.audio_length_rule
 
     @property
-    def _whisper_like(self) -> bool:
-        """Centred spectrogram with features before time, and no use for its 30 s padding here."""
-        return type(self.feature_extractor).__name__.startswith("WhisperFeatureExtractor")
+    def window_features(self) -> WindowFeatures:
+        """How the feature extractor's family cuts, counts and extracts; see window_features.py."""
+        return window_features(self.feature_extractor)
 
     @property
     def time_axis(self) -> int:
         """Axis of time in the features of a batch: 1, or -1 for Whisper (features before time)."""
-        return -1 if self._whisper_like else 1
-
-    @property
-    def _samples_per_frame(self) -> int:
-        """Samples that a feature frame advances; 1 for encoders that read the waveform."""
-        if self.feature_key == "input_values":
-            return 1
-        extractor = self.feature_extractor
-        return getattr(extractor, "hop_length", 160) * getattr(extractor, "stride", 1)
-
-    def _num_frames(self, num_samples: int) -> int:
-        """Feature frames of one window (its waveform already padded by `_windows`)."""
-        extractor = self.feature_extractor
-        if hasattr(extractor, "num_frames"):  # extractors of this project state it
-            return extractor.num_frames(num_samples)
-        if self.feature_key == "input_values":
-            return num_samples
-        if self._whisper_like:
-            return num_samples // extractor.hop_length
-        return int(self._extract(np.zeros(num_samples, dtype=np.float32))[1].sum())
+        return self.window_features.time_axis
 
     def _window_lengths(self, num_samples: int) -> list[int]:
-        """Samples per window after padding.
-
-        Long clips are cut into windows of equal length, not into full ones and a rest: a rest of a few frames has no
-        context. Whisper's second convolution halves the frames, so its windows are padded to an even number of them.
-        """
-        grain = self._samples_per_frame * (2 if self._whisper_like else 1)
-        limit = (
-            num_samples
-            if self.window_frames is None
-            else max(self.window_frames * self._samples_per_frame // grain, 1) * grain
-        )
-        count = math.ceil(num_samples / limit)
-        length = math.ceil(num_samples / count / grain) * grain
-        shortest = self._shortest_window()
-        lengths = [min(length, num_samples - start) for start in range(0, num_samples, length)]
-        if self._whisper_like:
-            lengths = [math.ceil(samples / grain) * grain for samples in lengths]
-        return [max(samples, shortest) for samples in lengths]
-
-    def _shortest_window(self) -> int:
-        """Samples below which a window is zero-padded, so that every clip makes at least one token."""
-        frames = shortest_input(self._length_rule())
-        if self.feature_key == "input_values":
-            return frames
-        if self._whisper_like:
-            return math.ceil(frames / 2) * 2 * self._samples_per_frame
-        # A spectrogram frame is at most 25 ms long, and per-bin normalisation needs two of them.
-        return (frames + 1) * self._samples_per_frame + self.sampling_rate // 40
+        """Samples per window, padding included; every window makes at least one token."""
+        features = self.window_features
+        shortest = features.shortest_window(shortest_input(self._length_rule()))
+        return window_lengths(features, num_samples, self.window_frames, shortest)
 
     def _windows(self, waveform: np.ndarray):
         """Cut a waveform (samples,) as `_window_lengths` says; the last window is padded with zeros."""
-        start = 0
+        start, overlap = 0, self.window_features.overlap
         for length in self._window_lengths(len(waveform)):
             window = waveform[start : start + length]
             yield np.pad(window, (0, length - len(window)))
-            start += length
-
-    def _extract(self, window: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """One window, computed alone so that it does not depend on the batch → (features, mask (frames,) bool)."""
-        options = {"truncation": False} if self._whisper_like else {"return_attention_mask": True}
-        output = self.feature_extractor(
-            window,
-            sampling_rate=self.sampling_rate,
-            padding="do_not_pad" if self._whisper_like else True,
-            return_tensors="pt",
-            **options,
-        )
-        features = output[self.feature_key][0].float()
-        mask = output.get("attention_mask")
-        frames = features.shape[self.time_axis if self._whisper_like else 0]
-        return features, torch.ones(frames, dtype=torch.bool) if mask is None else mask[0].bool()
+            start += length - overlap
 
     def pad_audio(self, clips: list[dict]) -> dict:
         """Batch clips from `encode_audio`, or cached encoder outputs: {"audio_hidden_states": (windows, frames, size),
@@ -386,11 +338,18 @@ def choose_audio_token(tokenizer, embedding_rows: int) -> str:
     return next((token for token in RESERVED_TOKENS if token in vocabulary), AUDIO_PLACEHOLDER)
 
 
-def local_component(component: str) -> str:
-    """A Hub id → its folder among the components kept on this machine, or the id itself where there is none."""
-    if os.path.isdir(component):
-        return component
-    for root in (os.environ.get("AUDIOPHI_COMPONENTS"), Path.home() / ".cache" / "audiophi" / "components"):
-        if root and (folder := Path(root) / component.replace("/", "--")).is_dir():
-            return str(folder)
-    return component
+def local_component(component: str, revision: str | None = None) -> str:
+    """A Hub id → its folder on this machine, or the id itself where there is none.
+
+    Where AudioPhi's package is installed, its `resolve_component` decides: it also downloads, and converts checkpoints
+    of another format. The processor's files alone, shipped with a checkpoint, look at the components kept here.
+    """
+    try:
+        from modeling_audiophi import resolve_component
+    except ImportError:
+        pass
+    else:
+        return resolve_component(component, revision, weights=False)
+    roots = (os.environ.get("AUDIOPHI_COMPONENTS"), Path.home() / ".cache" / "audiophi" / "components")
+    folders = [Path(component), *(Path(root) / component.replace("/", "--") for root in roots if root)]
+    return next((str(folder) for folder in folders if folder.is_dir()), component)

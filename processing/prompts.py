@@ -9,3 +9,8 @@ TRANSCRIBE_PARAPHRASES = (
     "Transcribe this recording.",
     "Turn the speech into text.",
 )
+
+DESCRIBE = "Describe the sound."
+
+# What a row can be trained on and evaluated for, and what the user then asks by default.
+INSTRUCTIONS = {"transcribe": TRANSCRIBE, "caption": DESCRIBE}

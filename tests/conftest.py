@@ -8,7 +8,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    ASTConfig,
+    ASTFeatureExtractor,
+    ASTForAudioClassification,
     AutoModel,
+    ClapConfig,
+    ClapFeatureExtractor,
+    ClapModel,
     HubertConfig,
     LlamaConfig,
     LlamaForCausalLM,
@@ -25,7 +31,12 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from modeling_audiophi import AudioPhiForConditionalGeneration  # noqa: E402
+from modeling_audiophi import (  # noqa: E402
+    AudioPhiForConditionalGeneration,
+    LanguageBindAudioConfig,
+    LanguageBindAudioModel,
+)
+from processing.feature_extraction_languagebind_audio import LanguageBindAudioFeatureExtractor  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -231,7 +242,7 @@ def make_tiny_model(tiny_whisper_dir, tiny_llm_dir):
             adapter={**sizes, **adapter},
             audio_token_id=processor.audio_token_id,
             readout=readout,
-            align_vocab_ids=range(10, 310) if align or readout == "collapse" else None,
+            align_vocab_ids=range(10, 310) if align or readout != "frames" else None,
             **kwargs,
         )
         processor.match_model(model.config)
@@ -252,3 +263,58 @@ def waveform():
         return (0.1 * noise + 0.3 * tone).astype(np.float32)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_languagebind_dir(tmp_path_factory):
+    """LanguageBind-Audio with 3 layers, width 32, windows of 84 frames x 28 mel bins: 2 x 6 patches, 0.84 s."""
+    path = tmp_path_factory.mktemp("tiny-languagebind")
+    config = LanguageBindAudioConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_mel_bins=28,
+        target_length=84,
+    )
+    random_like_trained(LanguageBindAudioModel(config)).save_pretrained(path)
+    LanguageBindAudioFeatureExtractor(feature_size=28, target_length=84).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_ast_dir(tmp_path_factory):
+    """AST classifier with 2 layers, width 32, windows of 104 frames x 26 mel bins: 2 x 9 patches, 1.04 s."""
+    path = tmp_path_factory.mktemp("tiny-ast")
+    config = ASTConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_mel_bins=26,
+        max_length=104,
+    )
+    random_like_trained(ASTForAudioClassification(config)).save_pretrained(path)
+    ASTFeatureExtractor(num_mel_bins=26, max_length=104).save_pretrained(path)
+    return str(path)
+
+
+def save_clap(path, fused):
+    """CLAP whose last audio stage has width 32; windows of 10 s at 48 kHz."""
+    audio = {"patch_embeds_hidden_size": 4, "hidden_size": 32, "depths": [1, 1, 1, 1]}
+    audio |= {"num_attention_heads": [1, 1, 2, 2], "enable_fusion": fused}
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = ClapConfig(audio_config=audio, text_config={**text, "vocab_size": 20}, projection_dim=8)
+    random_like_trained(ClapModel(config)).save_pretrained(path)
+    ClapFeatureExtractor(truncation="fusion" if fused else "rand_trunc").save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_clap_dir(tmp_path_factory):
+    return save_clap(tmp_path_factory.mktemp("tiny-clap"), fused=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_fused_clap_dir(tmp_path_factory):
+    return save_clap(tmp_path_factory.mktemp("tiny-fused-clap"), fused=True)

@@ -16,7 +16,8 @@ SIZES = {"hidden_size": 16, "kernel_size": 3, "num_layers": 2, "num_heads": 2}
 def build(name, **kwargs):
     torch.manual_seed(0)
     config = AudioPhiAdapterConfig(type=name, **{**SIZES, **kwargs})
-    return random_like_trained(adapter_class(config)(config, 12, 8)).eval(), config
+    output_size = 12 if name == "identity" else 8
+    return random_like_trained(adapter_class(config)(config, 12, output_size)).eval(), config
 
 
 @given(
@@ -43,7 +44,7 @@ def test_length_and_padding_invariance(name, lengths, stack, window, queries):
                 assert torch.allclose(tokens[row, :count], alone[0, :count], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", sorted(ADAPTERS))
+@pytest.mark.parametrize("name", sorted(ADAPTERS.keys() - {"identity"}))
 def test_every_parameter_gets_a_gradient(name):
     adapter, _ = build(name, dropout=0.1)
     adapter.train()
@@ -53,7 +54,7 @@ def test_every_parameter_gets_a_gradient(name):
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, parameter_name
 
 
-@pytest.mark.parametrize("name", sorted(ADAPTERS))
+@pytest.mark.parametrize("name", sorted(ADAPTERS.keys() - {"identity"}))
 def test_scale_of_the_encoder_does_not_matter(name):
     adapter, _ = build(name)
     hidden, mask = torch.randn(1, 24, 12), torch.ones(1, 24, dtype=torch.bool)
@@ -69,3 +70,42 @@ def test_bad_settings_are_named():
         build("conv_mlp", kernel_size=4)
     with pytest.raises(ValueError, match="not a multiple of num_heads"):
         build("qformer", num_heads=3)
+    with pytest.raises(ValueError, match="not a multiple of num_heads"):
+        build("resampler", num_heads=3)
+    config = AudioPhiAdapterConfig(type="identity")
+    with pytest.raises(ValueError, match="as wide as the LLM, got 12 and 8: use linear"):
+        adapter_class(config)(config, 12, 8)
+
+
+def test_tinyllavas_connectors_exist_under_their_names():
+    assert {"linear", "mlp2x_gelu", "qformer", "resampler", "identity"} <= ADAPTERS.keys()
+
+
+def test_mlp2x_gelu_is_tinyllavas_on_normalised_frames():
+    """Linear to the LLM's width, GELU, Linear; two linear layers are all its weights beside the norm."""
+    adapter, _ = build("mlp2x_gelu", stack=1)
+    shapes = {name: tuple(value.shape) for name, value in adapter.state_dict().items() if name.startswith("mlp")}
+    assert shapes == {"mlp.0.weight": (8, 12), "mlp.0.bias": (8,), "mlp.2.weight": (8, 8), "mlp.2.bias": (8,)}
+    hidden, weights = torch.randn(1, 5, 12), adapter.mlp
+    inner = torch.nn.functional.layer_norm(hidden, (12,)) @ weights[0].weight.T + weights[0].bias
+    expected = torch.nn.functional.gelu(inner) @ weights[2].weight.T + weights[2].bias
+    assert torch.allclose(adapter(hidden, torch.ones(1, 5, dtype=torch.bool))[0], expected, atol=1e-5)
+
+
+def test_identity_changes_nothing():
+    adapter, config = build("identity", stack=4)
+    hidden, mask = torch.randn(2, 5, 12), length_mask(torch.tensor([5, 3]))
+    assert all(torch.equal(a, b) for a, b in zip(adapter(hidden, mask), (hidden, mask), strict=True))
+    assert not list(adapter.parameters()) and adapter.length_rule(config) == []
+    tiny = AudioPhiAdapterConfig(type="identity")
+    assert adapter_class(tiny)(tiny, 8, 8)(hidden[..., :8], mask)[0].shape == (2, 5, 8)
+
+
+def test_resampler_reads_its_window_only():
+    adapter, _ = build("resampler", window=5, queries=2)
+    hidden, mask = torch.randn(1, 12, 12), torch.ones(1, 12, dtype=torch.bool)
+    changed = hidden.clone()
+    changed[:, 5:10] *= -1
+    with torch.no_grad():
+        difference = (adapter(hidden, mask)[0] - adapter(changed, mask)[0]).abs().amax(-1)[0]
+    assert (difference[:2] == 0).all() and (difference[4:] == 0).all() and (difference[2:4] > 1e-3).all()

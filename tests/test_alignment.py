@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_audiophi.alignment_audiophi import SHARPNESS, AlignmentHead, CollapseReadout
+from modeling_audiophi.alignment_audiophi import AlignmentHead
 from modeling_audiophi.ctc_loss_audiophi import ctc_negative_log_likelihood
 from modeling_audiophi.lengths_audiophi import length_mask
 
@@ -26,13 +26,6 @@ def build_head():
 def path_logits(path, peak=20.0):
     """Logits whose best path is `path` (classes)."""
     return peak * torch.nn.functional.one_hot(torch.tensor(path), len(VOCAB_IDS) + 1).float()[None]
-
-
-def zero_residual():
-    residual = CollapseReadout(6)
-    torch.nn.init.zeros_(residual.proj.weight)
-    torch.nn.init.zeros_(residual.proj.bias)
-    return residual
 
 
 def test_logits_are_scores_against_the_embedding_table():
@@ -117,56 +110,3 @@ def test_greedy_merges_repeats_and_drops_blanks():
     logits = path_logits([0, 1, 1, 0, 1, 2, 2, 0, 4])
     assert head.greedy(logits, torch.ones(1, 9, dtype=torch.bool)) == [[3, 3, 7, 20]]
     assert head.greedy(logits, length_mask(torch.tensor([2]), 9)) == [[3]]
-
-
-@given(path=st.lists(st.integers(0, 4), min_size=1, max_size=12), padding=st.integers(0, 4))
-@settings(max_examples=100, deadline=None)
-def test_collapse_keeps_the_greedy_words_at_the_first_frame_of_each_run(path, padding):
-    head = build_head()
-    logits = path_logits(path + [3] * padding)
-    mask = length_mask(torch.tensor([len(path)]), len(path) + padding)
-    tokens = torch.randn(1, len(path) + padding, 6)
-    embeds, keep = head.collapse(logits, tokens, mask, TABLE, zero_residual())
-    words = head.greedy(logits, mask)[0]
-    expected = [t for t, symbol in enumerate(path) if symbol and (t == 0 or path[t - 1] != symbol)]
-    assert keep[0].nonzero()[:, 0].tolist() == expected
-    assert torch.allclose(embeds[keep], TABLE[words], atol=1e-4)
-    assert embeds[~keep].abs().sum() == 0
-
-
-def test_collapse_is_a_mean_over_the_run_and_carries_the_acoustic_state():
-    head = build_head()
-    logits = torch.full((1, 3, 5), -30.0)
-    logits[0, :, 2] = torch.tensor([1.0, 2.0, -30.0])
-    logits[0, :, 1] = torch.tensor([0.0, 0.5, -30.0])
-    logits[0, 2, 0] = 5.0
-    tokens = torch.randn(1, 3, 6)
-    residual = CollapseReadout(6)
-    embeds, keep = head.collapse(logits, tokens, torch.ones(1, 3, dtype=torch.bool), TABLE, residual)
-    weights = (SHARPNESS * logits[0, :2, 1:]).softmax(-1)
-    expected = (weights @ TABLE[VOCAB_IDS]).mean(0) + residual(tokens[:, :2].mean(1, keepdim=True))[0, 0]
-    assert keep.tolist() == [[True, False, False]]
-    assert torch.allclose(embeds[0, 0], expected, atol=1e-5)
-
-
-def test_collapse_is_the_same_alone_and_in_a_batch():
-    head, residual = build_head(), CollapseReadout(6)
-    lengths = [9, 4, 1]
-    tokens, logits = torch.randn(3, 9, 6), 3 * torch.randn(3, 9, 5)
-    embeds, keep = head.collapse(logits, tokens, length_mask(torch.tensor(lengths)), TABLE, residual)
-    for row, length in enumerate(lengths):
-        mask = torch.ones(1, length, dtype=torch.bool)
-        alone = head.collapse(logits[row : row + 1, :length], tokens[row : row + 1, :length], mask, TABLE, residual)
-        assert torch.allclose(embeds[row, :length], alone[0][0], atol=1e-6)
-        assert torch.equal(keep[row, :length], alone[1][0]) and not keep[row, length:].any()
-
-
-def test_gradient_flows_through_the_posteriors_and_the_residual():
-    head, residual = build_head(), CollapseReadout(6)
-    tokens = torch.randn(2, 8, 6, requires_grad=True)
-    logits = head.logits(tokens, TABLE)
-    embeds, keep = head.collapse(logits, tokens, torch.ones(2, 8, dtype=torch.bool), TABLE, residual)
-    assert keep.any()
-    embeds.square().sum().backward()
-    for parameter in (tokens, head.scale, residual.proj.weight):
-        assert parameter.grad.abs().max() > 0

@@ -6,7 +6,7 @@ from transformers import GenerationConfig
 
 from tests.conftest import prompts
 
-READOUTS = ["frames", "collapse"]
+READOUTS = ["frames", "collapse", "mixed"]
 
 
 @pytest.mark.parametrize("readout", READOUTS)

@@ -66,7 +66,7 @@ def test_rule_equals_what_is_made(name, adapter, share, stack, window, queries):
     shape = {"whisper": (8, size), "wav2vec2": (size,), "wav2vec2-bert": (size, 8)}[name]
     with torch.no_grad():
         hidden, mask = module(torch.randn(len(lengths), *shape), length_mask(lengths, size))
-        tokens, token_mask = adapter_class(adapter_config)(adapter_config, 16, 8)(hidden, mask)
+        tokens, token_mask = adapter_class(adapter_config)(adapter_config, 16, 16)(hidden, mask)
     assert tokens.shape[:2] == token_mask.shape
     assert token_mask.sum(1).tolist() == output_length(lengths, config.audio_length_rule).tolist()
     for length, made in zip(lengths.tolist(), token_mask.sum(1).tolist(), strict=True):

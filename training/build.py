@@ -22,6 +22,7 @@ def build_processor(recipe: Recipe) -> AudioPhiProcessor:
     return AudioPhiProcessor.from_components(
         resolve_component(components.audio, components.audio_revision),
         resolve_component(components.text, components.text_revision),
+        chat_template=components.chat_template,
     )
 
 
@@ -41,6 +42,8 @@ def build_model(
     torch.manual_seed(recipe.seed)
     if recipe.init_from is not None:
         model = AudioPhiForConditionalGeneration.from_pretrained(recipe.init_from, dtype=torch.float32)
+        if recipe.readout not in (None, model.config.readout):
+            model.set_readout(recipe.readout)
     else:
         components = recipe.components
         try:
@@ -53,12 +56,13 @@ def build_model(
             text=components.text,
             adapter=adapter,
             audio_token_id=processor.audio_token_id,
-            readout=recipe.readout,
+            readout=recipe.readout or "frames",
             encoder_layer=recipe.encoder_layer,
             align_vocab_ids=align_vocab_ids,
             align_spelling=align_spelling(recipe, processor, align_vocab_ids),
             audio_revision=components.audio_revision,
             text_revision=components.text_revision,
+            audio_settings=components.audio_settings,
         )
     if recipe.components.quantize_text == "4bit":
         quantize_text(model)

@@ -1,5 +1,5 @@
-"""What is watched while a stage trains: progress with ETA, WER and listening gap on a small development set, the
-history file."""
+"""What is watched while a stage trains: progress with ETA, WER or caption scores and the listening gap on a small
+development set, the history file."""
 
 import contextlib
 import json
@@ -11,12 +11,18 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
+from evaluation.caption_metrics import has_metrics
+from evaluation.caption_scoring import summarize_captions
 from evaluation.scoring import AudioPhiTranscriber, shuffled_error_rate, summarize
 from processing.audio_io import AudioError
+from processing.prompts import INSTRUCTIONS
 
 from .corpus import Corpus
 
-SHOWN = ("wer", "wer_align", "listening_gap", "listening_gap_align", "never_stopped")
+SHOWN = (
+    *("wer", "wer_align", "listening_gap", "listening_gap_align", "never_stopped"),
+    *("cider_d", "label_accuracy", "label_accuracy_shuffled"),
+)
 
 
 class History:
@@ -49,12 +55,21 @@ class Development:
 
     Args:
         corpus: rows with text. clips: how many of them, spread evenly over the corpus.
-        batch_size, max_new_tokens, instruction: for generation.
+        batch_size, max_new_tokens: for generation.
+        instructions: by task; a source's own comes before.
     """
 
-    def __init__(self, corpus: Corpus, processor, clips: int, batch_size: int, max_new_tokens: int, instruction: str):
+    def __init__(
+        self,
+        corpus: Corpus,
+        processor,
+        clips: int,
+        batch_size: int,
+        max_new_tokens: int,
+        instructions: dict[str, str] = INSTRUCTIONS,
+    ):
         self.processor, self.batch_size = processor, batch_size
-        self.max_new_tokens, self.instruction = max_new_tokens, instruction
+        self.max_new_tokens, self.instructions = max_new_tokens, instructions
         picked = np.linspace(0, len(corpus) - 1, min(clips, len(corpus))).round().astype(int)
         self.rows = []
         for number in sorted(set(picked.tolist())):
@@ -94,22 +109,45 @@ class Development:
 
         The random state is left as it was, so that evaluating does not change training.
         """
-        transcribe = AudioPhiTranscriber(model, self.processor, self.instruction, self.max_new_tokens, with_lm=with_lm)
         clips = self._hidden or [features for _, _, features in self.rows]
+        groups: dict[tuple[str, str], list[int]] = {}
+        for number, (row, _, _) in enumerate(self.rows):
+            if with_lm or row.task == "transcribe":  # without the LLM there are no captions
+                groups.setdefault((row.task, row.instruction or self.instructions[row.task]), []).append(number)
         predictions = []
         with preserved_random_state():
-            for start in range(0, len(clips), self.batch_size):
-                before = time.perf_counter()
-                results = transcribe(clips[start : start + self.batch_size])
-                spent = (time.perf_counter() - before) / len(results)
-                for (row, speaker, _), result in zip(self.rows[start : start + self.batch_size], results, strict=True):
-                    known = {"row": len(predictions), "id": row.id, "speaker": speaker, "seconds": row.seconds}
-                    predictions.append({**known, "reference": row.text, "compute_seconds": spent, **result})
-        scores = summarize(predictions)
-        if scores["wer_align"] is not None:
-            shuffled = shuffled_error_rate(predictions, "hypothesis_align")
-            scores["listening_gap_align"] = None if shuffled is None else shuffled - scores["wer_align"]
-        return scores, predictions
+            for (task, instruction), numbers in groups.items():
+                aligned = task == "transcribe"  # the alignment head has no part in a caption
+                transcribe = AudioPhiTranscriber(
+                    model, self.processor, instruction, self.max_new_tokens, None if aligned else 0.0, with_lm, aligned
+                )
+                for start in range(0, len(numbers), self.batch_size):
+                    batch = numbers[start : start + self.batch_size]
+                    before = time.perf_counter()
+                    results = transcribe([clips[number] for number in batch])
+                    spent = (time.perf_counter() - before) / len(results)
+                    for number, result in zip(batch, results, strict=True):
+                        predictions.append({**self._known(number), "compute_seconds": spent, **result})
+        return development_scores(predictions), predictions
+
+    def _known(self, number: int) -> dict:
+        row, speaker, _ = self.rows[number]
+        known = {"row": number, "id": row.id, "task": row.task, "speaker": speaker, "seconds": row.seconds}
+        return {**known, "reference": row.text, "references": row.captions or [row.text], "label": row.label}
+
+
+def development_scores(predictions: list[dict]) -> dict:
+    """Scores of transcripts, if there are any, and of captions, if there are any (without aac-metrics only what needs
+    no package)."""
+    spoken = [p for p in predictions if p["task"] == "transcribe"]
+    captions = [p for p in predictions if p["task"] == "caption"]
+    scores = summarize(spoken) if spoken else {}
+    if scores.get("wer_align") is not None:
+        shuffled = shuffled_error_rate(spoken, "hypothesis_align")
+        scores["listening_gap_align"] = None if shuffled is None else shuffled - scores["wer_align"]
+    if captions:
+        scores = {**summarize_captions(captions, with_package=has_metrics()), **scores}
+    return scores
 
 
 @contextlib.contextmanager
@@ -185,9 +223,11 @@ class StageCallback(TrainerCallback):
             return
         self.history.append(stage=self.stage.name, step=state.global_step, seconds=self._seconds(), **shown)
         self.trainer.log({f"eval_{name}": value for name, value in shown.items()})
+        if not predictions:  # captions only, and a stage without the LLM
+            return
         sample = predictions[len(predictions) // 2]
         heard = sample["hypothesis"] if self.with_lm else sample["hypothesis_align"]
-        numbers = "  ".join(f"{name} {value:.1f}" for name, value in shown.items())
+        numbers = "  ".join(f"{name} {value:.3g}" for name, value in shown.items())
         print(
             f"  dev at step {state.global_step}: {numbers}  ({time.perf_counter() - before:.0f} s)\n"
             f"    said:  {sample['reference'].lower()[:110]}\n    heard: {heard[:110]}",

@@ -6,73 +6,42 @@ share of them the run stops, naming that list.
 
 import dataclasses
 import io
-import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import soundfile
 import torch
-from accelerate import PartialState
 from torch.utils.data import Dataset, IterableDataset
 
 from processing.alignment_text import normalise_transcript
 from processing.audio_io import AudioError
 from processing.augment import speed_perturb, stretch_time
+from processing.dataset_registry import missing_audio_is_normal
 from processing.datasets import load_audio_dataset, read_clip
+from processing.prompts import DESCRIBE
 
+from .bad_rows import BadRows, TooManyBadRows
 from .batches import BatchSchedule, Draw
 from .feature_cache import FeatureCache, clip_key, hash_audio
 from .recipe import Source
 
 
-class TooManyBadRows(ValueError):
-    """More rows than `data.max_bad_rows` allows cannot be used; the message names the list."""
-
-
-class BadRows:
-    """Counts unusable rows and lists them in a JSONL file: id, source, reason.
-
-    Args:
-        path: the list; emptied here by the main process. max_share: of `total` rows (set `total` when it is known).
-    """
-
-    def __init__(self, path: Path, max_share: float):
-        self.path, self.max_share, self.total = Path(path), max_share, 0
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if PartialState().is_main_process:
-            self.path.write_text("")
-        self.reasons: dict[tuple[str, str], str] = {}
-
-    def __len__(self) -> int:
-        return len(self.reasons)
-
-    def add(self, source: str, row_id: str, reason: str) -> None:
-        """Records a row once. Raises TooManyBadRows when the share is exceeded."""
-        if (source, row_id) in self.reasons:
-            return
-        self.reasons[source, row_id] = reason
-        line = json.dumps({"id": row_id, "source": source, "reason": reason}, ensure_ascii=False)
-        listed = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        if line not in listed:  # other processes and data loader workers write to the same list
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        if self.total and len(self) > self.max_share * self.total:
-            raise TooManyBadRows(
-                f"{len(self)} of {self.total} rows cannot be used, more than data.max_bad_rows = {self.max_share:g} "
-                f"allows. They are listed with the reasons in {self.path}; the last: {row_id}: {reason}"
-            )
-
-
 class Row(NamedTuple):
-    """A usable row: where its audio is (`table`, `index`), its text, and its length in seconds."""
+    """A usable row: where its audio is (`table`, `index`), its text, and its length in seconds.
+
+    `captions`: of which one is drawn per epoch instead of `text`. `instruction`: its source's own."""
 
     table: int
     index: int
     id: str
     text: str
     seconds: float
+    task: str = "transcribe"
+    captions: tuple[str, ...] = ()
+    label: str | None = None
+    instruction: str | None = None
 
 
 class Corpus:
@@ -90,6 +59,7 @@ class Corpus:
         bad.total = 0
         for source in sources:
             self.tables.append(load_audio_dataset(source_spec(source)))
+        self.incomplete = [missing_audio_is_normal(source.path) for source in sources]
         total = sum(len(table) for table in self.tables)
         for number, table in enumerate(self.tables):
             for index, row in enumerate(table):
@@ -111,13 +81,19 @@ class Corpus:
         if not normalise_transcript(row["text"] or "", text_case):
             self.bad.add(source.path, row_id, "has no text")
             return
+        if self.incomplete[number] and not Path(row["audio"]["path"]).exists():
+            self.bad.add(source.path, row_id, f"{row['audio']['path']}: no such file", expected=True)
+            return
         try:
             seconds = row["seconds"] or measure_seconds(row)
         except (AudioError, OSError) as error:
             self.bad.add(source.path, row_id, str(error))
             return
         if source.max_seconds is None or seconds <= source.max_seconds:
-            self.rows.append(Row(number, index, row_id, row["text"], seconds))
+            told = (row.get("task") or "transcribe", tuple(row.get("captions") or ()))
+            self.rows.append(
+                Row(number, index, row_id, row["text"], seconds, *told, row.get("label"), row.get("instruction"))
+            )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -127,7 +103,8 @@ class Corpus:
         return sum(row.seconds for row in self.rows) / 3600
 
     def texts(self, text_case: str) -> list[str]:
-        return [normalise_transcript(row.text, text_case) for row in self.rows]
+        """The transcripts: what the alignment's vocabulary must spell. Captions are not aligned."""
+        return [normalise_transcript(row.text, text_case) for row in self.rows if row.task == "transcribe"]
 
     def audio(self, row: Row) -> dict:
         """The undecoded audio and names of a row, as `read_clip` takes it."""
@@ -252,9 +229,11 @@ class TrainingSet(Dataset):
         instructions: list[str],
         seed: int = 0,
         time_stretch: float = 0.0,
+        caption_instructions: Sequence[str] = (DESCRIBE,),
     ):
         self.corpus, self.processor, self.cache = corpus, processor, cache
-        self.instructions, self.seed, self.time_stretch = instructions, seed, time_stretch
+        self.instructions = {"transcribe": instructions, "caption": caption_instructions}
+        self.seed, self.time_stretch = seed, time_stretch
 
     def __len__(self) -> int:
         return len(self.corpus)
@@ -279,8 +258,23 @@ class TrainingSet(Dataset):
         else:
             waveform = self.corpus.waveform(row, draw.speed, self.processor.sampling_rate)
             audio = self.processor.encode_audio((waveform, self.processor.sampling_rate))
-        pick = zlib.crc32(f"{self.seed} {draw.epoch} {draw.row}".encode()) % len(self.instructions)
-        return {**audio, "text": row.text, "instruction": self.instructions[pick], "id": draw.row, "epoch": draw.epoch}
+        words = draw_words(row._asdict(), self.instructions, self.seed, draw.epoch, draw.row)
+        return {**audio, **words, "id": draw.row, "epoch": draw.epoch}
+
+
+def draw_words(row: dict, instructions: dict[str, Sequence[str]], seed: int, epoch: int, number: int) -> dict:
+    """text, instruction and task of an example: one of the row's captions and one of its task's instructions, drawn by
+    (seed, epoch, number of the row)."""
+
+    def draw(what: str, choices: Sequence[str]) -> str:
+        return choices[zlib.crc32(f"{what}{seed} {epoch} {number}".encode()) % len(choices)]
+
+    task, captions = row.get("task") or "transcribe", row.get("captions")
+    return {
+        "text": draw("caption ", captions) if captions else row["text"],
+        "instruction": row.get("instruction") or draw("", instructions[task]),
+        "task": task,
+    }
 
 
 class StreamingSet(IterableDataset):
@@ -321,28 +315,33 @@ class StreamingSet(IterableDataset):
         specs = [
             {**source_spec(source), **({"weight": source.weight} if source.weight else {})} for source in self.sources
         ]
+        instructions = {"transcribe": self.recipe.instructions, "caption": self.recipe.caption_instructions}
+        incomplete = any(missing_audio_is_normal(source.path) for source in self.sources)
         rate, speeds, seed = self.processor.sampling_rate, self.recipe.data.speeds, self.recipe.seed
         for number, row in enumerate(load_audio_dataset(specs, streaming=True, seed=seed + epoch)):
             pick = zlib.crc32(f"{seed} {epoch} {number}".encode())
+            captioned = row.get("task") == "caption"
+            if captioned and self.stage.loss == "align":
+                continue  # captions have no order to align
             try:
                 waveform = read_clip(row, rate, require_text=True)
                 if not normalise_transcript(row["text"], self.recipe.text_case):
                     raise AudioError("has no text")
             except (AudioError, OSError) as error:
                 self.bad.total = 0  # unknown: checked below against the rows seen so far
-                self.bad.add(self.recipe.name, row["id"] or f"row-{number}", str(error))
+                absent = incomplete and captioned and not Path(row["audio"]["path"]).exists()
+                self.bad.add(self.recipe.name, row["id"] or f"row-{number}", str(error), expected=absent)
                 if epoch == 0 and number >= 100 and len(self.bad) > self.bad.max_share * (number + 1):
                     raise TooManyBadRows(
                         f"{len(self.bad)} of the first {number + 1} rows cannot be used, more than data.max_bad_rows = "
                         f"{self.bad.max_share:g} allows. They are listed in {self.bad.path}"
                     ) from error
                 continue
-            speed = speeds[pick % len(speeds)]
+            speed = speeds[pick // 7 % len(speeds)]
             waveform = waveform if speed == 1 else speed_perturb(waveform, speed, rate)
             audio = self.processor.encode_audio((waveform, rate))
-            instruction = self.recipe.instructions[pick // 7 % len(self.recipe.instructions)]
-            example = {"text": row["text"], "instruction": instruction, "id": number, "epoch": epoch}
-            yield {**audio, **example, "seconds": len(waveform) / rate}
+            words = draw_words(row, instructions, seed, epoch, number)
+            yield {**audio, **words, "id": number, "epoch": epoch, "seconds": len(waveform) / rate}
 
     def _group(self, buffer: list[dict], epoch: int, batches: int) -> list[list[dict]]:
         if not buffer:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .callbacks import History
 
-COLORS = ("tab:blue", "tab:orange", "tab:green")
+COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red")
 WER_LIMIT = 160  # a model that runs away scores several hundred percent; the axis ends here
 
 
@@ -26,7 +26,8 @@ def draw_curves(entries: list[dict], path: str | Path, title: str = "") -> None:
         for axis in (losses, rates):
             axis.axvspan(min(seconds), max(seconds), color="0.95" if number % 2 else "0.88", lw=0)
         losses.text(min(seconds), 1.0, f" {stage}", transform=losses.get_xaxis_transform(), va="top")
-    for axis, names in ((losses, ("lm_loss", "align_loss")), (rates, ("wer", "wer_align", "listening_gap"))):
+    curves = {losses: ("lm_loss", "align_loss"), rates: ("wer", "wer_align", "listening_gap", "label_accuracy")}
+    for axis, names in curves.items():
         for color, name in zip(COLORS, names, strict=False):
             label = name
             for stage in stages:
@@ -37,7 +38,7 @@ def draw_curves(entries: list[dict], path: str | Path, title: str = "") -> None:
     losses.set_ylabel("loss")
     if losses.lines:
         losses.set_yscale("log")
-    rates.set_ylabel("% of words (development clips)")
+    rates.set_ylabel("%, development clips")
     rates.set_ylim(0, WER_LIMIT)
     rates.set_xlabel("seconds of training (evaluation not counted)")
     for axis in (losses, rates):

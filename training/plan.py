@@ -32,7 +32,10 @@ def token_rate(model, processor, corpus: Corpus, instructions: list[str], sample
     rate = processor.sampling_rate
     audio = [(row, processor.num_audio_tokens(int(row.seconds * rate))) for row in corpus.rows]
     longest = sorted(audio, key=lambda item: -item[1])[:sampled]
-    texts = processor.tokenizer([row.text for row, _ in longest], add_special_tokens=False)["input_ids"]
+    texts = processor.tokenizer(
+        [max((row.text, *row.captions), key=len) for row, _ in longest], add_special_tokens=False
+    )["input_ids"]
+    instructions = instructions + [row.instruction for row in corpus.rows if row.instruction]
     words = [{"role": "user", "content": max(instructions, key=len)}, {"role": "assistant", "content": ""}]
     frame = len(processor.apply_chat_template(words, tokenize=True, return_dict=True)["input_ids"][0])
     return {

@@ -9,22 +9,18 @@ wrong type and settings that contradict each other are `RecipeError`s which name
 import dataclasses
 import difflib
 import re
-import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from .recipe_values import RecipeError, build
+
 POSITIVE_STAGE_KEYS = (
     *("steps", "epochs", "batch_size", "batch_seconds", "grad_accum"),
     *("eval_steps", "save_steps", "max_grad_norm"),
 )
-
-
-class RecipeError(ValueError):
-    """A recipe or an override that cannot be used; the message names the key and the fix."""
 
 
 @dataclass
@@ -35,6 +31,8 @@ class Components:
     text: str
     audio_revision: str | None = None
     text_revision: str | None = None
+    audio_settings: dict[str, Any] | None = None  # changes to the encoder's config: {frequency_pooling: concat}
+    chat_template: str | None = None  # chatml, llama3, plain, phi, or Jinja; null: by the LLM's chat format
     quantize_text: Literal["none", "4bit"] = "none"  # "4bit": NF4 weights in the frozen LLM (QLoRA), needs bitsandbytes
 
 
@@ -56,7 +54,10 @@ class Source:
 
     `weight`: the source's share of an epoch's draws is its weight over the sum of weights (no weights: every row once).
     `filter` keeps and `exclude` drops rows by the values of a column, e.g. `{speaker: ["1272"]}`. `limit` keeps the
-    first rows. Rows longer than `max_seconds` are left out (not counted as bad).
+    first rows. Rows longer than `max_seconds` are left out (not counted as bad). `task`: transcribe, or caption for
+    sounds (the default of Clotho, AudioCaps, ESC-50 and UrbanSound8K, which may be given as `clotho:FOLDER` ...), with
+    captions of the source or by templates from `label_column`; the task decides what the user asks, unless the source
+    has its own `instruction`. `audio_folder`: where the audio of such a set is, if not beside its CSVs.
     """
 
     path: str
@@ -64,6 +65,10 @@ class Source:
     weight: float | None = None
     audio_column: str | None = None
     text_column: str | None = None
+    label_column: str | None = None
+    audio_folder: str | None = None
+    task: Literal["transcribe", "caption"] | None = None
+    instruction: str | None = None
     filter: dict[str, list] | None = None
     exclude: dict[str, list] | None = None
     limit: int | None = None
@@ -162,10 +167,11 @@ class Recipe:
     init_from: str | None = None  # an AudioPhi checkpoint to start from instead of an untrained adapter
     adapter: dict[str, Any] = field(default_factory=lambda: {"type": "mlp"})
     encoder_layer: str | int = "last"
-    readout: Literal["frames", "collapse"] = "frames"
+    readout: Literal["frames", "collapse", "mixed"] | None = None  # null: frames, or what `init_from` has
     alignment: Alignment | None = None
     text_case: Literal["lower", "keep"] = "lower"
     instructions: list[str] = field(default_factory=lambda: ["Transcribe the speech."])
+    caption_instructions: list[str] = field(default_factory=lambda: ["Describe the sound."])
     cache: bool = True  # keep the frozen encoder's outputs on disk
     cache_dir: str = "cache"
     cache_dtype: Literal["float16", "float32"] = "float16"
@@ -205,7 +211,7 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
 
 def recipe_from_dict(data: dict) -> Recipe:
     """Builds and checks a Recipe from plain data (as YAML gives it)."""
-    recipe = _build(Recipe, data, "")
+    recipe = build(Recipe, data, "")
     _check(recipe)
     return recipe
 
@@ -233,7 +239,7 @@ def parse_overrides(arguments: list[str]) -> list[tuple[str, Any]]:
 
 
 def _apply(data: dict, dotted: str, value: Any) -> None:
-    """Sets data["a"]["b"] for "a.b"; existing lists are indexed by number. Which keys exist is checked by _build."""
+    """Sets data["a"]["b"] for "a.b"; existing lists are indexed by number. Which keys exist is checked by `build`."""
     keys = dotted.split(".")
     node: Any = data
     for depth, key in enumerate(keys):
@@ -254,72 +260,6 @@ def _apply(data: dict, dotted: str, value: Any) -> None:
             node = node[key]
 
 
-def _build(kind: type, data: Any, where: str) -> Any:
-    """Instantiates dataclass `kind` from a dict, recursively; `where` is the dotted path for messages."""
-    label = where or "the recipe"
-    if not isinstance(data, dict):
-        raise RecipeError(f"{label}: expected keys and values, got {data!r}")
-    hints, fields = typing.get_type_hints(kind), {f.name: f for f in dataclasses.fields(kind)}
-    for key in data:
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.4)
-            dotted = f"{where}.{key}" if where else key
-            fix = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(fields)}"
-            raise RecipeError(f"unknown key {dotted!r}: {fix}")
-    missing = [
-        name
-        for name, f in fields.items()
-        if name not in data and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise RecipeError(f"{label} lacks the key{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
-    return kind(**{k: _convert(hints[k], v, f"{where}.{k}" if where else k) for k, v in data.items()})
-
-
-def _convert(kind: Any, value: Any, where: str) -> Any:
-    """Checks `value` against a type hint and converts what YAML 1.1 reads differently ("1e-3" is text to it)."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return value
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        options = [a for a in arguments if a is not type(None)]
-        for option in options:
-            try:
-                return _convert(option, value, where)
-            except RecipeError as error:
-                failure = error
-        if len(options) == 1:
-            raise failure
-        raise RecipeError(f"{where}: {value!r} is none of {', '.join(getattr(o, '__name__', str(o)) for o in options)}")
-    if origin is Literal:
-        if value not in arguments:
-            raise RecipeError(f"{where}: {value!r} is not one of {', '.join(map(repr, arguments))}")
-        return value
-    if origin is list:
-        if not isinstance(value, list):
-            raise RecipeError(f"{where}: expected a list, got {value!r}")
-        return [_convert(arguments[0], item, f"{where}.{i}") for i, item in enumerate(value)]
-    if kind is list or kind is dict or origin is dict:
-        expected = list if kind is list else dict
-        if not isinstance(value, expected):
-            raise RecipeError(f"{where}: expected a {expected.__name__}, got {value!r}")
-        return value if origin is None else {k: _convert(arguments[1], v, f"{where}.{k}") for k, v in value.items()}
-    if dataclasses.is_dataclass(kind):
-        return _build(kind, value, where)
-    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            raise RecipeError(f"{where}: expected a number, got {value!r}") from None
-    if kind is int and isinstance(value, float) and value == int(value):
-        return int(value)
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise RecipeError(f"{where}: expected {kind.__name__}, got {value!r}")
-    return value
-
-
 def _check(recipe: Recipe) -> None:
     """Contradictions that types cannot express."""
 
@@ -328,15 +268,14 @@ def _check(recipe: Recipe) -> None:
             raise RecipeError(message)
 
     refuse(not recipe.stages, "stages: a recipe needs at least one stage")
-    refuse(
-        not recipe.instructions, "instructions: give at least one instruction, it is the user's turn in every prompt"
-    )
+    for key in ("instructions", "caption_instructions"):
+        refuse(not getattr(recipe, key), f"{key}: give at least one instruction, it is the user's turn in every prompt")
     refuse(not 0 <= recipe.data.max_bad_rows <= 1, "data.max_bad_rows is a share between 0 and 1")
     refuse(not recipe.data.speeds or min(recipe.data.speeds) <= 0, "data.speeds: give one or more factors above 0")
     refuse(recipe.logging_steps < 1, "logging_steps must be 1 or more")
     refuse(
-        recipe.readout == "collapse" and recipe.alignment is None and recipe.init_from is None,
-        "readout: collapse needs the alignment head; add `alignment: {merges: null}`",
+        recipe.readout in ("collapse", "mixed") and recipe.alignment is None and recipe.init_from is None,
+        f"readout: {recipe.readout} needs the alignment head; add `alignment: {{merges: null}}`",
     )
     names = [stage.name for stage in recipe.stages]
     refuse(len(set(names)) < len(names), f"stages: names must differ, got {', '.join(names)}")
@@ -386,6 +325,10 @@ def _check(recipe: Recipe) -> None:
         )
         refuse(
             recipe.data.streaming and stage.steps is None, f"{at}: a stream has no known length; give steps, not epochs"
+        )
+        refuse(
+            stage.loss == "align" and all(source.task == "caption" for source in stage.data or recipe.data.train),
+            f"{at}.loss: align needs transcripts, words in the order in which they are heard; train captions with lm",
         )
         for source in stage.data or recipe.data.train:
             refuse(

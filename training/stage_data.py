@@ -16,7 +16,7 @@ from .batches import BatchSchedule
 from .corpus import Corpus, StreamingSet, TrainingSet, fill_cache
 from .feature_cache import FeatureCache, fingerprint_of, hash_weights
 from .plan import token_rate
-from .recipe import Recipe, Stage
+from .recipe import Recipe, RecipeError, Stage
 
 if TYPE_CHECKING:
     from .stages import Run
@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 def data_key(recipe: Recipe, stage: Stage) -> str:
     """Equal for stages that train on the same sources."""
     return json.dumps([asdict(source) for source in stage.data or recipe.data.train])
+
+
+def encoder_name(audio_config) -> str:
+    """The encoder's family, with what its config changes about its outputs beside the weights."""
+    pooling = getattr(audio_config, "frequency_pooling", None)
+    return audio_config.model_type + (f" {pooling}" if pooling else "")
 
 
 def stage_cache(run: "Run", stage: Stage, corpus: Corpus) -> FeatureCache | None:
@@ -40,7 +46,7 @@ def stage_cache(run: "Run", stage: Stage, corpus: Corpus) -> FeatureCache | None
         recipe.cache_dir,
         fingerprint_of(
             weights=hash_weights(model.audio_tower),
-            encoder=run.model.config.audio_config.model_type,
+            encoder=encoder_name(run.model.config.audio_config),
             layer=recipe.encoder_layer,
             window_frames=run.processor.window_frames,
             features=json.loads(run.processor.feature_extractor.to_json_string()),
@@ -73,8 +79,10 @@ def stage_data(run: "Run", stage: Stage, number: int, arguments: TrainingArgumen
     if recipe.data.streaming:
         return StreamingSet(sources, run.bad, run.processor, stage, recipe, rank, world_size), None, None, None
     corpus = run.corpora[data_key(recipe, stage)]
+    if stage.loss == "align":
+        corpus = with_transcripts(run, corpus)
     cache = stage_cache(run, stage, corpus)
-    rate = token_rate(run.model, run.processor, corpus, recipe.instructions)
+    rate = token_rate(run.model, run.processor, corpus, recipe.instructions + recipe.caption_instructions)
     if stage.loss != "align" and run.model.config.readout == "frames":
         corpus = without_long_prompts(run, corpus, rate)
     schedule = BatchSchedule(
@@ -91,8 +99,22 @@ def stage_data(run: "Run", stage: Stage, number: int, arguments: TrainingArgumen
         rank=rank,
         world_size=world_size,
     )
-    dataset = TrainingSet(corpus, run.processor, cache, recipe.instructions, recipe.seed, stage.time_stretch)
+    words = (recipe.instructions, recipe.seed, stage.time_stretch, recipe.caption_instructions)
+    dataset = TrainingSet(corpus, run.processor, cache, *words)
     return dataset, schedule, cache, rate
+
+
+def with_transcripts(run: "Run", corpus: Corpus) -> Corpus:
+    """The corpus without captioned clips: CTC needs words in the order in which they are heard."""
+    rows = [row for row in corpus.rows if row.task == "transcribe"]
+    if len(rows) == len(corpus):
+        return corpus
+    if not rows:
+        raise RecipeError("a stage with loss align has only captions as data; train them with loss lm")
+    run.say(f"align: {len(corpus) - len(rows):,} captioned clips are left out, they have no order to align")
+    spoken = copy.copy(corpus)
+    spoken.rows = rows
+    return spoken
 
 
 def without_long_prompts(run: "Run", corpus: Corpus, rate: dict) -> Corpus:

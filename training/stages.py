@@ -21,7 +21,7 @@ from .callbacks import Development, History, StageCallback
 from .corpus import BadRows, Corpus
 from .curves import draw_curves
 from .plan import describe_stage, measure_step
-from .recipe import Recipe, RecipeError, Stage, recipe_to_dict
+from .recipe import Recipe, RecipeError, Stage, recipe_from_dict, recipe_to_dict
 from .stage_data import StageCollator, data_key, stage_augment, stage_data
 from .trainer import AudioPhiTrainer, last_complete_checkpoint
 
@@ -97,7 +97,9 @@ def check_same_recipe(recipe: Recipe, path: Path) -> None:
     """RecipeError naming what differs when `path` holds the recipe of a run that cannot be continued with this one."""
     if not path.exists():
         return
-    before, now = yaml.safe_load(path.read_text(encoding="utf-8")), recipe_to_dict(recipe)
+    # Read as a recipe: keys that did not exist when it was written have their defaults.
+    before = recipe_to_dict(recipe_from_dict(yaml.safe_load(path.read_text(encoding="utf-8"))))
+    now = recipe_to_dict(recipe)
     different = [key for key in now if key not in FREE_KEYS and before.get(key) != now[key]]
     folder = path.parent
     for index, (old, new) in enumerate(zip(before["stages"], now["stages"], strict=False)):
@@ -123,6 +125,8 @@ def prepare(recipe: Recipe, folder: Path) -> Run:
                 corpora[data_key(recipe, stage)] = Corpus(stage.data or recipe.data.train, bad, recipe.text_case)
         for corpus in corpora.values():
             say(f"data: {len(corpus):,} clips, {corpus.hours:.2f} h")
+        if bad.expected:
+            say(f"data: {len(bad.expected):,} clips were never downloaded; they are left out, and listed in {bad.path}")
     vocab = None
     if align_tokenizer is not None and recipe.data.streaming:
         vocab = full_align_vocab(processor.tokenizer, recipe.alignment.merges)
@@ -137,7 +141,7 @@ def prepare(recipe: Recipe, folder: Path) -> Run:
             recipe.evaluation.clips,
             recipe.evaluation.batch_size,
             recipe.evaluation.max_new_tokens,
-            recipe.instructions[0],
+            {"transcribe": recipe.instructions[0], "caption": recipe.caption_instructions[0]},
         )
     return Run(
         recipe, folder, model, processor, align_tokenizer, corpora, development, bad, History(folder / "history.jsonl")

@@ -1,0 +1,59 @@
+"""What a built model can still be made into: other parts trained, LoRA layers added, another readout."""
+
+import copy
+
+from .lora_audiophi import PARTS, inject_lora, is_lora_key
+from .readouts_audiophi import READOUTS
+
+TUNED = ("frozen", "lora", "full")
+
+
+class TuningMixin:
+    """For a model with `config`, `model` and `lm_head` as AudioPhiForConditionalGeneration has them."""
+
+    def add_lora(self, part, arguments):
+        """Add LoRA to "audio" or "text" (arguments of `peft.LoraConfig`); remembered in the config, saved in slim
+        checkpoints."""
+        if self.config.lora.get(part) is not None:
+            raise ValueError(f"the {part} part already has LoRA layers")
+        inject_lora(self.model, part, arguments)
+        self.config.lora[part] = dict(arguments)
+        self._remember(part, "lora")
+
+    def tune(self, part, how):
+        """Make "audio" or "text" trainable: "frozen", "lora" (its LoRA layers only) or "full" (everything but LoRA
+        layers stays as it is loaded; both if there are any). What was once tuned in full stays in slim
+        checkpoints."""
+        if part not in PARTS or how not in TUNED:
+            raise ValueError(
+                f"tune({part!r}, {how!r}): part is one of {', '.join(PARTS)}, how one of {', '.join(TUNED)}"
+            )
+        if how == "lora" and self.config.lora.get(part) is None:
+            raise ValueError(f"the {part} part has no LoRA layers: add_lora first")
+        modules = [getattr(self.model, PARTS[part])] + ([self.lm_head] if part == "text" else [])
+        for module in modules:
+            for name, parameter in module.named_parameters():
+                parameter.requires_grad_(how == "full" or (how == "lora" and is_lora_key(name)))
+        if part == "audio":
+            for parameter in self.model.audio_tower.layer_choice.parameters():
+                parameter.requires_grad_(True)
+        self._remember(part, how)
+
+    def _remember(self, part, how):
+        self.config.tuned[part] = max(self.config.tuned[part], how, key=TUNED.index)
+
+    def set_readout(self, name):
+        """Another readout of READOUTS instead of the present one, of which it keeps the weights that both have.
+
+        Raises ValueError for an unknown one, or one that needs the alignment head where there is none.
+        """
+        config = copy.deepcopy(self.config)
+        config.readout = name
+        type(config)(**config.to_dict())  # checks it
+        old = self.model.readout
+        new = READOUTS[name](self.config.text_config.hidden_size)
+        weight = next(old.parameters())
+        self.config.readout = self.model.config.readout = name
+        self.model.readout = new.to(weight.device, weight.dtype)
+        self.model.match_embeddings()
+        new.load_state_dict({k: v for k, v in old.state_dict().items() if k in new.state_dict()}, strict=False)

@@ -1,0 +1,60 @@
+"""Tiny data sets in the layouts in which the real ones are released."""
+
+import csv
+
+import numpy as np
+import soundfile
+
+
+def tone(path, number, seconds=0.8, rate=16_000):
+    """A clip that differs from every other one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    time = np.arange(int(seconds * rate)) / rate
+    soundfile.write(path, 0.3 * np.sin(2 * np.pi * (150 + 70 * number) * time * (1 + time)), rate)
+
+
+def write_csv(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_librispeech(root, splits, texts=("THE QUICK BROWN FOX", "SHE SELLS SEA SHELLS", "A LAZY DOG")):
+    """LibriSpeech/SPLIT/SPEAKER/CHAPTER/*.flac and *.trans.txt: two speakers a split, one utterance for every text."""
+    for number, split in enumerate(splits):
+        for speaker in (10 + number, 50 + number):
+            chapter = root / split / str(speaker) / "121"
+            lines = []
+            for index, text in enumerate(texts):
+                name = f"{speaker}-121-{index:04}"
+                tone(chapter / f"{name}.flac", speaker + index, 0.8 + 0.2 * index)
+                lines.append(f"{name} {text}\n")
+            (chapter / f"{speaker}-121.trans.txt").write_text("".join(lines))
+    return root
+
+
+CLOTHO_SOUNDS = (
+    "Distorted AM Radio noise",
+    "Paper_Parchment_Rustling",
+    "03 Whales Slowing Down",
+    "Rope tied to boat (2)",
+)
+
+
+def clotho_captions(number):
+    return [f"Sound {number}, told in way {way}." for way in range(1, 6)]
+
+
+def write_clotho(root, splits, clips=4):
+    """clotho_captions_SPLIT.csv and SPLIT/*.wav, 44.1 kHz, with spaces and brackets in file names."""
+    for part, split in enumerate(splits):
+        rows = []
+        for number in range(clips):
+            name = f"{CLOTHO_SOUNDS[number % 4]}{'' if number < 4 else number}.wav"
+            tone(root / split / name, 10 * part + number, 1.0 + 0.2 * number, 44_100)
+            captions = clotho_captions(10 * part + number)
+            rows.append({"file_name": name, **{f"caption_{way}": text for way, text in enumerate(captions, 1)}})
+        write_csv(root / f"clotho_captions_{split}.csv", rows)
+    return root

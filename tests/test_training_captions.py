@@ -1,0 +1,174 @@
+"""Training with captions: what is drawn for a row, what the losses get, and the recipes on official layouts."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from modeling_audiophi.adapters import ADAPTERS
+from processing import AudioPhiCollator
+from processing.alignment_text import AlignmentTokenizer
+from tests.layouts import clotho_captions, tone, write_clotho, write_csv, write_librispeech
+from training.bad_rows import BadRows
+from training.batches import Draw
+from training.corpus import Corpus, TrainingSet, draw_words
+from training.recipe import RecipeError, Source, load_recipe, recipe_from_dict
+from training.stages import run_recipe
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+INSTRUCTIONS = {"transcribe": ["Transcribe the speech."], "caption": ["Describe the sound.", "What is that?"]}
+
+
+@pytest.fixture(scope="module")
+def librispeech(tmp_path_factory):
+    splits = ("train-clean-100", "train-clean-360", "train-other-500", "dev-clean")
+    return write_librispeech(tmp_path_factory.mktemp("data") / "LibriSpeech", splits)
+
+
+@pytest.fixture(scope="module")
+def clotho(tmp_path_factory):
+    return write_clotho(tmp_path_factory.mktemp("data") / "clotho", ("development", "validation", "evaluation"))
+
+
+@pytest.fixture(scope="module")
+def esc50(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data") / "ESC-50"
+    rows = []
+    for number, category in enumerate(("dog", "rain", "sea_waves", "dog")):
+        tone(root / "audio" / f"{number}.wav", number)
+        rows.append({"filename": f"{number}.wav", "fold": 1 + number % 2, "category": category})
+    write_csv(root / "meta" / "esc50.csv", rows)
+    return root
+
+
+def test_one_caption_is_drawn_per_epoch():
+    row = {"text": "first", "captions": clotho_captions(1), "task": "caption"}
+    drawn = [draw_words(row, INSTRUCTIONS, 0, epoch, 5) for epoch in range(200)]
+    assert drawn == [draw_words(row, INSTRUCTIONS, 0, epoch, 5) for epoch in range(200)]
+    counts = Counter(example["text"] for example in drawn)
+    assert set(counts) == set(clotho_captions(1)) and min(counts.values()) > 20
+    pairs = Counter((example["text"], example["instruction"]) for example in drawn)
+    assert len(pairs) == 10, "caption and instruction go together"
+    for other in ((1, 0, 5), (0, 0, 6)):  # seed, epoch, row
+        assert drawn[:20] != [draw_words(row, INSTRUCTIONS, other[0], epoch, other[2]) for epoch in range(20)]
+
+
+def test_the_instruction_is_the_sources_or_the_tasks():
+    speech = {"text": "HELLO", "captions": None, "task": "transcribe"}
+    assert draw_words(speech, INSTRUCTIONS, 0, 0, 0) == {
+        "text": "HELLO", "instruction": "Transcribe the speech.", "task": "transcribe",
+    }  # fmt: skip
+    assert draw_words({"text": "HELLO"}, INSTRUCTIONS, 0, 0, 0)["task"] == "transcribe"
+    own = {"text": "x", "captions": ["x"], "task": "caption", "instruction": "Name the animal."}
+    assert {draw_words(own, INSTRUCTIONS, 0, epoch, 0)["instruction"] for epoch in range(9)} == {"Name the animal."}
+
+
+def test_a_mixture_trains_each_task_with_its_own_words(librispeech, clotho, make_tiny_model, tmp_path):
+    sources = [Source(path=str(librispeech), split="dev-clean"), Source(path=str(clotho), split="development")]
+    corpus = Corpus(sources, BadRows(tmp_path / "bad.jsonl", 0))
+    assert len(corpus) == 10 and len(corpus.texts("lower")) == 6, "captions are no alignment targets"
+    _, processor = make_tiny_model()
+    rows = TrainingSet(corpus, processor, None, ["Transcribe the speech."])
+    examples = [rows[Draw(number, 0, 1.0)] for number in (0, 6)]
+    collate = AudioPhiCollator(processor, mode="align", align_tokenizer=AlignmentTokenizer(processor.tokenizer))
+    assert (
+        examples[0]["instruction"] == "Transcribe the speech." and examples[1]["instruction"] == "Describe the sound."
+    )
+    assert examples[1]["text"] in clotho_captions(0)
+    targets = collate(examples)["align_labels"]
+    assert (targets[0] >= 0).any() and not (targets[1] >= 0).any(), "a caption's CTC target is empty"
+
+
+@pytest.fixture
+def settings(tmp_path, tiny_whisper_dir, tiny_llm_dir):
+    def make(*stages, **keys):
+        return {
+            "name": "tiny",
+            "components": {"audio": tiny_whisper_dir, "text": tiny_llm_dir},
+            "adapter": {"type": "mlp", "stack": 2, "hidden_size": 32},
+            "stages": [{"batch_size": 4, "steps": 2, **stage} for stage in stages],
+            "cache_dir": str(tmp_path / "cache"),
+            "output_dir": str(tmp_path / "out"),
+            "evaluation": {"clips": 10, "max_new_tokens": 4},
+            "report_to": [],
+            **keys,
+        }
+
+    return make
+
+
+def test_speech_and_sounds_are_trained_and_evaluated_together(settings, librispeech, esc50, tmp_path, capsys):
+    speech, sounds = {"path": str(librispeech), "split": "dev-clean"}, {"path": str(esc50)}
+    data = {"train": [speech, {**sounds, "filter": {"fold": [1]}}], "eval": [speech, sounds]}
+    stages = ({"name": "align", "loss": "align"}, {"name": "lm", "loss": "lm"}, {"name": "both", "loss": "both"})
+    run_recipe(recipe_from_dict(settings(*stages, data=data, alignment={"merges": 20}, readout="collapse")))
+    assert "align: 2 captioned clips are left out" in capsys.readouterr().out
+    entries = [json.loads(line) for line in (tmp_path / "out" / "history.jsonl").read_text().splitlines()]
+    first, *_, last = [entry for entry in entries if "wer_align" in entry]
+    assert "label_accuracy" not in first and "wer" not in first, "the align stage does not run the LLM"
+    assert {"wer", "cider_d", "label_accuracy", "label_accuracy_shuffled"} <= last.keys()
+
+
+def test_captions_alone_cannot_be_aligned(settings, esc50):
+    stage = {"name": "align", "loss": "align"}
+    with pytest.raises(RecipeError, match="only captions"):
+        data = {"train": [{"path": str(esc50)}]}
+        run_recipe(recipe_from_dict(settings(stage, data=data, alignment={"merges": 20})))
+    with pytest.raises(RecipeError, match="stages.0.loss: align needs transcripts"):
+        data = {"train": [{"path": "somewhere", "task": "caption"}]}
+        recipe_from_dict(settings(stage, data=data, alignment={"merges": 20}))
+
+
+def test_a_stream_of_both_tasks_trains(settings, librispeech, esc50, tmp_path):
+    data = {"train": [{"path": str(librispeech), "split": "dev-clean"}, {"path": str(esc50)}], "streaming": True}
+    stages = ({"name": "align", "loss": "align"}, {"name": "lm", "loss": "lm"})
+    final = run_recipe(recipe_from_dict(settings(*stages, data=data, alignment={"merges": 20})))
+    assert (final / "model.safetensors").exists()
+
+
+def test_a_run_from_before_a_key_existed_can_be_continued(settings, esc50, tmp_path):
+    recipe = settings({"name": "lm", "loss": "lm"}, data={"train": [{"path": str(esc50)}]})
+    run_recipe(recipe_from_dict(recipe))
+    written = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    del written["caption_instructions"], written["data"]["train"][0]["audio_folder"]
+    (tmp_path / "out" / "recipe.yaml").write_text(yaml.safe_dump(written))
+    run_recipe(recipe_from_dict(recipe))
+    with pytest.raises(RecipeError, match="caption_instructions"):
+        run_recipe(recipe_from_dict({**recipe, "caption_instructions": ["What is that?"]}))
+
+
+@pytest.mark.parametrize(
+    "name, stages",
+    [
+        ("phi2_xeus_librispeech", ["align", "lm"]),
+        ("smollm2_whisper_librispeech", ["align", "lm"]),
+        ("phi2_languagebind_clotho", ["adapter", "lora"]),
+    ],
+)
+def test_recipes_run_end_to_end_on_official_layouts(
+    name, stages, librispeech, clotho, tiny_whisper_dir, tiny_llm_dir, tmp_path, monkeypatch
+):
+    """Tiny random components in place of the real ones; every other key is the recipe's, but for sizes and lengths."""
+    monkeypatch.chdir(tmp_path)  # the recipes name the data by relative paths
+    Path("LibriSpeech").symlink_to(librispeech)
+    Path("clotho").symlink_to(clotho)
+    overrides = [f"--components.audio={tiny_whisper_dir}", f"--components.text={tiny_llm_dir}"]
+    overrides += ["--adapter.hidden_size=32", "--adapter.num_heads=4", "--num_workers=0", "--report_to=[]"]
+    overrides += ["--evaluation={clips: 3, max_new_tokens: 4}"]
+    recipe = load_recipe(RECIPES / f"{name}.yaml", overrides)
+    assert [stage.name for stage in recipe.stages] == stages
+    if recipe.adapter["type"] not in ADAPTERS:
+        recipe.adapter["type"] = "mlp"
+    for stage in recipe.stages:
+        stage.steps, stage.epochs, stage.grad_accum = 2, None, 1
+        if stage.batch_seconds:
+            stage.batch_seconds = 5.0
+    final = run_recipe(recipe)
+    assert final == Path("outputs") / name / "final" and (final / "model.safetensors").stat().st_size > 1000
+    assert not Path(f"outputs/{name}/bad_rows.jsonl").read_text()
+    entries = [json.loads(line) for line in Path(f"outputs/{name}/history.jsonl").read_text().splitlines()]
+    assert {entry["stage"] for entry in entries} == set(stages)
+    last = [entry for entry in entries if "loss" not in entry][-1]
+    assert ("cider_d" in last) == ("clotho" in name) and ("wer" in last) == ("librispeech" in name)

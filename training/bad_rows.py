@@ -1,0 +1,48 @@
+"""The list of rows that cannot be used, and when there are too many of them."""
+
+import json
+from pathlib import Path
+
+from accelerate import PartialState
+
+
+class TooManyBadRows(ValueError):
+    """More rows than `data.max_bad_rows` allows cannot be used; the message names the list."""
+
+
+class BadRows:
+    """Counts unusable rows and lists them in a JSONL file: id, source, reason.
+
+    Args:
+        path: the list; emptied here by the main process. max_share: of `total` rows (set `total` when it is known).
+    """
+
+    def __init__(self, path: Path, max_share: float):
+        self.path, self.max_share, self.total = Path(path), max_share, 0
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if PartialState().is_main_process:
+            self.path.write_text("")
+        self.reasons: dict[tuple[str, str], str] = {}
+        self.expected: set[tuple[str, str]] = set()
+
+    def __len__(self) -> int:
+        return len(self.reasons) - len(self.expected)
+
+    def add(self, source: str, row_id: str, reason: str, expected: bool = False) -> None:
+        """Records a row once; raises TooManyBadRows when the share is exceeded. `expected` rows, as the missing files
+        of a set that nobody has all of, are listed but not counted."""
+        if (source, row_id) in self.reasons:
+            return
+        self.reasons[source, row_id] = reason
+        if expected:
+            self.expected.add((source, row_id))
+        line = json.dumps({"id": row_id, "source": source, "reason": reason}, ensure_ascii=False)
+        listed = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        if line not in listed:  # other processes and data loader workers write to the same list
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        if not expected and self.total and len(self) > self.max_share * self.total:
+            raise TooManyBadRows(
+                f"{len(self)} of {self.total} rows cannot be used, more than data.max_bad_rows = {self.max_share:g} "
+                f"allows. They are listed with the reasons in {self.path}; the last: {row_id}: {reason}"
+            )
