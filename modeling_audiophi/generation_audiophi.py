@@ -121,7 +121,8 @@ class AudioPhiGenerationMixin(GenerationMixin):
                 hidden = self.model.language_model(input_ids=tokens, past_key_values=cache, use_cache=True)
                 return self.compute_logits(hidden.last_hidden_state[:, -1])
 
-        return [*scorers, LanguageModelPrior(predict, vocab_ids, start, prompt_length, fusion["lm_prior_weight"])]
+        weight = fusion["lm_prior_weight"]
+        return [*scorers, LanguageModelPrior(predict, vocab_ids, lengths > 0, start, prompt_length, weight)]
 
     def _shorten(self, generation_config, kwargs, removed):
         """Total lengths that count the prompt, less the `removed` columns; new-token limits stay as they are."""

@@ -16,13 +16,15 @@ class LanguageModelPrior(LogitsProcessor):
         predict: (token ids (N, 1), cache) -> logits (N, V) of the next token, without audio.
         vocab_ids: (V',) LLM token ids that are scored; the probabilities are normalised over them, so that ending the
             transcript, which only hearing can tell, is neither favoured nor disfavoured by the prior's other words.
+        with_audio: (B,) bool, the prompts that have audio; the others are left as they are.
         start_id: token that begins a text.
         prompt_length: columns of the prompt, after which the transcript begins.
         weight: of the prior.
     """
 
-    def __init__(self, predict, vocab_ids, start_id, prompt_length, weight):
+    def __init__(self, predict, vocab_ids, with_audio, start_id, prompt_length, weight):
         self.predict, self.vocab_ids, self.start_id = predict, vocab_ids, start_id
+        self.with_audio = with_audio
         self.prompt_length, self.weight = prompt_length, weight
         self.cache, self.rows = None, {}
 
@@ -41,5 +43,6 @@ class LanguageModelPrior(LogitsProcessor):
         self.rows = {tuple(prefix): row for row, prefix in enumerate(written.tolist())}
         prior = self.predict(tokens, self.cache)[:, self.vocab_ids].float().log_softmax(-1)
         fused = scores.clone()
-        fused[:, self.vocab_ids] += (self.weight * prior).to(scores.dtype)
+        rows = self.with_audio.repeat_interleave(len(scores) // len(self.with_audio))
+        fused[:, self.vocab_ids] += (self.weight * prior * rows[:, None]).to(scores.dtype)
         return fused

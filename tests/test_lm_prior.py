@@ -14,7 +14,7 @@ def prior_of(model, vocab_ids, weight=0.5):
         hidden = model.model.language_model(input_ids=tokens, past_key_values=cache, use_cache=True)
         return model.compute_logits(hidden.last_hidden_state[:, -1])
 
-    return LanguageModelPrior(predict, vocab_ids, START, prompt_length=2, weight=weight)
+    return LanguageModelPrior(predict, vocab_ids, torch.tensor([True, False]), START, prompt_length=2, weight=weight)
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def test_it_follows_the_beams_and_equals_whole_sequences(make_tiny_model):
         whole = torch.tensor([[START, *row] for row in written])
         logits = model.compute_logits(model.model.language_model(input_ids=whole).last_hidden_state[:, -1])
         expected = scores.clone()
-        expected[:, vocab_ids] += 0.5 * logits[:, vocab_ids].log_softmax(-1)
+        expected[:2, vocab_ids] += 0.5 * logits[:2, vocab_ids].log_softmax(-1)  # the second prompt has no audio
         assert torch.allclose(fused, expected, atol=1e-4)
 
 
