@@ -161,7 +161,8 @@ def apply_tuning(model: AudioPhiForConditionalGeneration, stage: Stage) -> None:
     unused = unused_parameters(model, stage)
     for name, parameter in model.named_parameters():
         if part_of(name) == "adapter":
-            parameter.requires_grad_(stage.tune.adapter == "full" and not name.startswith(unused))
+            readout = name.startswith("model.readout.") and stage.tune.readout
+            parameter.requires_grad_((readout or stage.tune.adapter) == "full" and not name.startswith(unused))
 
 
 def unused_parameters(model: AudioPhiForConditionalGeneration, stage: Stage) -> tuple[str, ...]:

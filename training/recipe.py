@@ -99,10 +99,12 @@ class Evaluation:
 
 @dataclass
 class Tune:
-    """What a stage trains. `adapter` covers the adapter, the alignment head, the readout and a learned layer mix."""
+    """What a stage trains. `adapter` covers the adapter, the alignment head, the readout and a learned layer mix;
+    `readout` says otherwise of the readout alone."""
 
     encoder: Literal["frozen", "full", "lora"] = "frozen"
     adapter: Literal["frozen", "full"] = "full"
+    readout: Literal["frozen", "full"] | None = None
     llm: Literal["frozen", "full", "lora"] = "frozen"
 
 
@@ -299,7 +301,7 @@ def _check(recipe: Recipe) -> None:
             value = getattr(stage, key)
             refuse(value is not None and value <= 0, f"{at}.{key} must be above 0, got {value}")
         refuse(
-            {stage.tune.encoder, stage.tune.adapter, stage.tune.llm} == {"frozen"},
+            {stage.tune.encoder, stage.tune.adapter, stage.tune.llm, stage.tune.readout or "frozen"} == {"frozen"},
             f"{at}.tune: everything is frozen, there is nothing to train",
         )
         refuse(
@@ -309,6 +311,10 @@ def _check(recipe: Recipe) -> None:
         refuse(
             stage.loss == "align" and stage.tune.llm != "frozen",
             f"{at}.tune.llm: the align loss does not run the LLM, so it cannot tune it; use frozen, or loss: both",
+        )
+        refuse(
+            stage.loss == "align" and stage.tune.adapter == "frozen" and stage.tune.encoder == "frozen",
+            f"{at}.tune: the align loss reaches encoder and adapter only, and both are frozen",
         )
         refuse(
             stage.tune.llm == "full" and recipe.components.quantize_text != "none",
