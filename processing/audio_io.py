@@ -175,11 +175,12 @@ def _read_path(path: str, name: str) -> tuple[np.ndarray, int]:
 
 
 def _read_dict(source: dict, source_rate: int | None, name: str | None) -> tuple[np.ndarray, int, str]:
-    """`datasets` Audio ({"path", "bytes"} or {"array", "sampling_rate"}) and the audio items of chat messages."""
+    """`datasets` Audio ({"path", "bytes"} or {"array", "sampling_rate"}), transformers' pipelines ({"raw",
+    "sampling_rate"}) and the audio items of chat messages."""
     rate = source.get("sampling_rate", source_rate)
     path = source.get("path") or source.get("url")
     name = name or path
-    for key in ("array", "audio"):
+    for key in ("array", "raw", "audio"):
         if source.get(key) is not None:
             return read_source(source[key], rate, name)
     if source.get("bytes") is not None:
