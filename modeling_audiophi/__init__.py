@@ -26,6 +26,7 @@ if "audio-text-to-text" not in PIPELINE_REGISTRY.get_supported_tasks():  # shoul
     PIPELINE_REGISTRY.register_pipeline(
         "audio-text-to-text", AudioTextToTextPipeline, pt_model=AutoModelForMultimodalLM, type="multimodal"
     )
+AudioPhiConfig.pipeline_is_registered = True
 
 __all__ = [
     "ADAPTERS",
