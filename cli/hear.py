@@ -75,13 +75,11 @@ def hear(args: argparse.Namespace, instruction: str, form: str) -> int:
         if not todo:
             return 0
         pipe = load_pipeline(args)
-        settings = {"max_new_tokens": args.max_new_tokens}
+        settings = {"instruction": instruction, "batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
         if args.num_beams:
             settings["num_beams"] = args.num_beams
         # A generator, because a list would be answered only when all of it is done.
-        answers = pipe(
-            (file for file in todo), instruction=instruction, batch_size=args.batch_size, return_timestamps=True, **settings
-        )  # fmt: skip
+        answers = pipe((file for file in todo), return_timestamps=True, **settings)
         # Silent where nobody watches (disable=None) and for a single file.
         with tqdm(
             zip(todo, answers, strict=True), total=len(todo), unit="file", disable=None if todo[1:] else True
