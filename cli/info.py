@@ -100,19 +100,27 @@ def files_of(folder: Path) -> dict[str, str]:
 
 
 def licences(config, folder: Path) -> dict[str, str]:
-    """What is known here of the parts' licences: their model cards, else the encoder family's own statement."""
-    from modeling_audiophi.components_audiophi import resolve_component
+    """What is known of the parts' licences: from their model cards, for an encoder also from its family's own note."""
     from modeling_audiophi.encoders import encoder_class
 
     known = {"checkpoint": card_licence(folder)}
-    for part, base in config.base_components.items():
-        name = {"audio": "encoder", "text": "language model"}[part]
-        try:
-            known[name] = card_licence(Path(resolve_component(base["id"], base["revision"], weights=False)))
-        except (OSError, ValueError):
-            known[name] = None
-    known["encoder"] = getattr(encoder_class(config.audio_config), "weights_licence", None) or known.get("encoder")
-    return {name: licence or "not stated here: see its model card" for name, licence in known.items()}
+    for part, name in (("audio", "encoder"), ("text", "language model")):
+        known[name] = component_licence(config.base_components.get(part))
+    known["encoder"] = getattr(encoder_class(config.audio_config), "weights_licence", None) or known["encoder"]
+    return {name: licence or "not known here: see its model card" for name, licence in known.items()}
+
+
+def component_licence(base: dict | None) -> str | None:
+    """Licence of a base component, by its folder's model card or the Hub's, where that answers."""
+    from huggingface_hub import HfApi
+
+    if base is None or Path(base["id"]).is_dir():
+        return base and card_licence(Path(base["id"]))
+    try:
+        card = HfApi().model_info(base["id"], revision=base["revision"], timeout=5).card_data
+    except Exception:  # the Hub client's errors come from several libraries and share no base class
+        return None
+    return card and card.license
 
 
 def card_licence(folder: Path) -> str | None:

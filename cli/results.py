@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+FIRST = b'{"file": '  # how every line begins
+
 
 class ResultFile:
     """Results as JSON lines at `path` (None: nowhere), each with the `settings` it was made with.
@@ -28,7 +30,7 @@ class ResultFile:
         """Notes what the file holds; returns the number of bytes that are whole lines."""
         size = 0
         for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []):
-            if not line.endswith(b"\n") and line.startswith(b'{"file": '):
+            if not line.endswith(b"\n") and (line.startswith(FIRST) or FIRST.startswith(line)):
                 break
             try:
                 result = json.loads(line)

@@ -68,7 +68,9 @@ class AudioTextToTextPipeline(Pipeline):
         """See the class. `audio=` and `text=` (an instruction, or chats) are what other pipelines of transformers call
         the inputs."""
         if isinstance(text, str):
-            kwargs, text = {"instruction": text, **kwargs}, None
+            if kwargs.setdefault("instruction", text) != text:
+                raise ValueError("text= is the instruction, give only one of them")
+            text = None
         given = [value for value in (inputs, audio, text) if value is not None]
         if len(given) != 1:
             raise ValueError(

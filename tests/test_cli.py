@@ -160,7 +160,7 @@ def test_info_counts_what_the_model_has(checkpoint, make_tiny_model, capsys, tmp
     adapter = sum(parameter.numel() for parameter in model.model.multi_modal_projector.parameters())
     assert f"{adapter / 1e6:.2f} M  mlp" in said and "whisper" in said and "llama" in said and "slim" in said
     assert re.search(r"tokens per second +12.50\n", said) and re.search(r"encoder window +2.0 s", said)
-    assert re.search(r"memory in bfloat16 +\d", said) and "GFLOP" in said and "not stated here" in said
+    assert re.search(r"memory in bfloat16 +\d", said) and "GFLOP" in said and "not known here" in said
     (Path(checkpoint) / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
     assert main(["info", checkpoint]) == 0 and re.search("checkpoint +cc-by-4.0", capsys.readouterr().out)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')

@@ -10,12 +10,15 @@ import pytest
 import soundfile as sf
 import torch
 from transformers import GenerationConfig, TextIteratorStreamer, pipeline
+from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 from transformers.pipelines.pt_utils import KeyDataset
 
 from modeling_audiophi import AudioTextToTextPipeline
 from modeling_audiophi.chunks_audiophi import split_at_pauses
 from modeling_audiophi.pipeline_rows_audiophi import is_one_input
 from processing.prompts import INSTRUCTIONS, TRANSCRIBE_PARAPHRASES
+from training.build import build_model, build_processor
+from training.recipe import recipe_from_dict
 
 RATE = 16_000
 SHORT = {"max_new_tokens": 5}
@@ -138,6 +141,31 @@ def test_instructions_agree_with_training_and_are_kept(parts, tmp_path):
     assert type(processor).from_pretrained(tmp_path).instructions == processor.instructions
 
 
+def test_a_checkpoint_is_asked_as_it_was_trained(tiny_whisper_dir, tiny_llm_dir):
+    recipe = {
+        "name": "tiny",
+        "components": {"audio": tiny_whisper_dir, "text": tiny_llm_dir},
+        "data": {"train": [{"path": "x"}]},
+        "adapter": {"type": "mlp", "hidden_size": 32},
+        "instructions": ["Spell it.", TRANSCRIBE_PARAPHRASES[1]],
+        "stages": [{"name": "lm", "loss": "lm", "steps": 1, "batch_size": 1}],
+    }
+    recipe = recipe_from_dict(recipe)
+    processor = build_processor(recipe)
+    build_model(recipe, processor, None)
+    wordings = processor.instructions["transcribe"]
+    assert wordings[:2] == recipe.instructions and set(wordings) == {"Spell it.", *TRANSCRIBE_PARAPHRASES}
+    assert processor.instructions["caption"] == [INSTRUCTIONS["caption"]]
+
+
+def test_the_files_that_ship_import_only_each_other():
+    file = ROOT / "modeling_audiophi" / "pipeline_audiophi.py"
+    shipped = [Path(name) for name in get_relative_import_files(str(file))]
+    assert {"chunks_audiophi.py", "pipeline_rows_audiophi.py"} <= {path.name for path in shipped}
+    for path in (file, *shipped):
+        assert path.parent == file.parent and "processing" not in get_imports(str(path))
+
+
 def test_tasks_ask_their_wording_and_the_alignment_only_takes_part_in_transcripts(pipe, files, monkeypatch):
     seen = spy_on_generate(monkeypatch, pipe)
 
@@ -174,6 +202,8 @@ def test_generation_arguments(pipe, parts, files, monkeypatch):
         pipe(files, ctc_weight=2.0)
     with pytest.raises(ValueError, match="chunk_length_s"):
         pipe(files[0], chunk_length_s=0.1)
+    with pytest.raises(ValueError, match="only one"):
+        pipe(files[0], text="What?", instruction="caption")
     with pytest.raises(ValueError, match="once"):
         pipe(files[0], audio=files[0])
 
