@@ -205,16 +205,16 @@ class AudioTextToTextPipeline(Pipeline):
         for number, row in enumerate(rows):
             for piece in range(len(row.get("prompts", ()))):
                 groups.setdefault((row["transcript"], row["continued"]), []).append((number, piece))
-        streamer, total = settings.get("streamer"), sum(map(len, groups.values()))
-        if streamer is not None and total > 1:
+        total, stream = sum(map(len, groups.values())), None
+        if settings.get("streamer") is not None and total > 1:
             space = self.tokenizer.encode(" ", add_special_tokens=False)
-            streamer = OneStreamOfSeveral(streamer, space, self._generation_config(settings).eos_token_id)
-            settings = {**settings, "streamer": streamer}
+            stream = OneStreamOfSeveral(settings["streamer"], space, self._generation_config(settings).eos_token_id)
+            settings = {**settings, "streamer": stream}
         for (transcript, continued), places in groups.items():
             for start in range(0, len(places), batch_size):
                 batch = places[start : start + batch_size]
-                if streamer is not None and len(answers) + len(batch) == total:
-                    streamer.last = True
+                if stream is not None:
+                    stream.last = len(answers) + len(batch) == total
                 prompts = [rows[number]["prompts"][piece] for number, piece in batch]
                 answers.update(zip(batch, self._answers(prompts, transcript, continued, settings), strict=True))
         results = []
