@@ -64,6 +64,8 @@ class AudioPhiConfig(PreTrainedConfig):
             (collapsed words, and a token per half second without words).
         align_vocab_size: tokens of the alignment head, the blank not counted; 0 means no head.
         align_spelling: sizes of the head's `Spelling` (entries, buckets, size); None: it knows embeddings only.
+        transcribe_endings: token ids after the audio, to the end, of prompts that ask for a transcript. Only those are
+            decoded with the alignment (`ctc_weight`); None: all are, the model knows no other task.
         window_frames: longest encoder window in feature frames; None takes the encoder's own limit (30 s).
         base_components: {"audio": {"id", "revision"}, "text": {...}}: where frozen weights come from.
         tuned: {"audio": ..., "text": ...}: "frozen", "lora" or "full"; what a slim checkpoint has to keep.
@@ -94,6 +96,7 @@ class AudioPhiConfig(PreTrainedConfig):
     readout: str = "frames"
     align_vocab_size: int = 0
     align_spelling: dict | None = None
+    transcribe_endings: list | None = None
     window_frames: int | None = None
     audio_length_rule: list | None = None
     base_components: dict | None = None

@@ -8,7 +8,13 @@ from transformers import GenerationMixin
 from .ctc_scoring_audiophi import CTCPrefixScorer, alignment_per_prompt
 from .lm_prior_audiophi import LanguageModelPrior
 from .lora_audiophi import without_lora
-from .placeholders_audiophi import check_context, check_placeholders, drop_unused_placeholders, repeat_audio
+from .placeholders_audiophi import (
+    check_context,
+    check_placeholders,
+    drop_unused_placeholders,
+    ends_with,
+    repeat_audio,
+)
 
 AUDIO_INPUTS = (
     "input_features",
@@ -34,8 +40,9 @@ class AudioPhiGenerationMixin(GenerationMixin):
         readout unused placeholders are removed from the prompt while generating; the returned sequences start with
         the prompt as given, and `max_length` / `min_length` count it so.
 
-        For transcripts, the alignment head can have a share in the scores (it knows nothing of other answers). These
-        are arguments, or attributes of the generation config:
+        For transcripts, the alignment head can have a share in the scores. It knows nothing of other answers, so a
+        model of several tasks uses it where the prompt asks for a transcript (`transcribe_endings` of the config).
+        These are arguments, or attributes of the generation config:
             ctc_weight (0): its share, between 0 and 1, see `CTCPrefixScorer`.
             ctc_temperature (1): of its posteriors; CTC is surer of itself than it should be, more makes it less so.
             lm_prior_weight (0): see `LanguageModelPrior`; without effect where ctc_weight is 0.
@@ -106,6 +113,8 @@ class AudioPhiGenerationMixin(GenerationMixin):
         log_probs, lengths = alignment_per_prompt(
             audio.align_logits / fusion["ctc_temperature"], audio.tokens_mask, prompt, self.config.audio_token_id
         )
+        if self.config.transcribe_endings is not None:
+            lengths = lengths * ends_with(prompt, self.config.transcribe_endings)
         vocab_ids = self.model.alignment.vocab_ids
         scorers = [CTCPrefixScorer(log_probs, lengths, vocab_ids, ends, prompt_length, fusion["ctc_weight"])]
         if not fusion["lm_prior_weight"]:

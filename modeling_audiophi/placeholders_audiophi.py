@@ -81,3 +81,13 @@ def repeat_audio(audio_embeds, input_ids, audio_token_id, times):
     """Audio tokens (N, D) of a batch whose rows are each repeated `times` times (beams, several return sequences)."""
     counts = (input_ids == audio_token_id).sum(1).tolist()
     return torch.cat([row.repeat(times, 1) for row in audio_embeds.split(counts)])
+
+
+def ends_with(input_ids, endings):
+    """Whether each row of `input_ids` (B, L), padded on the left, ends with one of `endings` (lists of ids) -> (B,)."""
+    found = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    for ending in endings:
+        if 0 < len(ending) <= input_ids.shape[1]:
+            tail = torch.tensor(ending, device=input_ids.device)
+            found |= (input_ids[:, -len(ending) :] == tail).all(1)
+    return found

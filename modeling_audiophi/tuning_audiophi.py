@@ -1,9 +1,13 @@
-"""What a built model can still be made into: other parts trained, LoRA layers added, another readout."""
+"""What a built model can still be made into: other parts trained, LoRA layers added, another readout, more words."""
 
 import copy
 
+import torch
+
+from .alignment_audiophi import AlignmentHead
 from .lora_audiophi import PARTS, inject_lora, is_lora_key
 from .readouts_audiophi import READOUTS
+from .spelling_audiophi import spell
 
 TUNED = ("frozen", "lora", "full")
 
@@ -57,3 +61,40 @@ class TuningMixin:
         self.model.readout = new.to(weight.device, weight.dtype)
         self.model.match_embeddings()
         new.load_state_dict({k: v for k, v in old.state_dict().items() if k in new.state_dict()}, strict=False)
+
+    @torch.no_grad()
+    def extend_alignment(self, vocab_ids, decode):
+        """Let the alignment head score further tokens of the LLM: words of new training texts.
+
+        A new class has the LLM's embedding and, where the head scores spelling, its n-grams, which were trained on
+        other words; only its bias is unknown and begins at the others' mean.
+
+        Args:
+            vocab_ids: LLM token ids to be scored, those that already are among them or not. decode: id -> its text.
+        Returns the number of new classes. Raises ValueError for a model without an alignment head.
+        """
+        old = self.model.alignment
+        if old is None:
+            raise ValueError("this model has no alignment head to extend: build it with align_vocab_ids")
+        known = old.vocab_ids.tolist()
+        union = sorted(set(known) | {int(index) for index in vocab_ids})
+        if len(union) == len(known):
+            return 0
+        sizes, spellings = self.config.align_spelling, None
+        if sizes:
+            spellings = [spell(decode(index), sizes["buckets"]) for index in union]
+            sizes = {**sizes, "entries": sum(map(len, spellings))}
+        for config in (self.config, self.model.config):
+            config.align_vocab_size, config.align_spelling = len(union), sizes
+        new = AlignmentHead(len(union), len(old.blank), sizes).to(old.blank.device, old.blank.dtype)
+        kept = {k: v for k, v in old.state_dict().items() if k not in ("bias", "vocab_ids")}
+        kept = {k: v for k, v in kept.items() if k not in ("spelling.ngrams", "spelling.starts")}
+        new.load_state_dict(kept, strict=False)
+        new.bias.fill_(old.bias[1:].mean())
+        new.bias[0] = old.bias[0]
+        new.bias[torch.searchsorted(torch.tensor(union), torch.tensor(known)).to(new.bias.device) + 1] = old.bias[1:]
+        new.vocab_ids.copy_(torch.tensor(union))
+        if spellings:
+            new.spelling.match(spellings)
+        self.model.alignment = new
+        return len(union) - len(known)

@@ -88,7 +88,7 @@ class AudioPhiCollator:
                     ],
                 },
                 # With a space, as in running text: so its tokens are the alignment's, first word included.
-                {"role": "assistant", "content": " " + text},
+                {"role": "assistant", "content": " " + text if text else ""},
             ]
             for example, clip, text in zip(examples, clips, texts, strict=True)
         ]

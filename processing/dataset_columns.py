@@ -22,7 +22,7 @@ CAPTION_FEATURES = datasets.Features(
         **FEATURES,
         "captions": datasets.List(datasets.Value("string")),  # all of a clip; `text` is the first. None for transcripts
         "label": datasets.Value("string"),  # the class in words
-        "task": datasets.Value("string"),  # transcribe or caption
+        "task": datasets.Value("string"),  # one of prompts.TASKS
         "instruction": datasets.Value("string"),  # the source's own, None for the task's
     }
 )
@@ -69,5 +69,7 @@ def caption_columns(row: dict, text_column: str | None, label_column: str | None
         given = row.get("captions") or [row[name] for name in row if GIVEN_CAPTIONS.fullmatch(name)]
         captions = captions_of([given] if isinstance(given, str) else given, text, label)
         text = captions[0] if captions else None
+    elif entry["task"] == "no_speech":
+        text = ""
     made = {"text": text, "captions": captions, "label": label}
     return {**made, "task": entry["task"], "instruction": entry["instruction"]}

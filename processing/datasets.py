@@ -37,7 +37,7 @@ from .dataset_columns import (
 from .dataset_files import MANIFEST_SUFFIXES, folder_rows, librispeech_rows, manifest_rows, metadata_file
 from .dataset_registry import KINDS, split_kind
 from .dataset_tables import from_table
-from .prompts import INSTRUCTIONS
+from .prompts import TASKS
 
 SPEC_KEYS = (
     *("path", "split", "weight", "filter", "exclude", "limit", "audio_column", "text_column"),
@@ -72,11 +72,13 @@ def load_audio_dataset(
         streaming: return an IterableDataset that reads as it goes.
         seed: of the weights' random choice.
         label_column: the class of a sound, for `task` caption; None tries LABEL_COLUMNS.
-        task: "transcribe" or "caption"; None = caption for the sets of dataset_registry.py, else transcribe. Captions
-            are a list `captions`, columns caption_1 ..., the text, or made from the class by templates (captions.py).
+        task: "transcribe", "caption" or "no_speech"; None = caption for the sets of dataset_registry.py, else
+            transcribe. "no_speech": whatever the source says, its transcripts are empty (silence, noise, music).
+            Captions are a list `captions`, columns caption_1 ..., the text, or made from the class by templates
+            (captions.py).
     Returns:
-        datasets.Dataset or IterableDataset with the columns of FEATURES, or of CAPTION_FEATURES where any source is for
-        captioning or has an instruction; text, speaker, seconds, label are None where unknown.
+        datasets.Dataset or IterableDataset with the columns of FEATURES, or of CAPTION_FEATURES where any source has
+        another task than transcribe, or an instruction; text, speaker, seconds, label are None where unknown.
     Raises:
         FileNotFoundError, or ValueError naming the data set and what is wrong: no such column, split or key, no rows.
     """
@@ -114,13 +116,13 @@ def _entry(spec, defaults: dict) -> dict:
     given = {**dict.fromkeys(SPEC_KEYS), **defaults, **{key: v for key, v in given.items() if v is not None}}
     given["kind"], given["path"] = split_kind(str(given["path"]))
     given["task"] = given["task"] or ("caption" if given["kind"] else "transcribe")
-    if given["task"] not in INSTRUCTIONS:
-        raise ValueError(f"{given['path']}: task {given['task']!r} is not one of {', '.join(INSTRUCTIONS)}.")
-    if given["kind"] and given["task"] != "caption":
+    if given["task"] not in TASKS:
+        raise ValueError(f"{given['path']}: task {given['task']!r} is not one of {', '.join(TASKS)}.")
+    if given["kind"] and given["task"] == "transcribe":
         raise ValueError(f"{given['path']}: is {given['kind']}, which has no transcripts; leave out task, or caption.")
     if given["audio_folder"] and not given["kind"]:
         raise ValueError(f"{given['path']}: audio_folder is for {', '.join(KINDS)}; manifests name their files.")
-    given["features"] = CAPTION_FEATURES if given["task"] == "caption" or given["instruction"] else FEATURES
+    given["features"] = CAPTION_FEATURES if given["task"] != "transcribe" or given["instruction"] else FEATURES
     for key in ("filter", "exclude"):
         wanted = given.get(key) or {}
         given[key] = {

@@ -264,6 +264,15 @@ class AudioPhiProcessor(ProcessorMixin):
         replacements = [self.replace_audio_token(clip, index) for index, clip in enumerate(clips)]
         return self.pad_audio(clips), replacements
 
+    def prompt_ending(self, instruction: str) -> list[int]:
+        """Token ids after the audio of a prompt that asks `instruction` about a clip, generation prompt included."""
+        content = [{"type": "audio"}, {"type": "text", "text": instruction}]
+        messages = [{"role": "user", "content": content}]
+        text = self.tokenizer.apply_chat_template(
+            messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
+        )
+        return self.tokenizer(text.rpartition(self.audio_token)[2], add_special_tokens=False)["input_ids"]
+
     def replace_audio_token(self, audio_inputs: dict, audio_idx: int, **kwargs) -> str:
         """The placeholders of one clip."""
         return self.audio_token * audio_inputs["num_audio_tokens"]

@@ -8,9 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modeling_audiophi import AudioPhiForConditionalGeneration
 from modeling_audiophi.alignment_audiophi import AlignmentHead
 from modeling_audiophi.ctc_loss_audiophi import ctc_negative_log_likelihood
 from modeling_audiophi.lengths_audiophi import length_mask
+from tests.conftest import prompts, random_like_trained
 
 VOCAB_IDS = torch.tensor([3, 7, 8, 20])
 TABLE = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
@@ -110,3 +112,48 @@ def test_greedy_merges_repeats_and_drops_blanks():
     logits = path_logits([0, 1, 1, 0, 1, 2, 2, 0, 4])
     assert head.greedy(logits, torch.ones(1, 9, dtype=torch.bool)) == [[3, 3, 7, 20]]
     assert head.greedy(logits, length_mask(torch.tensor([2]), 9)) == [[3]]
+
+
+@pytest.mark.parametrize("spelling", [None, {"buckets": 200, "size": 8}])
+def test_the_vocabulary_can_be_extended(make_tiny_model, waveform, spelling):
+    _, processor = make_tiny_model()
+    decode = lambda index: processor.tokenizer.decode([index])  # noqa: E731
+    if spelling:
+        spelling = {**spelling, "texts": [decode(index) for index in range(10, 310)]}
+    model, processor = make_tiny_model(align_spelling=spelling, readout="collapse")
+    random_like_trained(model)
+    inputs = prompts(processor, [[waveform(0.8)]])
+    audio = {name: value for name, value in inputs.items() if name.startswith(("input_feat", "audio_"))}
+
+    def logits():
+        return model.get_audio_features(**audio, with_alignment=True).align_logits
+
+    before, readout = logits(), model.model.readout.state_dict()
+    with torch.no_grad():  # a new class the size of the others, so that the blank can be told from it
+        model.model.alignment.bias.normal_()
+    before = logits()
+    assert model.extend_alignment([5, 20, 309, 320], decode) == 2
+    after = logits()
+    assert model.model.alignment.vocab_ids.tolist() == [5, *range(10, 310), 320]
+    assert torch.allclose(after[..., [0, *range(2, 302)]], before, atol=1e-5)
+    assert (after[..., 1] != after[..., -1]).all()  # each scored by its own embedding
+    assert all(torch.equal(value, readout[name]) for name, value in model.model.readout.state_dict().items())
+    assert model.extend_alignment([5, 320], decode) == 0
+
+
+def test_an_extended_model_is_saved_with_its_new_words(make_tiny_model, tmp_path):
+    _, processor = make_tiny_model()
+    decode = lambda index: processor.tokenizer.decode([index])  # noqa: E731
+    texts = [decode(index) for index in range(10, 310)]
+    model, _ = make_tiny_model(align_spelling={"texts": texts, "buckets": 200, "size": 8})
+    model.extend_alignment([5, 320], decode)
+    model.save_pretrained(tmp_path)
+    again = AudioPhiForConditionalGeneration.from_pretrained(tmp_path)
+    for name, value in model.model.alignment.state_dict().items():
+        assert torch.equal(value, again.model.alignment.state_dict()[name]), name
+
+
+def test_a_model_without_alignment_cannot_be_extended(make_tiny_model):
+    model, _ = make_tiny_model(align=False)
+    with pytest.raises(ValueError, match="no alignment head"):
+        model.extend_alignment([5], str)

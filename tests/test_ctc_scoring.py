@@ -1,5 +1,6 @@
 """Joint decoding: prefix scores against enumeration of all paths, and what they do to `generate`."""
 
+import copy
 import itertools
 import math
 
@@ -9,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_audiophi.ctc_scoring_audiophi import CTCPrefixScorer, alignment_per_prompt
-from tests.conftest import prompts
+from processing.chat_templates import AUDIO_PLACEHOLDER, TEMPLATES
+from tests.conftest import message, prompts
 
 VOCAB_IDS = torch.tensor([3, 7, 8])
 END = 1
@@ -161,3 +163,34 @@ def test_the_weight_is_saved_with_the_generation_config(make_tiny_model, wavefor
     again = type(model).from_pretrained(tmp_path)
     assert again.generation_config.ctc_weight == 0.5
     assert torch.equal(again.generate(**inputs, **settings), expected)
+
+
+def test_only_prompts_that_ask_for_a_transcript_are_decoded_with_the_alignment(make_tiny_model, waveform):
+    model, processor = make_tiny_model(readout="collapse")
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": 3}
+    clip, asked = waveform(0.9), ("Transcribe the speech.", "Describe the sound.")
+    messages = [message([clip], text) for text in asked]
+    inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    joint = model.generate(**inputs, **settings, ctc_weight=0.9)
+    plain = model.generate(**inputs, **settings, ctc_weight=0.0)
+    assert not torch.equal(joint[0], plain[0]) and not torch.equal(joint[1], plain[1])
+    model.config.transcribe_endings = [processor.prompt_ending(text) for text in ("Write it.", asked[0])]
+    try:
+        gated = model.generate(**inputs, **settings, ctc_weight=0.9)
+        assert torch.equal(gated[0], joint[0]) and torch.equal(gated[1], plain[1])
+    finally:
+        model.config.transcribe_endings = None
+
+
+@pytest.mark.parametrize("template", ["chatml", "plain", "phi", "llama3"])
+def test_a_prompt_ends_as_the_processor_says(make_tiny_model, waveform, template):
+    _, processor = make_tiny_model()
+    processor = copy.copy(processor)
+    processor.tokenizer = copy.deepcopy(processor.tokenizer)
+    processor.tokenizer.add_special_tokens({"bos_token": processor.tokenizer.eos_token})
+    processor.chat_template = TEMPLATES[template].replace(AUDIO_PLACEHOLDER, processor.audio_token)
+    prompt = processor.apply_chat_template(
+        message([waveform(0.4)], "What is said?"), add_generation_prompt=True, tokenize=True, return_dict=True
+    )["input_ids"][0].tolist()
+    ending = processor.prompt_ending("What is said?")
+    assert prompt[-len(ending) :] == ending and prompt[-len(ending) - 1] == processor.audio_token_id

@@ -9,6 +9,8 @@ from modeling_audiophi.lengths_audiophi import length_mask
 from modeling_audiophi.readouts_audiophi import READOUTS, SHARPNESS, SOUND_FRAMES, CollapseReadout, MixedReadout
 from tests.conftest import prompts
 from tests.test_alignment import TABLE, VOCAB_IDS, build_head, path_logits
+from training.build import apply_tuning
+from training.recipe import Stage, Tune
 
 
 def zero_readout():
@@ -141,3 +143,13 @@ def test_a_readout_that_does_not_fit_is_refused(make_tiny_model):
         with pytest.raises(ValueError, match=message):
             model.set_readout(name)
     assert model.config.readout == "frames"
+
+
+def test_a_stage_can_train_the_readout_alone(make_tiny_model):
+    model, _ = make_tiny_model(readout="mixed")
+    apply_tuning(model, Stage("lm", "lm", Tune(adapter="frozen", readout="full")))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {f"model.readout.{name}" for name, _ in model.model.readout.named_parameters()}
+    apply_tuning(model, Stage("lm", "lm", Tune(adapter="full", readout="frozen")))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and not any(name.startswith("model.readout.") for name in trained)

@@ -1,6 +1,7 @@
 """Training with captions: what is drawn for a row, what the losses get, and the recipes on official layouts."""
 
 import json
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from training.bad_rows import BadRows
 from training.batches import Draw
 from training.corpus import Corpus, TrainingSet, draw_words
 from training.recipe import RecipeError, Source, load_recipe, recipe_from_dict
+from training.stage_data import with_transcripts
 from training.stages import run_recipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -81,6 +83,31 @@ def test_a_mixture_trains_each_task_with_its_own_words(librispeech, clotho, make
     assert (targets[0] >= 0).any() and not (targets[1] >= 0).any(), "a caption's CTC target is empty"
 
 
+def test_audio_without_speech_is_to_be_transcribed_as_nothing(librispeech, esc50, make_tiny_model, tmp_path):
+    sources = [
+        Source(path=str(librispeech), split="dev-clean"),
+        Source(path=str(esc50), task="no_speech"),
+        Source(path=str(esc50)),
+    ]
+    corpus = Corpus(sources, BadRows(tmp_path / "bad.jsonl", 0))
+    assert [row.task for row in corpus.rows[6:]] == ["no_speech"] * 4 + ["caption"] * 4
+    assert len(with_transcripts(types.SimpleNamespace(say=print), corpus)) == 10
+    _, processor = make_tiny_model()
+    rows = TrainingSet(corpus, processor, None, ["Write."])
+    examples = [rows[Draw(number, 0, 1.0)] for number in (0, 6)]
+    assert examples[1]["text"] == "" and examples[1]["instruction"] == "Write."
+    batch = AudioPhiCollator(processor, mode="both", align_tokenizer=AlignmentTokenizer(processor.tokenizer))(examples)
+    assert (batch["align_labels"][0] >= 0).any() and not (batch["align_labels"][1] >= 0).any()
+    labels = batch["labels"][1]
+    assert labels[labels >= 0].tolist() == [processor.tokenizer.eos_token_id], "the end is all there is to say"
+
+
+def test_the_development_set_needs_words(settings, esc50):
+    data = {"train": [{"path": str(esc50)}], "eval": [{"path": str(esc50), "task": "no_speech"}]}
+    with pytest.raises(RecipeError, match="no_speech is for training only"):
+        recipe_from_dict(settings({"name": "lm", "loss": "lm"}, data=data))
+
+
 @pytest.fixture
 def settings(tmp_path, tiny_whisper_dir, tiny_llm_dir):
     def make(*stages, **keys):
@@ -122,7 +149,8 @@ def test_captions_alone_cannot_be_aligned(settings, esc50):
 
 
 def test_a_stream_of_both_tasks_trains(settings, librispeech, esc50, tmp_path):
-    data = {"train": [{"path": str(librispeech), "split": "dev-clean"}, {"path": str(esc50)}], "streaming": True}
+    sounds = [{"path": str(esc50)}, {"path": str(esc50), "task": "no_speech"}]
+    data = {"train": [{"path": str(librispeech), "split": "dev-clean"}, *sounds], "streaming": True}
     stages = ({"name": "align", "loss": "align"}, {"name": "lm", "loss": "lm"})
     final = run_recipe(recipe_from_dict(settings(*stages, data=data, alignment={"merges": 20})))
     assert (final / "model.safetensors").exists()

@@ -1,6 +1,7 @@
 """Recipe -> model and processor that fit each other, and which parameters a stage trains."""
 
 import json
+from functools import partial
 
 import torch
 
@@ -44,6 +45,8 @@ def build_model(
         model = AudioPhiForConditionalGeneration.from_pretrained(recipe.init_from, dtype=torch.float32)
         if recipe.readout not in (None, model.config.readout):
             model.set_readout(recipe.readout)
+        if align_vocab_ids is not None:
+            model.extend_alignment(align_vocab_ids, partial(decode_token, processor.tokenizer))
     else:
         components = recipe.components
         try:
@@ -96,8 +99,13 @@ def align_spelling(recipe: Recipe, processor: AudioPhiProcessor, align_vocab_ids
     """What `from_components` needs to score spelling; None for a recipe that does not want it."""
     if align_vocab_ids is None or not recipe.alignment.spelling:
         return None
-    texts = [processor.tokenizer.decode([index], clean_up_tokenization_spaces=False) for index in align_vocab_ids]
+    texts = [decode_token(processor.tokenizer, index) for index in align_vocab_ids]
     return {"texts": texts, "buckets": recipe.alignment.ngrams, "size": recipe.alignment.spelling}
+
+
+def decode_token(tokenizer, index: int) -> str:
+    """One token's text, with its leading space."""
+    return tokenizer.decode([index], clean_up_tokenization_spaces=False)
 
 
 def full_align_vocab(tokenizer, merges: int | None) -> list[int]:
@@ -156,7 +164,8 @@ def apply_tuning(model: AudioPhiForConditionalGeneration, stage: Stage) -> None:
     unused = unused_parameters(model, stage)
     for name, parameter in model.named_parameters():
         if part_of(name) == "adapter":
-            parameter.requires_grad_(stage.tune.adapter == "full" and not name.startswith(unused))
+            readout = name.startswith("model.readout.") and stage.tune.readout
+            parameter.requires_grad_((readout or stage.tune.adapter) == "full" and not name.startswith(unused))
 
 
 def unused_parameters(model: AudioPhiForConditionalGeneration, stage: Stage) -> tuple[str, ...]:

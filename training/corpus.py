@@ -78,7 +78,7 @@ class Corpus:
     def _add(self, number: int, index: int, row: dict, text_case: str) -> None:
         source = self.sources[number]
         row_id = row["id"] or f"row-{index}"
-        if not normalise_transcript(row["text"] or "", text_case):
+        if lacks_text(row, text_case):
             self.bad.add(source.path, row_id, "has no text")
             return
         if self.incomplete[number] and not Path(row["audio"]["path"]).exists():
@@ -139,6 +139,11 @@ def source_spec(source: Source) -> dict:
     business."""
     spec = dataclasses.asdict(source)
     return {key: value for key, value in spec.items() if key not in ("weight", "max_seconds") and value is not None}
+
+
+def lacks_text(row: dict, text_case: str) -> bool:
+    """Whether a row that should have words has none."""
+    return row.get("task") != "no_speech" and not normalise_transcript(row["text"] or "", text_case)
 
 
 def measure_seconds(row: dict) -> float:
@@ -232,7 +237,7 @@ class TrainingSet(Dataset):
         caption_instructions: Sequence[str] = (DESCRIBE,),
     ):
         self.corpus, self.processor, self.cache = corpus, processor, cache
-        self.instructions = {"transcribe": instructions, "caption": caption_instructions}
+        self.instructions = task_instructions(instructions, caption_instructions)
         self.seed, self.time_stretch = seed, time_stretch
 
     def __len__(self) -> int:
@@ -260,6 +265,11 @@ class TrainingSet(Dataset):
             audio = self.processor.encode_audio((waveform, self.processor.sampling_rate))
         words = draw_words(row._asdict(), self.instructions, self.seed, draw.epoch, draw.row)
         return {**audio, **words, "id": draw.row, "epoch": draw.epoch}
+
+
+def task_instructions(instructions: Sequence[str], caption_instructions: Sequence[str]) -> dict[str, Sequence[str]]:
+    """What the user may ask, by task."""
+    return {"transcribe": instructions, "no_speech": instructions, "caption": caption_instructions}
 
 
 def draw_words(row: dict, instructions: dict[str, Sequence[str]], seed: int, epoch: int, number: int) -> dict:
@@ -315,7 +325,7 @@ class StreamingSet(IterableDataset):
         specs = [
             {**source_spec(source), **({"weight": source.weight} if source.weight else {})} for source in self.sources
         ]
-        instructions = {"transcribe": self.recipe.instructions, "caption": self.recipe.caption_instructions}
+        instructions = task_instructions(self.recipe.instructions, self.recipe.caption_instructions)
         incomplete = any(missing_audio_is_normal(source.path) for source in self.sources)
         rate, speeds, seed = self.processor.sampling_rate, self.recipe.data.speeds, self.recipe.seed
         for number, row in enumerate(load_audio_dataset(specs, streaming=True, seed=seed + epoch)):
@@ -324,9 +334,9 @@ class StreamingSet(IterableDataset):
             if captioned and self.stage.loss == "align":
                 continue  # captions have no order to align
             try:
-                waveform = read_clip(row, rate, require_text=True)
-                if not normalise_transcript(row["text"], self.recipe.text_case):
+                if lacks_text(row, self.recipe.text_case):
                     raise AudioError("has no text")
+                waveform = read_clip(row, rate)
             except (AudioError, OSError) as error:
                 self.bad.total = 0  # unknown: checked below against the rows seen so far
                 absent = incomplete and captioned and not Path(row["audio"]["path"]).exists()

@@ -54,10 +54,11 @@ class Source:
 
     `weight`: the source's share of an epoch's draws is its weight over the sum of weights (no weights: every row once).
     `filter` keeps and `exclude` drops rows by the values of a column, e.g. `{speaker: ["1272"]}`. `limit` keeps the
-    first rows. Rows longer than `max_seconds` are left out (not counted as bad). `task`: transcribe, or caption for
-    sounds (the default of Clotho, AudioCaps, ESC-50 and UrbanSound8K, which may be given as `clotho:FOLDER` ...), with
-    captions of the source or by templates from `label_column`; the task decides what the user asks, unless the source
-    has its own `instruction`. `audio_folder`: where the audio of such a set is, if not beside its CSVs.
+    first rows. Rows longer than `max_seconds` are left out (not counted as bad). `task`: transcribe; no_speech for
+    audio in which nobody speaks, whose transcript is empty; caption for sounds (the default of Clotho, AudioCaps,
+    ESC-50, UrbanSound8K, which may be given as `clotho:FOLDER` ...), with captions of the source or by templates from
+    `label_column`. The task decides what the user asks, unless the source has its own `instruction`. `audio_folder`:
+    where the audio of such a set is, if not beside its CSVs.
     """
 
     path: str
@@ -67,7 +68,7 @@ class Source:
     text_column: str | None = None
     label_column: str | None = None
     audio_folder: str | None = None
-    task: Literal["transcribe", "caption"] | None = None
+    task: Literal["transcribe", "caption", "no_speech"] | None = None
     instruction: str | None = None
     filter: dict[str, list] | None = None
     exclude: dict[str, list] | None = None
@@ -98,10 +99,12 @@ class Evaluation:
 
 @dataclass
 class Tune:
-    """What a stage trains. `adapter` covers the adapter, the alignment head, the readout and a learned layer mix."""
+    """What a stage trains. `adapter` covers the adapter, the alignment head, the readout and a learned layer mix;
+    `readout` says otherwise of the readout alone."""
 
     encoder: Literal["frozen", "full", "lora"] = "frozen"
     adapter: Literal["frozen", "full"] = "full"
+    readout: Literal["frozen", "full"] | None = None
     llm: Literal["frozen", "full", "lora"] = "frozen"
 
 
@@ -277,6 +280,10 @@ def _check(recipe: Recipe) -> None:
         recipe.readout in ("collapse", "mixed") and recipe.alignment is None and recipe.init_from is None,
         f"readout: {recipe.readout} needs the alignment head; add `alignment: {{merges: null}}`",
     )
+    refuse(
+        any(source.task == "no_speech" for source in recipe.data.eval),
+        "data.eval: task no_speech is for training only, without words there is no error rate",
+    )
     names = [stage.name for stage in recipe.stages]
     refuse(len(set(names)) < len(names), f"stages: names must differ, got {', '.join(names)}")
     for i, stage in enumerate(recipe.stages):
@@ -294,7 +301,7 @@ def _check(recipe: Recipe) -> None:
             value = getattr(stage, key)
             refuse(value is not None and value <= 0, f"{at}.{key} must be above 0, got {value}")
         refuse(
-            {stage.tune.encoder, stage.tune.adapter, stage.tune.llm} == {"frozen"},
+            {stage.tune.encoder, stage.tune.adapter, stage.tune.llm, stage.tune.readout or "frozen"} == {"frozen"},
             f"{at}.tune: everything is frozen, there is nothing to train",
         )
         refuse(
@@ -304,6 +311,10 @@ def _check(recipe: Recipe) -> None:
         refuse(
             stage.loss == "align" and stage.tune.llm != "frozen",
             f"{at}.tune.llm: the align loss does not run the LLM, so it cannot tune it; use frozen, or loss: both",
+        )
+        refuse(
+            stage.loss == "align" and stage.tune.adapter == "frozen" and stage.tune.encoder == "frozen",
+            f"{at}.tune: the align loss reaches encoder and adapter only, and both are frozen",
         )
         refuse(
             stage.tune.llm == "full" and recipe.components.quantize_text != "none",

@@ -106,7 +106,7 @@ def stage_data(run: "Run", stage: Stage, number: int, arguments: TrainingArgumen
 
 def with_transcripts(run: "Run", corpus: Corpus) -> Corpus:
     """The corpus without captioned clips: CTC needs words in the order in which they are heard."""
-    rows = [row for row in corpus.rows if row.task == "transcribe"]
+    rows = [row for row in corpus.rows if row.task != "caption"]
     if len(rows) == len(corpus):
         return corpus
     if not rows:

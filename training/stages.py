@@ -8,6 +8,7 @@ same command again skips finished stages and resumes the one that was cut short.
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,6 +94,14 @@ def run_recipe(recipe: Recipe) -> Path:
     return folder / "final"
 
 
+def knows_captions(recipe: Recipe, corpora: Iterable[Corpus]) -> bool:
+    """Whether the model learns more than to transcribe, so that what it is asked matters for the decoding."""
+    sources = [source for stage in recipe.stages for source in stage.data or recipe.data.train]
+    return any(source.task == "caption" for source in sources) or any(
+        row.task == "caption" for corpus in corpora for row in corpus.rows
+    )
+
+
 def check_same_recipe(recipe: Recipe, path: Path) -> None:
     """RecipeError naming what differs when `path` holds the recipe of a run that cannot be continued with this one."""
     if not path.exists():
@@ -133,6 +142,8 @@ def prepare(recipe: Recipe, folder: Path) -> Run:
     elif align_tokenizer is not None:
         vocab = align_tokenizer.vocab(text for corpus in corpora.values() for text in corpus.texts(recipe.text_case))
     model = build_model(recipe, processor, vocab)
+    if knows_captions(recipe, corpora.values()):
+        model.config.transcribe_endings = [processor.prompt_ending(words) for words in recipe.instructions]
     if recipe.data.eval:
         eval_bad = BadRows(folder / "bad_rows_eval.jsonl", 1.0)
         development = Development(
