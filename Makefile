@@ -19,7 +19,7 @@ ifneq ($(LIBRISPEECH),)
 		--output_dir $(RUN)/eval-librispeech --show 8
 endif
 	@echo "model: $(RUN)/final   curves: $(RUN)/curves.png   transcripts: $(RUN)/eval/predictions.jsonl"
-	@echo "your own file: $(BIN)/python transcribe.py FILE --model $(RUN)/final"
+	@echo "your own file: $(BIN)/audiophi transcribe FILE --model $(RUN)/final"
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10

@@ -1,6 +1,7 @@
 """AudioPhi's model. Importing this package registers it with transformers' Auto classes."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from processing.processing_audiophi import AudioPhiProcessor
 
@@ -14,12 +15,18 @@ from .encoders import ENCODERS
 from .modeling_audiophi import AudioPhiForConditionalGeneration, AudioPhiModel, AudioPhiPreTrainedModel
 from .modeling_languagebind_audio import LanguageBindAudioModel
 from .modeling_xeus import XeusModel
+from .pipeline_audiophi import AudioTextToTextPipeline
 
 AutoConfig.register("audiophi", AudioPhiConfig, exist_ok=True)
 AutoConfig.register("audiophi_adapter", AudioPhiAdapterConfig, exist_ok=True)
 AutoModel.register(AudioPhiConfig, AudioPhiForConditionalGeneration, exist_ok=True)
 AutoModelForMultimodalLM.register(AudioPhiConfig, AudioPhiForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(AudioPhiConfig, AudioPhiProcessor, exist_ok=True)
+if "audio-text-to-text" not in PIPELINE_REGISTRY.get_supported_tasks():  # should transformers have one of its own
+    PIPELINE_REGISTRY.register_pipeline(
+        "audio-text-to-text", AudioTextToTextPipeline, pt_model=AutoModelForMultimodalLM, type="multimodal"
+    )
+AudioPhiConfig.pipeline_is_registered = True
 
 __all__ = [
     "ADAPTERS",
@@ -30,6 +37,7 @@ __all__ = [
     "AudioPhiForConditionalGeneration",
     "AudioPhiModel",
     "AudioPhiPreTrainedModel",
+    "AudioTextToTextPipeline",
     "LanguageBindAudioConfig",
     "LanguageBindAudioModel",
     "XeusConfig",

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
-from .configuration_audiophi import AudioPhiAdapterConfig, AudioPhiConfig
+from .configuration_audiophi import CUSTOM_PIPELINES, AudioPhiAdapterConfig, AudioPhiConfig
 from .convert_languagebind_audio import converted_component
 from .convert_xeus import xeus_component
 from .encoders import change_settings, encoder_class, warn_of_licence
@@ -327,10 +327,12 @@ class ComponentsMixin:
         if not slim or self.config.tuned["audio"] == "full":
             warn_of_licence(self.config.audio_config, save_directory)
         before, self.config.slim = self.config.slim, slim
+        self.config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)  # in files only: loading takes it as remote code
         try:
             super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
         finally:
             self.config.slim = before
+            del self.config.custom_pipelines
 
     def slim_state_dict(self, state_dict=None):
         """What a slim checkpoint holds, out of `state_dict` (default: the model's)."""

@@ -8,6 +8,14 @@ from .encoders import encoder_class
 from .lengths_audiophi import output_length
 from .readouts_audiophi import READOUTS
 
+# Written into a checkpoint's config: what `pipeline("audio-text-to-text", …, trust_remote_code=True)` loads from it.
+CUSTOM_PIPELINES = {
+    "audio-text-to-text": {
+        "impl": "pipeline_audiophi.AudioTextToTextPipeline",
+        "pt": ["AutoModelForMultimodalLM"],
+    }
+}
+
 
 class AudioPhiAdapterConfig(PreTrainedConfig):
     """The adapter between encoder and language model.
@@ -70,6 +78,9 @@ class AudioPhiConfig(PreTrainedConfig):
     adapter.
     """
 
+    # True where the package is installed, which registers the pipeline: transformers must not ask for remote code then.
+    pipeline_is_registered = False
+
     model_type = "audiophi"
     sub_configs_defaults = {
         "audio_config": SubConfigSpec(config_class=AutoConfig, model_type="whisper"),
@@ -97,6 +108,8 @@ class AudioPhiConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs):
+        if self.pipeline_is_registered:
+            kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
         encoder = encoder_class(self.audio_config)
         self.audio_length_rule = [

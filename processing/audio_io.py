@@ -88,9 +88,10 @@ def decode_bytes(data: bytes, name: str) -> tuple[np.ndarray, int]:
             expected, rate = file.frames, file.samplerate
             array = file.read(dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
+        reason = error.error_string  # the whole message would name a buffer in memory
         if data[:4] in (b"RIFF", b"fLaC", b"OggS"):
-            raise AudioError(f"{name}: damaged or truncated audio file ({error}).") from error
-        return _decode_with_torchcodec(data, name, error)
+            raise AudioError(f"{name}: damaged or truncated audio file ({reason}).") from error
+        return _decode_with_torchcodec(data, name, reason)
     if len(array) < expected:
         raise AudioError(f"{name}: truncated file, {len(array)} of the {expected} samples that its header announces.")
     return array, rate
@@ -175,11 +176,12 @@ def _read_path(path: str, name: str) -> tuple[np.ndarray, int]:
 
 
 def _read_dict(source: dict, source_rate: int | None, name: str | None) -> tuple[np.ndarray, int, str]:
-    """`datasets` Audio ({"path", "bytes"} or {"array", "sampling_rate"}) and the audio items of chat messages."""
+    """`datasets` Audio ({"path", "bytes"} or {"array", "sampling_rate"}), transformers' pipelines ({"raw",
+    "sampling_rate"}) and the audio items of chat messages."""
     rate = source.get("sampling_rate", source_rate)
     path = source.get("path") or source.get("url")
     name = name or path
-    for key in ("array", "audio"):
+    for key in ("array", "raw", "audio"):
         if source.get(key) is not None:
             return read_source(source[key], rate, name)
     if source.get("bytes") is not None:
@@ -219,15 +221,15 @@ def _check_complete(data: bytes, name: str) -> None:
             raise AudioError(f"{name}: truncated file, the Ogg stream has no end-of-stream page.")
 
 
-def _decode_with_torchcodec(data: bytes, name: str, error: Exception) -> tuple[np.ndarray, int]:
+def _decode_with_torchcodec(data: bytes, name: str, reason: str) -> tuple[np.ndarray, int]:
     try:
         from torchcodec.decoders import AudioDecoder
     except (ImportError, OSError, RuntimeError):
-        raise AudioError(f"{name}: not an audio file that libsndfile can read ({error}).") from error
+        raise AudioError(f"{name}: not an audio file that libsndfile can read ({reason}).") from None
     try:
         samples = AudioDecoder(data).get_all_samples()
     except (RuntimeError, ValueError) as codec_error:
         raise AudioError(
-            f"{name}: not audio (neither libsndfile nor torchcodec can decode it: {error})"
+            f"{name}: not audio (neither libsndfile nor torchcodec can decode it: {reason})"
         ) from codec_error
     return samples.data.numpy(), int(samples.sample_rate)

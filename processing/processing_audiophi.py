@@ -20,6 +20,7 @@ from transformers.processing_utils import ProcessorMixin
 from .audio_io import load_audio
 from .chat_templates import AUDIO_PLACEHOLDER, named_template, training_template
 from .feature_extraction_languagebind_audio import LanguageBindAudioFeatureExtractor  # noqa: F401  (registers itself)
+from .prompts import WORDINGS
 from .window_features import WindowFeatures, window_features, window_lengths
 
 # Special tokens that LLM makers left unused; one of them serves as placeholder where the vocabulary has no free row.
@@ -58,6 +59,8 @@ class AudioPhiProcessor(ProcessorMixin):
         audio_length_rule: [[kernel, stride, padding, multiply], …], feature frames to audio tokens; see `count_tokens`.
         window_frames: feature frames that the encoder takes at once; longer clips are cut into windows of equal length.
             None = no limit.
+        instructions: {task: wordings}, how the model was asked in training, by default as in prompts.py; the first
+            wording of a task is what the pipeline asks where the user only names the task.
 
     Output of a call: `input_ids` and `attention_mask` (batch, length); `input_features` or `input_values` with their
     mask, one row per *window*, in the order of the prompts; `audio_num_windows` (clips,), how many rows each clip has.
@@ -71,6 +74,7 @@ class AudioPhiProcessor(ProcessorMixin):
         audio_token=AUDIO_PLACEHOLDER,
         audio_length_rule=None,
         window_frames=None,
+        instructions=None,
     ):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -80,6 +84,7 @@ class AudioPhiProcessor(ProcessorMixin):
             raise ValueError(f"audio_token {audio_token!r} is not in the vocabulary of {tokenizer.name_or_path}.")
         self.audio_length_rule = audio_length_rule
         self.window_frames = window_frames
+        self.instructions = {task: list(wordings) for task, wordings in (instructions or WORDINGS).items()}
         chat_template = chat_template or training_template(tokenizer, audio_token)
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
 

@@ -12,7 +12,8 @@ TRANSCRIBE_PARAPHRASES = (
 
 DESCRIBE = "Describe the sound."
 
-# What a row can be trained on and evaluated for, and what the user then asks by default.
-INSTRUCTIONS = {"transcribe": TRANSCRIBE, "caption": DESCRIBE}
+# What a row can be trained on and evaluated for, how a user may ask for it, and how one does by default: the first.
+WORDINGS = {"transcribe": TRANSCRIBE_PARAPHRASES, "caption": (DESCRIBE,)}
+INSTRUCTIONS = {task: wordings[0] for task, wordings in WORDINGS.items()}
 # "no_speech": asked to transcribe audio in which nobody speaks. Training alone: without words there is no error rate.
 TASKS = (*INSTRUCTIONS, "no_speech")

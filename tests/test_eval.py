@@ -1,4 +1,4 @@
-"""eval.py and transcribe.py, on a tiny checkpoint and generated audio."""
+"""eval.py, on a tiny checkpoint and generated audio."""
 
 import json
 import shutil
@@ -10,7 +10,6 @@ import soundfile as sf
 import torch
 
 import eval as eval_script
-import transcribe as transcribe_script
 from evaluation.predictions import PredictionFile, fingerprint
 from evaluation.scoring import AudioPhiTranscriber, transcribe_dataset, transcribe_silence
 from processing.datasets import load_audio_dataset
@@ -195,23 +194,6 @@ def test_silence_is_decoded_once_per_length(waveform):
 
     heard = transcribe_silence([1.1, 1.3, 1.5, 0.2], transcribe)
     assert sorted(calls) == [8_000, 24_000] and heard == {0.5: "8000", 1.5: "24000"}
-
-
-def test_transcribe_command_line(checkpoint, corpus, capsys):
-    files = [str(corpus / "clip0.wav"), str(corpus / "clip1.wav")]
-    options = ["--model", checkpoint, "--max_new_tokens", "5", "--device", "cpu"]
-    assert transcribe_script.main([*files, *options]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(": ")[0] for line in lines if line.startswith(str(corpus))] == files
-    assert transcribe_script.main([files[0], str(corpus / "missing.wav"), *options]) == 1
-    assert "missing.wav" in capsys.readouterr().err
-
-
-def test_transcribe_in_python_resamples_and_refuses_arrays_without_a_rate(checkpoint, waveform):
-    transcribe = transcribe_script.load(checkpoint, max_new_tokens=5, device="cpu")
-    assert isinstance(transcribe(waveform(0.5), 16_000), str)
-    with pytest.raises(ValueError, match="rate"):
-        transcribe(waveform(0.5))
 
 
 @pytest.mark.slow

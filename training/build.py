@@ -71,6 +71,9 @@ def build_model(
         quantize_text(model)
     set_generation(model, recipe)
     processor.match_model(model.config)
+    # The pipeline asks as the model was asked; other usual wordings are known to mean the same.
+    for task, asked in (("transcribe", recipe.instructions), ("caption", recipe.caption_instructions)):
+        processor.instructions[task] = list(dict.fromkeys([*asked, *processor.instructions[task]]))
     return model
 
 

@@ -1,0 +1,196 @@
+"""The command line, on a tiny checkpoint: what is printed and written, resuming, bad files, exit codes."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+
+from cli.hear import clock
+from cli.main import main
+
+ROOT = Path(__file__).resolve().parents[1]
+TIME = r"(\d\d):(\d\d):(\d\d),(\d\d\d)"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, make_tiny_model):
+    model, processor = make_tiny_model(adapter="mlp", readout="frames")
+    path = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def clips(tmp_path, waveform):
+    """A folder with three clips, the last one longer than the tiny Whisper's window of 2 s, and a text."""
+    folder = tmp_path / "clips"
+    (folder / "inside").mkdir(parents=True)
+    for index, (name, seconds) in enumerate((("a.wav", 0.5), ("inside/b.FLAC", 0.7), ("z.wav", 5.0))):
+        sf.write(folder / name, waveform(seconds, seed=index), 16_000)
+    (folder / "notes.txt").write_text("no audio")
+    return folder
+
+
+@pytest.fixture
+def audiophi(checkpoint):
+    """audiophi(command, *arguments) -> exit code, on the tiny checkpoint."""
+
+    def run(command, *arguments):
+        options = ["--model", checkpoint, "--max_new_tokens", "5", "--device", "cpu"]
+        return main([command, *map(str, arguments), *options])
+
+    return run
+
+
+def lines_of(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_file_is_transcribed_as_text_and_several_with_their_names(audiophi, clips, capsys):
+    assert audiophi("transcribe", clips / "a.wav") == 0
+    text = capsys.readouterr().out
+    assert text.strip() and "a.wav" not in text
+    assert audiophi("transcribe", clips, clips / "a.wav", "--batch_size", "2") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [str(clips / n) for n in ("a.wav", "inside/b.FLAC", "z.wav")]
+    assert lines[0] == f"{clips / 'a.wav'}: {text.strip()}"
+
+
+def test_json_and_subtitles_of_a_long_recording_agree(audiophi, clips, capsys):
+    assert audiophi("transcribe", clips / "z.wav", "--format", "json") == 0
+    (result,) = lines_of(capsys.readouterr().out)
+    chunks = result["chunks"]
+    assert result["file"] == str(clips / "z.wav") and len(chunks) > 2
+    assert chunks[0]["start"] == 0 and chunks[-1]["end"] == 5.0
+    assert result["text"] == " ".join(chunk["text"] for chunk in chunks if chunk["text"])
+    assert audiophi("transcribe", clips / "z.wav", "--format", "srt") == 0
+    blocks = capsys.readouterr().out.removesuffix("\n\n").split("\n\n")
+    spoken = [chunk for chunk in chunks if chunk["text"]]
+    assert len(blocks) == len(spoken) > 0
+    for number, (block, chunk) in enumerate(zip(blocks, spoken, strict=True), start=1):
+        head, times, text = block.split("\n", 2)
+        h1, m1, s1, ms1, h2, m2, s2, ms2 = map(int, re.fullmatch(f"{TIME} --> {TIME}", times).groups())
+        assert (int(head), text) == (number, chunk["text"]) and (h1, m1, h2, m2) == (0, 0, 0, 0)
+        assert [s1 + ms1 / 1000, s2 + ms2 / 1000] == pytest.approx([chunk["start"], chunk["end"]])
+    assert clock(3661.0014) == "01:01:01,001" and clock(59.9996) == "00:01:00,000"
+
+
+def test_a_bad_file_costs_itself_and_the_exit_code(audiophi, clips, capsys):
+    (clips / "bad.wav").write_text("no audio")
+    assert audiophi("transcribe", clips / "missing.wav", clips / "bad.wav", clips / "a.wav") == 1
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 1 and out.startswith(str(clips / "a.wav"))
+    assert "missing.wav" in err and "bad.wav" in err and "2 of 3 files failed" in err
+
+
+def test_results_are_written_as_they_come_and_continued(audiophi, clips, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "new" / "results.jsonl"
+    (clips / "bad.wav").write_text("no audio")
+    assert audiophi("transcribe", clips, "--output", out) == 1
+    complete = lines_of(out.read_text())
+    assert [Path(row["file"]).name for row in complete] == ["a.wav", "bad.wav", "b.FLAC", "z.wav"]
+    assert "error" in complete[1] and all(row["text"] is not None for row in complete if "error" not in row)
+    assert capsys.readouterr().out == ""
+    # As a kill leaves it: two whole results and a part of the third.
+    lines = out.read_bytes().splitlines(keepends=True)
+    out.write_bytes(lines[0] + lines[1] + lines[2][:30])
+    heard = []
+    monkeypatch.setattr("cli.hear.as_result", spy(heard))
+    assert audiophi("transcribe", clips, "--output", out) == 1
+    assert [Path(file).name for file in heard] == ["bad.wav", "b.FLAC", "z.wav"]  # an error is tried again
+    assert lines_of(out.read_text()) == complete
+    (clips / "bad.wav").unlink()
+    heard.clear()
+    assert audiophi("transcribe", clips, "--output", out) == 0 and heard == []
+    # Another question is not answered by these results.
+    assert audiophi("ask", "Who?", clips / "a.wav", "--output", out) == 0 and len(heard) == 1
+    assert lines_of(out.read_text())[-1]["instruction"] == "Who?"
+
+
+def spy(heard):
+    from cli.hear import as_result
+
+    def spied(file, answer):
+        heard.append(file)
+        return as_result(file, answer)
+
+    return spied
+
+
+def test_a_file_that_holds_something_else_is_left_alone(audiophi, clips, tmp_path, capsys):
+    for content in (b"my notes", b"my notes\n", b'{"other": 1}\n'):
+        (tmp_path / "notes").write_bytes(content)
+        assert audiophi("transcribe", clips, "--output", tmp_path / "notes") == 1
+        assert (tmp_path / "notes").read_bytes() == content and "left alone" in capsys.readouterr().err
+
+
+def test_caption_and_ask(audiophi, clips, capsys):
+    assert audiophi("caption", clips / "z.wav", "--format", "json") == 0
+    (caption,) = lines_of(capsys.readouterr().out)
+    assert caption["text"] and "chunks" not in caption
+    assert audiophi("ask", "Transcribe the speech.", clips / "a.wav") == 0
+    asked = capsys.readouterr().out
+    assert audiophi("transcribe", clips / "a.wav") == 0 and capsys.readouterr().out == asked
+
+
+def test_wrong_arguments(audiophi, clips, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert audiophi("transcribe", tmp_path / "empty") == 1 and "no audio files" in capsys.readouterr().err
+    assert main(["transcribe", str(clips / "a.wav"), "--model", str(tmp_path / "empty")]) == 1
+    assert capsys.readouterr().err.startswith("audiophi transcribe: ")
+    for arguments in (["transcribe", clips, "--format", "srt"], ["transcribe", clips, "--batch_size", 0],
+                      ["ask", " ", clips], ["transcribe"], ["sing", clips]):  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            audiophi(*arguments)
+        assert stop.value.code == 2
+
+
+def test_info_counts_what_the_model_has(checkpoint, make_tiny_model, capsys, tmp_path):
+    assert main(["info", checkpoint]) == 0
+    said = capsys.readouterr().out
+    model, _ = make_tiny_model(adapter="mlp", readout="frames")
+    total = sum(parameter.numel() for parameter in model.parameters())
+    assert f"{total / 1e6:.2f} M" in re.search(r"  all +(.*)", said)[1]
+    adapter = sum(parameter.numel() for parameter in model.model.multi_modal_projector.parameters())
+    assert f"{adapter / 1e6:.2f} M  mlp" in said and "whisper" in said and "llama" in said and "slim" in said
+    assert re.search(r"tokens per second +12.50\n", said) and re.search(r"encoder window +2.0 s", said)
+    assert re.search(r"memory in bfloat16 +\d", said) and "GFLOP" in said and "not known here" in said
+    (Path(checkpoint) / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
+    assert main(["info", checkpoint]) == 0 and re.search("checkpoint +cc-by-4.0", capsys.readouterr().out)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert main(["info", str(tmp_path)]) == 1 and "llama" in capsys.readouterr().err
+
+
+def test_push_sends_model_and_processor(checkpoint, monkeypatch, capsys, tmp_path):
+    from modeling_audiophi import AudioPhiForConditionalGeneration
+    from processing import AudioPhiProcessor
+
+    sent = []
+    for kind in (AudioPhiForConditionalGeneration, AudioPhiProcessor):
+        monkeypatch.setattr(kind, "push_to_hub", lambda self, *args, **kwargs: sent.append((type(self), args, kwargs)))
+    assert main(["push", checkpoint, "org/name", "--private"]) == 0
+    kinds = [AudioPhiForConditionalGeneration, AudioPhiProcessor]
+    assert sent == [(kind, ("org/name",), {"private": True}) for kind in kinds]
+    assert main(["push", str(tmp_path), "org/name"]) == 1 and len(sent) == 2
+
+
+def test_it_runs_as_a_module(checkpoint, tmp_path):
+    sf.write(tmp_path / "a.wav", np.zeros(8000, dtype=np.float32) + 0.01, 16_000)
+    command = [
+        sys.executable,
+        "-m",
+        "cli",
+        "transcribe",
+        tmp_path / "a.wav",
+        tmp_path / "no.wav",
+        "--model",
+        checkpoint,
+    ]
+    done = subprocess.run([*command, "--max_new_tokens", "3"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout.startswith(f"{tmp_path / 'a.wav'}: ") and "no.wav" in done.stderr
