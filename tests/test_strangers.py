@@ -65,7 +65,7 @@ for number, (name, folder) in enumerate(json.load(open("jobs.json")).items()):
     messages = [{"role": "user", "content": [
         {"type": "audio", "audio": clip, "sampling_rate": 16_000}, {"type": "text", "text": "Write."}]}]
     inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
-    output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    output = model.generate(**inputs, max_new_tokens=6, do_sample=False, no_repeat_ngram_size=1)
     found[name] = output[0, inputs["input_ids"].shape[1] :].tolist()
     model.save_pretrained(f"again/{name}", include_noncommercial=True)
     processor.save_pretrained(f"again/{name}")
@@ -75,7 +75,7 @@ print("FOUND" + json.dumps(found))
 
 def token_ids(model, processor, clip):
     inputs = prompts(processor, [[clip]])
-    output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    output = model.generate(**inputs, max_new_tokens=6, do_sample=False, no_repeat_ngram_size=1)
     return output[0, inputs["input_ids"].shape[1] :].tolist()
 
 

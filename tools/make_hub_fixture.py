@@ -85,9 +85,10 @@ def make_repository(folder):
     processor.save_pretrained(folder)
     inputs = prompts(processor, [[clip()]])
     with torch.no_grad():
-        ids = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        # A tiny random model would say the same token again and again.
+        output = model.generate(**inputs, max_new_tokens=6, do_sample=False, no_repeat_ngram_size=1)
         logits = model(**inputs).logits[0, -1, :8]
-    return {"seconds": SECONDS, "ids": ids.tolist(), "logits": logits.tolist()}
+    return {"seconds": SECONDS, "ids": output[0, inputs["input_ids"].shape[1] :].tolist(), "logits": logits.tolist()}
 
 
 def main():
