@@ -131,6 +131,12 @@ class AudioPhiProcessor(ProcessorMixin):
         self.window_frames = config.window_frames
         return self
 
+    def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
+        """As in transformers; how the tokenizer last padded and cut a batch is not saved with it."""
+        self.tokenizer.backend_tokenizer.no_padding()
+        self.tokenizer.backend_tokenizer.no_truncation()
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
     # ---- audio -------------------------------------------------------------------------------------------------------
 
     @property
