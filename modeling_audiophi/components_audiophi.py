@@ -1,11 +1,5 @@
-"""Base components: finding them, checking that they fit, building a model of them, and checkpoints without them.
+"""Base components: finding them, checking that they fit, building a model of them."""
 
-A *slim* checkpoint keeps only what differs from its base components (adapter, alignment, readout, layer mix, LoRA,
-parts that were tuned in full, added embedding rows) and names the components by id and revision; loading reads both
-and misses nothing silently.
-"""
-
-import copy
 import json
 import os
 from pathlib import Path
@@ -13,23 +7,22 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
-from .configuration_audiophi import CUSTOM_PIPELINES, AudioPhiAdapterConfig, AudioPhiConfig
+from .configuration_audiophi import AudioPhiAdapterConfig, AudioPhiConfig
 from .convert_languagebind_audio import converted_component
 from .convert_xeus import xeus_component
-from .encoders import change_settings, encoder_class, warn_of_licence
+from .encoders import change_settings, encoder_class
 from .lengths_audiophi import output_length
 from .lora_audiophi import is_lora_key, with_base_layers
 from .spelling_audiophi import spell
 
 logger = logging.get_logger(__name__)
 
-# Functions (id, revision) -> folder or None, for components whose files on the Hub are not transformers' own; tried
-# before the Hub is.
+# Functions (id, revision, **hub) -> folder or None, for components whose files on the Hub are not transformers' own;
+# tried before the Hub is.
 CONVERTERS = [xeus_component]
 # Functions id -> folder or None, tried last; `wheel_components.py` adds one.
 FALLBACKS = []
@@ -39,21 +32,22 @@ AUDIO_PREFIX = "model.audio_tower."
 TEXT_PREFIX = "model.language_model."
 
 
-def resolve_component(component, revision=None, weights=True):
+def resolve_component(component, revision=None, weights=True, **hub):
     """Local folder of a base component; a checkpoint in a format of its own is converted once.
 
     Arguments and errors: see `find_component`, `converted_component`.
     """
-    return converted_component(find_component(component, revision, weights), component, revision)
+    return converted_component(find_component(component, revision, weights, **hub), component, revision, **hub)
 
 
-def find_component(component, revision=None, weights=True):
+def find_component(component, revision=None, weights=True, **hub):
     """Local folder of a base component as it was released.
 
     Looks, in this order, at: a local folder of that name; `$AUDIOPHI_COMPONENTS/<org>--<name>`;
     `~/.cache/audiophi/components/<org>--<name>`; the CONVERTERS (XEUS: from the Hub or a local `.pth`); the Hub; the
-    registered FALLBACKS. `weights=False` downloads only the small files, where nothing has to be converted. Raises
-    OSError that lists what was tried, ValueError for a checkpoint that cannot be converted.
+    registered FALLBACKS. `weights=False` downloads only the small files, where nothing has to be converted; `hub`
+    (cache_dir, token, local_files_only, force_download) is for downloads. Raises OSError that lists what was tried,
+    ValueError for a checkpoint that cannot be converted.
     """
     if Path(component).is_dir():
         return str(component)
@@ -65,11 +59,11 @@ def find_component(component, revision=None, weights=True):
             if Path(tried[-1], "config.json").is_file():
                 return tried[-1]
     for convert in CONVERTERS:
-        if (path := convert(str(component), revision)) is not None:
+        if (path := convert(str(component), revision, **hub)) is not None:
             return path
     patterns = ["*.json", "*.txt", "*.jinja", "*.model"] + (["*.safetensors"] if weights else [])
     try:
-        return snapshot_download(str(component), revision=revision, allow_patterns=patterns)
+        return snapshot_download(str(component), revision=revision, allow_patterns=patterns, **hub)
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         tried.append(f"the Hub ({type(error).__name__}: {str(error).splitlines()[0]})")
     for fallback in FALLBACKS:
@@ -86,6 +80,15 @@ def component_id(component):
         return str(Path(component).resolve() if Path(component).is_file() else component)
     name = Path(component).resolve().name
     return name.replace("--", "/", 1) if "--" in name else str(Path(component).resolve())
+
+
+def component_revision(folder):
+    """The commit that a component's folder is of: the Hub's cache and converted components say it; else None."""
+    folder = Path(folder)
+    if folder.parent.name == "snapshots":
+        return folder.name
+    origin = folder / "component.json"
+    return json.loads(origin.read_text(encoding="utf-8")).get("revision") if origin.is_file() else None
 
 
 def load_config(component, revision=None):
@@ -163,7 +166,7 @@ def text_generation_config(path, text_config, audio_token_id):
 
 
 class ComponentsMixin:
-    """Building from components, slim and full checkpoints, and what is tuned."""
+    """Building from components."""
 
     @classmethod
     def from_components(
@@ -231,6 +234,7 @@ class ComponentsMixin:
             align_spelling=sizes,
             window_frames=window_frames,
             base_vocab_size=rows,
+            slim=True,
             base_components={
                 "audio": {"id": component_id(audio), "revision": audio_revision},
                 "text": {"id": component_id(text), "revision": text_revision},
@@ -240,6 +244,10 @@ class ComponentsMixin:
         with torch.device("meta"):
             cls(config)  # what cannot be built says so now
         paths = {"audio": resolve_component(audio, audio_revision), "text": resolve_component(text, text_revision)}
+        for part, path in paths.items():
+            # A branch moves on; the weights that are being trained upon do not.
+            base = config.base_components[part]
+            base["revision"] = component_revision(path) or base["revision"]
         model = cls._assemble(config, paths, {}, dtype=dtype, **kwargs)
         model.name_or_path = model.config.name_or_path = ""
         model.model.match_embeddings(vocab_ids, spellings)
@@ -285,67 +293,6 @@ class ComponentsMixin:
         finally:
             logging.set_verbosity(verbosity)
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
-        """As in transformers; a slim checkpoint also loads the base components that it names."""
-        path = pretrained_model_name_or_path
-        hub = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
-        if path is None:
-            return super().from_pretrained(path, *args, config=config, **kwargs)
-        known = (
-            config if isinstance(config, PreTrainedConfig) else cls.config_class.from_pretrained(config or path, **hub)
-        )
-        if not known.slim:
-            return super().from_pretrained(path, *args, config=config, **kwargs)
-        config = copy.deepcopy(known)
-        folder = path if Path(path).is_dir() else snapshot_download(path, **hub)
-        own = read_safetensors(folder)
-        paths = {part: resolve_component(base["id"], base["revision"]) for part, base in config.base_components.items()}
-        dtype = kwargs.pop("dtype", None) or kwargs.pop("torch_dtype", None) or "auto"
-        dtype = config.dtype if dtype == "auto" else dtype
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        ignored = (*hub, "_from_auto", "_commit_hash", "trust_remote_code", "adapter_kwargs", "output_loading_info")
-        info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
-        with_info = kwargs.get("output_loading_info", False)
-        for key in ignored:
-            kwargs.pop(key, None)
-        model = cls._assemble(config, paths, own, dtype=dtype or torch.float32, **kwargs)
-        model.name_or_path = model.config.name_or_path = str(path)
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-        return (model, info) if with_info else model
-
-    def save_pretrained(self, save_directory, *args, slim=None, state_dict=None, **kwargs):
-        """As in transformers. `slim` (default: whenever the base components are known) leaves frozen base weights
-        out."""
-        slim = bool(self.config.base_components) if slim is None else slim
-        if slim and not self.config.base_components:
-            raise ValueError(
-                "a slim checkpoint names its base components, but this model was not built from components"
-            )
-        if slim:
-            state_dict = self.slim_state_dict(state_dict)
-        if not slim or self.config.tuned["audio"] == "full":
-            warn_of_licence(self.config.audio_config, save_directory)
-        before, self.config.slim = self.config.slim, slim
-        self.config.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)  # in files only: loading takes it as remote code
-        try:
-            super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
-        finally:
-            self.config.slim = before
-            del self.config.custom_pipelines
-
-    def slim_state_dict(self, state_dict=None):
-        """What a slim checkpoint holds, out of `state_dict` (default: the model's)."""
-        state_dict = self.state_dict() if state_dict is None else state_dict
-        own = {key: value for key, value in state_dict.items() if is_own_key(key, self.config)}
-        rows, size = self.config.base_vocab_size, self.config.text_config.vocab_size
-        if self.config.tuned["text"] != "full" and size > rows:
-            table = next(n for n, m in self.named_modules() if m is self.get_input_embeddings()) + ".weight"
-            own["added_input_rows"] = state_dict[table][rows:].clone()
-            if not self.config.tie_word_embeddings:
-                own["added_output_rows"] = state_dict["lm_head.weight"][rows:].clone()
-        return own
-
 
 def is_own_key(key, config):
     """Whether a tensor is not part of a frozen base component."""
@@ -373,11 +320,3 @@ def add_rows(text_state, config, table, own):
     if missing > 0 and "lm_head.bias" in text_state:
         bias = text_state["lm_head.bias"]
         text_state["lm_head.bias"] = torch.cat([bias, bias.new_zeros(missing)])
-
-
-def read_safetensors(folder):
-    """All tensors of a folder's model*.safetensors; OSError when there are none."""
-    files = sorted(Path(folder).glob("model*.safetensors"))
-    if not files:
-        raise OSError(f"no model*.safetensors in {folder}")
-    return {key: value for file in files for key, value in load_file(file).items()}

@@ -8,12 +8,13 @@ from .encoders import encoder_class
 from .lengths_audiophi import output_length
 from .readouts_audiophi import READOUTS
 
-# Written into a checkpoint's config: what `pipeline("audio-text-to-text", …, trust_remote_code=True)` loads from it.
-CUSTOM_PIPELINES = {
-    "audio-text-to-text": {
-        "impl": "pipeline_audiophi.AudioTextToTextPipeline",
-        "pt": ["AutoModelForMultimodalLM"],
-    }
+# What a repository's config.json tells transformers to load with trust_remote_code=True. The files come along because
+# they are imported, from here or from `modeling_audiophi.py`; the processor's are saved by the processor.
+AUTO_MAP = {
+    "AutoConfig": "configuration_audiophi.AudioPhiConfig",
+    "AutoModel": "modeling_audiophi.AudioPhiForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_audiophi.AudioPhiForConditionalGeneration",
+    "AutoProcessor": "processing_audiophi.AudioPhiProcessor",
 }
 
 
@@ -72,7 +73,8 @@ class AudioPhiConfig(PreTrainedConfig):
         lora: {"audio": ..., "text": ...}: arguments of peft's LoraConfig, or None.
         base_vocab_size: rows of the base LLM's embedding table, before a placeholder was added.
         lm_head_bias: whether the LLM's output layer has a bias (Phi-2).
-        slim: True in the config of a checkpoint that holds only what differs from its base components.
+        slim: whether a checkpoint holds only what differs from its base components; also how `save_pretrained` saves if
+            it is not told.
 
     `audio_length_rule` (feature frames -> audio tokens, see `lengths_audiophi.py`) always follows from encoder and
     adapter.
@@ -82,6 +84,7 @@ class AudioPhiConfig(PreTrainedConfig):
     pipeline_is_registered = False
 
     model_type = "audiophi"
+    _auto_class = "AutoConfig"  # its files are saved with it
     sub_configs_defaults = {
         "audio_config": SubConfigSpec(config_class=AutoConfig, model_type="whisper"),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
@@ -137,6 +140,11 @@ class AudioPhiConfig(PreTrainedConfig):
         self.base_components = self.base_components or {}
         self.tuned = {"audio": "frozen", "text": "frozen", **(self.tuned or {})}
         self.lora = {"audio": None, "text": None, **(self.lora or {})}
+
+    def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
+        """As in transformers; names the classes that load the repository anew, whatever it was loaded from."""
+        self.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     @property
     def audio_tokens_per_second(self):

@@ -44,10 +44,11 @@ SAME_NAME = [
 EXTRACTOR = {"audio_sample_rate": "sampling_rate", "audio_mean": "mean", "audio_std": "std"}
 
 
-def converted_component(folder, component, revision=None):
+def converted_component(folder, component, revision=None, **hub):
     """`folder` itself, or where it holds the original checkpoint, the folder of its conversion (made now if need be).
 
-    `component` and `revision` are what `folder` was found for: a Hub id, or the folder's own path. Raises ValueError
+    `component` and `revision` are what `folder` was found for: a Hub id, or the folder's own path; `hub` are arguments
+    of the download. Raises ValueError
     for a checkpoint that cannot be used, OSError where its weights cannot be had.
     """
     settings = source_settings(folder)
@@ -61,7 +62,7 @@ def converted_component(folder, component, revision=None):
     if not is_id or target.resolve() == Path(folder).resolve():
         target = root / f"{name}--converted-{fingerprint(folder)}"
     if not (target / "config.json").is_file():
-        convert_languagebind_audio(with_weights(folder, component, revision), target, component)
+        convert_languagebind_audio(with_weights(folder, component, revision, **hub), target, component)
     return str(target)
 
 
@@ -96,14 +97,15 @@ def fingerprint(folder):
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
 
-def with_weights(folder, component, revision=None):
+def with_weights(folder, component, revision=None, **hub):
     """`folder` if it holds weights, else the Hub's download with them; OSError for a local folder without."""
     if weight_files(folder):
         return folder
     if Path(component).is_dir():
         raise OSError(f"{component}: no weights there, looked for {' and '.join(WEIGHTS)}")
     for pattern in WEIGHTS:  # safetensors first: then nothing is downloaded twice
-        folder = snapshot_download(str(component), revision=revision, allow_patterns=["config.json", pattern])
+        patterns = ["config.json", pattern]
+        folder = snapshot_download(str(component), revision=revision, allow_patterns=patterns, **hub)
         if weight_files(folder):
             return folder
     raise OSError(f"{component}: the Hub has no {' or '.join(WEIGHTS)} of it")
@@ -160,6 +162,8 @@ def convert_languagebind_audio(source, target, component=None):
         config.save_pretrained(made)
         (made / "preprocessor_config.json").write_text(json.dumps(extractor, indent=2) + "\n")
         origin = {"id": str(component), "source": "converted from the original checkpoint, vision_model only"}
+        if Path(source).parent.name == "snapshots":  # the Hub's cache
+            origin["revision"] = Path(source).name
         (made / "component.json").write_text(json.dumps(origin, indent=2) + "\n")
         try:
             made.rename(target)

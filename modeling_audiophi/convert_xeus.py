@@ -148,11 +148,11 @@ def convert_checkpoint(source, target, config=None, origin=None):
     return str(target)
 
 
-def download_checkpoint(revision=None):
+def download_checkpoint(revision=None, **hub):
     """Path of XEUS's `.pth` in the Hub's local cache. OSError that says what to do when it cannot be had."""
     for name in HUB_FILES:
         try:
-            return hf_hub_download(HUB_ID, name, revision=revision)
+            return hf_hub_download(HUB_ID, name, revision=revision, **hub)
         except LocalEntryNotFoundError as error:  # no connection; a subclass of the next
             reason = error
             break
@@ -169,12 +169,12 @@ def download_checkpoint(revision=None):
     ) from reason
 
 
-def xeus_component(component, revision=None, root=None):
+def xeus_component(component, revision=None, root=None, **hub):
     """Folder of XEUS, converted now if it is not there yet; None for any other component.
 
     `component`: "espnet/xeus", or a local `.pth` file. `revision` is the Hub's; `root` the folder that gets the
-    component (default: `components_dir()`). Raises OSError when the Hub does not give the file, XeusCheckpointError
-    when the file is not XEUS.
+    component (default: `components_dir()`); `hub` arguments of the download. Raises OSError when the Hub does not give
+    the file, XeusCheckpointError when the file is not XEUS.
     """
     file = Path(component)
     root = components_dir() if root is None else Path(root)
@@ -190,7 +190,7 @@ def xeus_component(component, revision=None, root=None):
         return str(target)
     origin = {}
     if str(component) == HUB_ID:
-        file = Path(download_checkpoint(revision))
+        file = Path(download_checkpoint(revision, **hub))
         # The Hub's cache keeps a file under snapshots/<commit>/model/.
         origin = {"id": HUB_ID, "revision": file.parts[-3]}
     logger.warning("Converting %s, once; the weights of XEUS are %s: non-commercial", file, LICENCE)

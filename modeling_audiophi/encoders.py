@@ -4,8 +4,8 @@ To add one: write `encoder_<name>.py` with a class that has the interface of `Wh
     time_axis, length_rule, hidden_size, window_frames, feature_rate, read_base, forward) and add its line here; the
     relative import is also what makes the file ship to the Hub. A `model_type` that transformers does not know must
     be registered with AutoConfig by that file. Optional: sampling_rate (16,000 if not given), settings (names of config
-    values that a recipe may change), fixed_window (see `encoder_windows.py`), weights_licence (said when a checkpoint
-    contains them).
+    values that a recipe may change), fixed_window (see `encoder_windows.py`), weights_licence (for weights that a
+    full checkpoint contains only if asked to).
 """
 
 from transformers.utils import logging
@@ -42,9 +42,14 @@ def encoder_class(audio_config):
     return ENCODERS[audio_config.model_type]
 
 
+def weights_licence(audio_config):
+    """The licence of an encoder's weights where it restricts what may be done with a checkpoint of them, else None."""
+    return getattr(encoder_class(audio_config), "weights_licence", None)
+
+
 def warn_of_licence(audio_config, folder):
     """Log that the checkpoint in `folder` contains encoder weights whose licence restricts what may be done with it."""
-    licence = getattr(encoder_class(audio_config), "weights_licence", None)
+    licence = weights_licence(audio_config)
     if licence is not None:
         logger.warning(
             f"{folder} contains encoder weights whose licence holds for the whole checkpoint ({licence}): do not "

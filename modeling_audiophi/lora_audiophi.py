@@ -2,7 +2,9 @@
 the same."""
 
 import contextlib
+import copy
 
+import torch
 from transformers.utils import is_peft_available
 
 PARTS = {"audio": "audio_tower", "text": "language_model"}
@@ -45,6 +47,22 @@ def without_lora(module):
     finally:
         for layer, disabled in zip(layers, before, strict=True):
             layer._disable_adapters = disabled
+
+
+@torch.no_grad()
+def merged_state_dict(model):
+    """State dict of `model` with the LoRA layers added into the weights that they change, under the names of a model
+    without LoRA. Added in float32, whatever the weights are stored in."""
+    state = {
+        key.replace(".base_layer.", "."): value for key, value in model.state_dict().items() if not is_lora_key(key)
+    }
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and hasattr(module, "get_base_layer"):
+            layer = copy.deepcopy(module).float()
+            layer.merge()
+            for key, value in layer.get_base_layer().state_dict().items():
+                state[f"{name}.{key}"] = value.to(state[f"{name}.{key}"].dtype)
+    return state
 
 
 def is_lora_key(key):

@@ -13,6 +13,7 @@ from transformers import initialization as init
 
 from .adapters import adapter_class
 from .alignment_audiophi import AlignmentHead
+from .checkpoints_audiophi import CheckpointsMixin
 from .components_audiophi import ComponentsMixin
 from .configuration_audiophi import AudioPhiConfig
 from .encoders import encoder_class
@@ -250,8 +251,12 @@ def restore_length(hidden, latest):
     return hidden.gather(1, latest[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
-class AudioPhiForConditionalGeneration(ComponentsMixin, TuningMixin, AudioPhiPreTrainedModel, AudioPhiGenerationMixin):
+class AudioPhiForConditionalGeneration(
+    CheckpointsMixin, ComponentsMixin, TuningMixin, AudioPhiPreTrainedModel, AudioPhiGenerationMixin
+):
     """The whole model: audio and text in, words out. Build with `from_components`, load with `from_pretrained`."""
+
+    _auto_class = "AutoModel"  # its files are saved with it; further auto classes: AUTO_MAP
 
     def __init__(self, config):
         super().__init__(config)

@@ -23,6 +23,7 @@ class LanguageBindAudioFeatureExtractor(FeatureExtractionMixin):
     """
 
     model_input_names = ["input_features", "attention_mask"]
+    _auto_class = "AutoFeatureExtractor"  # its file is saved with it
 
     def __init__(
         self,

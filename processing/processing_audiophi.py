@@ -8,8 +8,6 @@ outputs.
 """
 
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,6 +23,9 @@ from .window_features import WindowFeatures, window_features, window_lengths
 
 # Special tokens that LLM makers left unused; one of them serves as placeholder where the vocabulary has no free row.
 RESERVED_TOKENS = ("<|reserved_special_token_0|>", "<|extra_0|>", "<unused0>", "[unused0]", "<|dummy_0|>", "<reponame>")
+# Functions (id, revision) → folder. The installed package adds one (`processing/__init__.py`), which also downloads and
+# converts; shipped with a checkpoint, this file is alone.
+COMPONENT_FINDERS = []
 MASK_NAMES = {
     "input_features": "input_features_mask",
     "input_values": "input_values_mask",
@@ -65,6 +66,8 @@ class AudioPhiProcessor(ProcessorMixin):
     Output of a call: `input_ids` and `attention_mask` (batch, length); `input_features` or `input_values` with their
     mask, one row per *window*, in the order of the prompts; `audio_num_windows` (clips,), how many rows each clip has.
     """
+
+    _auto_class = "AutoProcessor"  # its files are saved with it
 
     def __init__(
         self,
@@ -107,7 +110,7 @@ class AudioPhiProcessor(ProcessorMixin):
 
         `chat_template`: a name (chatml, llama3, plain, phi) or Jinja; None picks one by the LLM's chat format.
         """
-        audio, text = local_component(audio, audio_revision), local_component(text, text_revision)
+        audio, text = find_component(audio, audio_revision), find_component(text, text_revision)
         feature_extractor = AutoFeatureExtractor.from_pretrained(audio, revision=audio_revision)
         tokenizer = AutoTokenizer.from_pretrained(text, revision=text_revision)
         config = AutoConfig.from_pretrained(text, revision=text_revision)
@@ -132,6 +135,12 @@ class AudioPhiProcessor(ProcessorMixin):
         self.audio_length_rule = [list(layer) for layer in config.audio_length_rule]
         self.window_frames = config.window_frames
         return self
+
+    def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
+        """As in transformers; how the tokenizer last padded and cut a batch is not saved with it."""
+        self.tokenizer.backend_tokenizer.no_padding()
+        self.tokenizer.backend_tokenizer.no_truncation()
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
     # ---- audio -------------------------------------------------------------------------------------------------------
 
@@ -352,18 +361,6 @@ def choose_audio_token(tokenizer, embedding_rows: int) -> str:
     return next((token for token in RESERVED_TOKENS if token in vocabulary), AUDIO_PLACEHOLDER)
 
 
-def local_component(component: str, revision: str | None = None) -> str:
-    """A Hub id → its folder on this machine, or the id itself where there is none.
-
-    Where AudioPhi's package is installed, its `resolve_component` decides: it also downloads, and converts checkpoints
-    of another format. The processor's files alone, shipped with a checkpoint, look at the components kept here.
-    """
-    try:
-        from modeling_audiophi import resolve_component
-    except ImportError:
-        pass
-    else:
-        return resolve_component(component, revision, weights=False)
-    roots = (os.environ.get("AUDIOPHI_COMPONENTS"), Path.home() / ".cache" / "audiophi" / "components")
-    folders = [Path(component), *(Path(root) / component.replace("/", "--") for root in roots if root)]
-    return next((str(folder) for folder in folders if folder.is_dir()), component)
+def find_component(component: str, revision: str | None = None) -> str:
+    """A Hub id → the folder that the first of COMPONENT_FINDERS knows, else the id itself, for transformers to find."""
+    return next((finder(component, revision) for finder in COMPONENT_FINDERS), component)

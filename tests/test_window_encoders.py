@@ -1,8 +1,6 @@
 """Encoders of a fixed window (LanguageBind, AST, CLAP): tokens follow the real duration, whatever the batch; windows,
 rates, layers, and the way from a file to words."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -297,42 +295,6 @@ def test_files_of_any_rate_give_the_right_result(make_tiny_model, request, folde
     assert difference.median() < 0.05 * expected[key][mask].std()
     wrong = processor.encode_audio((exact, reference_rate * 2))  # a wrong rate would not look like this
     assert wrong[f"{key}_mask"].sum() < mask.sum()
-
-
-def test_shipped_files_load_where_the_package_is_not_installed(make_tiny_model, tiny_languagebind_dir, tmp_path):
-    """LanguageBind's sub-config and feature extractor resolve from the checkpoint's folder alone."""
-    model, processor = cached_model(make_tiny_model, "linear", tiny_languagebind_dir)
-    model.save_pretrained(tmp_path / "plain", slim=False)
-    processor.save_pretrained(tmp_path / "plain")
-    clip = noise(30_000)
-    np.save(tmp_path / "clip.npy", clip)
-    ship = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-from modeling_audiophi import AudioPhiConfig, AudioPhiForConditionalGeneration
-from processing import AudioPhiProcessor
-AudioPhiConfig.register_for_auto_class()
-AudioPhiForConditionalGeneration.register_for_auto_class("AutoModel")
-AudioPhiProcessor.register_for_auto_class("AutoProcessor")
-AudioPhiForConditionalGeneration.from_pretrained("plain").save_pretrained("shipped", slim=False)
-AudioPhiProcessor.from_pretrained("plain").save_pretrained("shipped")
-"""
-    use = """
-import numpy, torch
-from transformers import AutoModel, AutoProcessor
-processor = AutoProcessor.from_pretrained("shipped", trust_remote_code=True)
-model = AutoModel.from_pretrained("shipped", trust_remote_code=True).eval()
-inputs = processor(text=processor.audio_token, audio=(numpy.load("clip.npy"), 16_000))
-with torch.no_grad():
-    torch.save(model(**inputs).logits, "logits.pt")
-"""
-    subprocess.run([sys.executable, "-c", ship], check=True, cwd=tmp_path)
-    assert (tmp_path / "shipped" / "feature_extraction_languagebind_audio.py").is_file()
-    env = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PATH": "/usr/bin", "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", use], check=True, cwd=tmp_path, env=env)
-    with torch.no_grad():
-        expected = model(**processor(text=processor.audio_token, audio=(clip, 16_000))).logits
-    assert torch.allclose(torch.load(tmp_path / "logits.pt"), expected, atol=1e-5)
 
 
 def test_settings_of_an_encoder(tiny_languagebind_dir, tiny_whisper_dir, tiny_llm_dir, make_tiny_model, tmp_path):

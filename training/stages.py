@@ -24,7 +24,7 @@ from .curves import draw_curves
 from .plan import describe_stage, measure_step
 from .recipe import Recipe, RecipeError, Stage, recipe_from_dict, recipe_to_dict
 from .stage_data import StageCollator, data_key, stage_augment, stage_data
-from .trainer import AudioPhiTrainer, last_complete_checkpoint
+from .trainer import AudioPhiTrainer, last_complete_checkpoint, save_for_use
 
 DONE_NAME = "stage.json"
 # Settings that may change between a run and its continuation: they do not change what is learned.
@@ -185,6 +185,7 @@ def train_stage(run: Run, number: int) -> None:
         stage=stage,
         schedule=schedule,
         augment=augment if live else None,
+        processor=run.processor,
     )
     offset = sum(json.loads((run.folder / s.name / DONE_NAME).read_text())["seconds"] for s in recipe.stages[:number])
     trainer.remove_callback(ProgressCallback)
@@ -253,18 +254,10 @@ def finish_stage(run: Run, stage: Stage, trainer: AudioPhiTrainer) -> None:
 
 
 def save_model(run: Run, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Slim model, its floating-point weights stored as `dtype`, and processor; complete or not there at all."""
+    """What `save_for_use` writes; complete or not there at all."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    state = run.model.state_dict()
-    if dtype != torch.float32:
-        state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
-    run.model.save_pretrained(partial, state_dict=state)
-    run.processor.save_pretrained(partial)
-    tokenizer = partial / "tokenizer.json"
-    # Indented, as the tokenizer writes it, it is more than twice the size.
-    compact = json.dumps(json.loads(tokenizer.read_text("utf-8")), ensure_ascii=False, separators=(",", ":"))
-    tokenizer.write_text(compact, "utf-8")
+    save_for_use(run.model, run.processor, partial, dtype)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
 

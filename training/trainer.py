@@ -1,6 +1,7 @@
 """HF Trainer for AudioPhi: the batch order of a BatchSchedule, losses that add up under accumulation, small
 checkpoints."""
 
+import json
 import math
 import os
 import time
@@ -62,11 +63,16 @@ class AudioPhiTrainer(Trainer):
         augment: applied here to the frozen encoder's live outputs; cached ones were augmented by the collator, in the
         same
             way and with the same random numbers, so that training does not depend on the cache.
+        processor: saved and pushed with the model. Not Trainer's `processing_class`, whose special tokens Trainer
+            would put into the generation settings.
         kwargs: Trainer's.
+
+    `push_to_hub` publishes what `save_model` writes: a slim model with its code, and the processor.
     """
 
-    def __init__(self, *args, stage: Stage, schedule=None, augment: Augment | None = None, **kwargs):
+    def __init__(self, *args, stage: Stage, schedule=None, augment: Augment | None = None, processor=None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.processor = processor
         self.stage, self.schedule, self.augment = stage, schedule, augment
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole optimiser step
         self.align_items_in_batch = None
@@ -204,10 +210,14 @@ class AudioPhiTrainer(Trainer):
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def _save(self, output_dir=None, state_dict=None):
-        """Only what training changes: the frozen parts never do."""
+        """Into a checkpoint to resume from, only what training changes: the frozen parts never do. Into any other
+        folder, what `from_pretrained` loads."""
         folder = Path(output_dir or self.args.output_dir)
+        model = self.accelerator.unwrap_model(self.model)
+        if not folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+            return save_for_use(model, self.processor, folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = trainable_state(self.accelerator.unwrap_model(self.model))
+        state = trainable_state(model)
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS_NAME)
 
     def _save_checkpoint(self, model, trial):
@@ -221,6 +231,20 @@ class AudioPhiTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         load_trainable(model, load_file(os.path.join(resume_from_checkpoint, WEIGHTS_NAME)))
         self.clock.seconds = float(Path(resume_from_checkpoint, COMPLETE_NAME).read_text())
+
+
+def save_for_use(model, processor, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Slim model, its floating-point weights stored as `dtype`, and processor (None: without), in `folder`."""
+    state = model.state_dict()
+    if dtype != torch.float32:
+        state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
+    model.save_pretrained(folder, slim=True, state_dict=state)
+    if processor is not None:
+        processor.save_pretrained(folder)
+        tokenizer = folder / "tokenizer.json"
+        # Indented, as the tokenizer writes it, it is more than twice the size.
+        compact = json.dumps(json.loads(tokenizer.read_text("utf-8")), ensure_ascii=False, separators=(",", ":"))
+        tokenizer.write_text(compact, "utf-8")
 
 
 def load_trainable(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:

@@ -1,0 +1,166 @@
+"""The real clients of huggingface_hub and transformers against a Hub on this machine: push, be interrupted, load."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.loopback_hub import LoopbackHub
+from tests.stranger import run_stranger
+
+ROOT = Path(__file__).resolve().parents[1]
+TOKEN = "hf_writer"
+
+PUBLISH = """
+import json, numpy, torch
+from transformers import TrainingArguments
+from modeling_audiophi import AudioPhiForConditionalGeneration
+from processing import AudioPhiProcessor
+from training.recipe import Stage
+from training.trainer import AudioPhiTrainer
+
+names = ("acme/tiny-whisper", "acme/tiny-llm")
+processor = AudioPhiProcessor.from_components(*names)
+torch.manual_seed(0)
+model = AudioPhiForConditionalGeneration.from_components(
+    *names, adapter={"type": "mlp", "hidden_size": 32}, audio_token_id=processor.audio_token_id,
+    lora={"text": {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}}).eval()
+with torch.no_grad():
+    for parameter in model.model.multi_modal_projector.parameters():
+        parameter.normal_(0, 0.3)
+processor.match_model(model.config)
+
+push = dict(private=True, max_shard_size="8KB")
+try:
+    model.push_to_hub("acme/audio-phi", **push)
+    raise SystemExit("the interrupted upload did not fail")
+except RuntimeError as error:
+    assert "Error while uploading" in str(error), error
+model.push_to_hub("acme/audio-phi", **push)
+processor.push_to_hub("acme/audio-phi")
+arguments = TrainingArguments("run", hub_model_id="acme/trained", report_to=[], use_cpu=True)
+stage = Stage(name="lm", loss="lm", steps=1, batch_size=1)
+AudioPhiTrainer(model=model, args=arguments, stage=stage, processor=processor).push_to_hub()
+"""
+
+# Prints {"ids": …, "components": …} of what repository REPO says about a clip.
+USE = """
+import json, os, numpy
+from transformers import AutoConfig, AutoModel, AutoProcessor
+
+def hear(repository, **access):
+    config = AutoConfig.from_pretrained(repository, trust_remote_code=True, **access)
+    processor = AutoProcessor.from_pretrained(repository, trust_remote_code=True, **access)
+    model = AutoModel.from_pretrained(repository, trust_remote_code=True, **access)
+    messages = [{"role": "user", "content": [
+        {"type": "audio", "audio": numpy.load("clip.npy"), "sampling_rate": 16_000}, {"type": "text", "text": "Go."}]}]
+    inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, add_generation_prompt=True)
+    output = model.generate(**inputs, max_new_tokens=6, do_sample=False, no_repeat_ngram_size=1)
+    return output[0, inputs["input_ids"].shape[1] :].tolist()
+"""
+REFUSED_WITHOUT_TOKEN = """
+for auto in (AutoConfig, AutoProcessor, AutoModel):
+    try:
+        auto.from_pretrained("acme/audio-phi", trust_remote_code=True)
+        raise SystemExit("a private repository was given to a stranger")
+    except OSError as error:
+        assert "acme/audio-phi" in str(error), error
+"""
+HEAR_BOTH = """
+print("FOUND" + json.dumps([hear("acme/audio-phi", token="hf_writer"), hear("acme/trained")]))
+"""
+HERE = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+
+
+def found_by(stranger):
+    return json.loads(stranger.rpartition("FOUND")[2])
+
+
+def test_push_and_load(tiny_whisper_dir, tiny_llm_dir, waveform, tmp_path):
+    """Interrupted and resumed upload of shards, a private repository, the Trainer's; a clean cache, then offline."""
+    stranger = tmp_path / "stranger"
+    for folder in (tmp_path / "publisher", stranger):
+        folder.mkdir()
+        np.save(folder / "clip.npy", waveform(0.9))
+    with LoopbackHub({TOKEN: "acme"}) as hub:
+        commits = {
+            "audio": hub.add_folder("acme/tiny-whisper", tiny_whisper_dir),
+            "text": hub.add_folder("acme/tiny-llm", tiny_llm_dir),
+        }
+        hub.accept_uploads, hub.refuse_uploads = 1, 1
+        expected = found_by(
+            run_stranger(
+                PUBLISH + USE + 'print("FOUND" + json.dumps([hear("acme/trained")]))',
+                tmp_path / "publisher",
+                preamble=HERE,
+                HF_ENDPOINT=hub.url,
+                HF_TOKEN=TOKEN,
+            )
+        )
+        puts = [path for method, path in hub.requests if method == "PUT"]
+        assert len(puts) == len(hub.uploads) + 1 and len(set(hub.uploads)) == len(hub.uploads)  # none twice
+        files = hub.files("acme/audio-phi")
+        shards = [name for name in files if name.endswith(".safetensors")]
+        assert len(shards) > 1 and "model.safetensors.index.json" in files
+        assert not [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
+        bases = json.loads(files["config.json"])["base_components"]
+        assert {part: base["revision"] for part, base in bases.items()} == commits
+        assert {part: base["id"] for part, base in bases.items()} == {
+            "audio": "acme/tiny-whisper",
+            "text": "acme/tiny-llm",
+        }
+        trained = hub.files("acme/trained")
+        assert {"model.safetensors", "modeling_audiophi.py", "processing_audiophi.py", "tokenizer.json"} <= set(trained)
+        # The base components move on; what was pushed goes on with the commits that it was made of.
+        hub.repositories["acme/tiny-llm"].commit({"model.safetensors": None, "config.json": None})
+        script = USE + REFUSED_WITHOUT_TOKEN + HEAR_BOTH
+        assert found_by(run_stranger(script, stranger, HF_ENDPOINT=hub.url)) == expected * 2
+    offline = run_stranger(USE + HEAR_BOTH, stranger, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1")
+    assert found_by(offline) == expected * 2
+
+
+TRANSCRIBE = """
+from transformers import AutoModel, AutoProcessor
+processor = AutoProcessor.from_pretrained("acme/audiophi-tiny", trust_remote_code=True)
+model = AutoModel.from_pretrained("acme/audiophi-tiny", trust_remote_code=True, dtype="float32").eval()
+messages = [{"role": "user", "content": [
+    {"type": "audio", "path": CLIP}, {"type": "text", "text": "Transcribe the speech."}]}]
+inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+output = model.generate(**inputs, max_new_tokens=100, do_sample=False)
+text = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+import json
+print("FOUND" + json.dumps(text))
+"""
+
+
+@pytest.mark.slow
+def test_a_stranger_transcribes_real_speech_as_the_package_does(tmp_path):
+    """$LIBRISPEECH: a folder of LibriSpeech, or part of it."""
+    clips = sorted(Path(os.environ.get("LIBRISPEECH", "LibriSpeech")).resolve().rglob("*.flac"))
+    if not clips:
+        pytest.skip("no LibriSpeech: LIBRISPEECH=DIR says where it is")
+    from modeling_audiophi import resolve_component
+
+    names = ("openai/whisper-tiny.en", "HuggingFaceTB/SmolLM2-135M-Instruct")
+    folders = {name: resolve_component(name) for name in names}
+    transcribe = f"CLIP = {str(clips[0])!r}\n" + TRANSCRIBE
+    publish = f"""
+from modeling_audiophi import AudioPhiForConditionalGeneration
+from processing import AudioPhiProcessor
+AudioPhiForConditionalGeneration.from_pretrained({str(ROOT / "checkpoints" / "audiophi-tiny")!r}).push_to_hub(
+    "acme/audiophi-tiny")
+AudioPhiProcessor.from_pretrained({str(ROOT / "checkpoints" / "audiophi-tiny")!r}).push_to_hub("acme/audiophi-tiny")
+"""
+    with LoopbackHub({TOKEN: "acme"}) as hub:
+        for name, folder in folders.items():
+            hub.add_folder(name, folder)
+        settings = {"HF_ENDPOINT": hub.url}
+        # The package's classes, with the package's code, from the folder in this repository.
+        here = HERE + "import modeling_audiophi\n"
+        package = transcribe.replace('"acme/audiophi-tiny"', repr(str(ROOT / "checkpoints" / "audiophi-tiny")))
+        expected = found_by(run_stranger(publish + package, tmp_path / "a", preamble=here, HF_TOKEN=TOKEN, **settings))
+        assert len(expected.split()) > 5
+        assert found_by(run_stranger(transcribe, tmp_path / "b", **settings)) == expected
+        assert sum(len(data) for data in hub.files("acme/audiophi-tiny").values()) < 30_000_000
