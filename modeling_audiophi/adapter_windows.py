@@ -34,8 +34,8 @@ class WindowAdapter(nn.Module):
         return [[config.window, config.window, config.window - 1, config.queries]]
 
     def read(self, frames, real):
-        """`frames` (N, window, D), `real` (N, window) bool, where there is a frame -> (N, queries, D), finite also for a
-        window of padding only."""
+        """`frames` (N, window, D), `real` (N, window) bool, where there is a frame -> (N, queries, D), finite also for
+        a window of padding only."""
         raise NotImplementedError
 
     def forward(self, hidden, mask):
