@@ -22,7 +22,7 @@ def encoder_flops(model, load: Load) -> int:
     """The frozen encoder's forward pass over a batch."""
     config = model.config
     audio, size = config.audio_config, sizes(config, load)
-    encoder = model.model.audio_tower.model
+    tower = model.model.audio_tower
     width = encoder_class(audio).hidden_size(audio) if not hasattr(audio, "grid") else audio.hidden_size
     frontend = frontend_parameters = 0
     if hasattr(audio, "conv_dim"):
@@ -32,9 +32,9 @@ def encoder_flops(model, load: Load) -> int:
             frontend += 2 * kernel * channels * output * length
             frontend_parameters += kernel * channels * output
             channels = output
-    layers, blocks = audio.num_hidden_layers, dense_parameters(encoder) - frontend_parameters
+    layers, blocks = audio.num_hidden_layers, dense_parameters(tower) - frontend_parameters
     if hasattr(audio, "grid"):  # the penultimate layer's output is taken, the last one is not run
-        blocks -= dense_parameters(encoder.encoder.layers[-1])
+        blocks -= dense_parameters(tower.model.encoder.layers[-1])
         layers -= 1
     attention = 4 * layers * width * size.inner * size.window
     return load.clips * (frontend + 2 * blocks * size.inner + attention)
@@ -61,7 +61,7 @@ def stage_flops(model, stage: Stage, load: Load) -> int:
     total += positions * (passes * 2 * dense_parameters(language_model) + 2 * trained)
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     width = text.num_attention_heads * head_size
-    # Twice two products forward; backward makes the first again, and four of gradients.
+    # Two products forward; backward makes the first again, and four of gradients.
     attention = 4 * text.num_hidden_layers * width * positions * size.text
     total += attention * (passes - 1) + attention * 5 // 2
     return total + 2 * 2 * clips * load.words * text.hidden_size * text.vocab_size

@@ -56,8 +56,11 @@ class Sizes:
 
 
 def sizes(config, load: Load) -> Sizes:
-    """Counts for an `AudioPhiConfig`."""
+    """Counts for an `AudioPhiConfig`. ValueError for an encoder of pictures other than LanguageBind's, whose patches
+    are not known here."""
     encoder, audio = encoder_class(config.audio_config), config.audio_config
+    if getattr(encoder, "fixed_window", False) and not hasattr(audio, "grid"):
+        raise ValueError(f"the cost of the {audio.model_type} encoder is not computed")
     samples = round(load.seconds * encoder.feature_rate(audio))
     whole, rest = divmod(samples, config.window_frames)
     windows = [config.window_frames] * whole + [rest] * bool(rest)
