@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PhiConfig, PreTrainedTokenizerFast, Wav2Vec2FeatureExtractor
+from transformers.utils import logging
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -43,7 +44,7 @@ from training.recipe import Alignment, Stage, load_recipe  # noqa: E402
 RECIPES = {"xeus": "phi2_xeus_librispeech", "languagebind": "phi2_languagebind_clotho"}
 # Parameters of the released models. A build of another size is no proof of anything.
 PARAMETERS = {"xeus": 574_121_600, "languagebind": 303_523_840, "phi": 2_779_683_840}
-ALIGN_VOCAB = {"full": 20_000, "tiny": 300}
+ALIGN_VOCAB = {"full": 20_000, "tiny": 480}
 WORDS = "the quick brown fox jumps over the lazy dog and runs away from the hungry bear"
 PHASES = ("build", "align", "lm", "generate")
 
@@ -75,6 +76,12 @@ def tiny_configs(encoder: str) -> dict:
     return {"audio_config": audio, "text_config": text}
 
 
+def transcript(seconds: float) -> str:
+    """As many words as speech of that length has: they must fit into the alignment's frames, or CTC has no loss."""
+    words = WORDS.split()
+    return " ".join(words[index % len(words)] for index in range(max(1, round(2.5 * seconds))))
+
+
 def make_recipe(encoder: str):
     """The recipe; with an alignment head also where it has none (captions), so that both losses can be run."""
     recipe = load_recipe(ROOT / "recipes" / f"{RECIPES[encoder]}.yaml")
@@ -83,13 +90,13 @@ def make_recipe(encoder: str):
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE that knows this script's own words; Phi-2's end token."""
+    """Byte-level BPE to which each of this script's own words is a token; Phi-2's end token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=290, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator([WORDS, "Instruct: Transcribe the speech.\nOutput:"], trainer)
+    trainer = trainers.BpeTrainer(vocab_size=480, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([" " + WORDS, "Instruct: Transcribe the speech.\nOutput:"], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
 
 
@@ -133,9 +140,12 @@ def random_weights(config) -> dict[str, torch.Tensor]:
 
 def build_model(config, recipe, align_ids: list[int], folder: Path) -> AudioPhiForConditionalGeneration:
     """The model: encoder and LLM in bfloat16, new parts in float32, generation as the recipe wants it."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # new parts are meant to be missing
     model = AudioPhiForConditionalGeneration.from_pretrained(
         None, config=config, state_dict=random_weights(config), dtype=torch.bfloat16
     )
+    logging.set_verbosity(verbosity)
     for part in (model.model.multi_modal_projector, model.model.alignment, model.model.readout):
         part.float()
     spelling = config.align_spelling
@@ -179,7 +189,8 @@ def train_step(model, stage: Stage, batch: dict) -> float:
     apply_tuning(model, stage)
     model.train()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=1e-3)
+    # Without decay, which would change weights that get no gradient.
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-3, weight_decay=0.0)
     watched = trained["model.multi_modal_projector.mlp.2.weight"]
     before = watched.detach().clone()
     loss = model(**batch).loss
@@ -212,7 +223,7 @@ def prove(encoder: str, scale: str, seconds: float, new_tokens: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         processor = make_processor(config, recipe, Path(folder))
         wave = np.random.default_rng(0).normal(0, 0.1, round(seconds * 16_000)).astype(np.float32)
-        example = {"text": WORDS, "audio": (wave, 16_000)}
+        example = {"text": transcript(seconds), "audio": (wave, 16_000)}
         tokenizer = AlignmentTokenizer(processor.tokenizer)
         batches = {
             m: AudioPhiCollator(processor, mode=m, align_tokenizer=tokenizer)([example]) for m in ("align", "lm")

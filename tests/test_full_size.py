@@ -48,9 +48,11 @@ def test_a_step_that_changes_nothing_is_no_proof(tmp_path, monkeypatch):
     processor = full_size.make_processor(config, recipe, tmp_path)
     model = full_size.build_model(config, recipe, ids, tmp_path)
     batch = full_size.AudioPhiCollator(processor)([{"text": "a dog", "audio": (torch.randn(16_000).numpy(), 16_000)}])
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
-    with pytest.raises(RuntimeError, match="lm: loss .* the adapter did not change"):
-        full_size.train_step(model, full_size.Stage(name="lm", loss="lm", steps=1, batch_size=1), batch)
+    stage = full_size.Stage(name="lm", loss="lm", steps=1, batch_size=1)
+    assert full_size.train_step(model, stage, batch) > 0
+    monkeypatch.setattr(model.model.readout, "forward", lambda tokens, *rest: (tokens.detach(), None))
+    with pytest.raises(RuntimeError, match="lm: .*the adapter did not change"):
+        full_size.train_step(model, stage, batch)
 
 
 def test_children_that_fail_are_said(tmp_path, monkeypatch, capfd):
@@ -85,6 +87,15 @@ def test_largest_batch_is_the_last_that_fits():
         2,
         30,
     ]
+
+
+def test_recommended_batches_keep_the_effective_one():
+    stage = full_size.Stage(name="a", loss="align", steps=1, batch_seconds=200, grad_accum=4)
+    for largest, devices, expected in [(44, 1, (440, 400, 2)), (300, 1, (3000, 800, 1)), (300, 8, (3000, 100, 1))]:
+        limit, batch, accumulated = expected
+        found = plan_gpus.recommended(stage, largest, 10.0, devices)
+        assert found == (f"batch_seconds {limit}", f"batch_seconds {batch}, grad_accum {accumulated}")
+    assert plan_gpus.recommended(stage, 0, 10.0, 1) == ("does not fit", "-")
 
 
 def test_the_clotho_recipe_has_a_plan(monkeypatch, capsys):

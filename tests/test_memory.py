@@ -105,7 +105,7 @@ def tiny_system(request, tmp_path_factory):
     model = full_size.build_model(config, recipe, ids, folder).float().eval()
     collator = full_size.AudioPhiCollator(processor, mode="lm")
     wave = torch.randn(24_000).numpy()
-    return model, collator([{"text": full_size.WORDS, "audio": (wave, 16_000)}])
+    return model, collator([{"text": full_size.transcript(1.5), "audio": (wave, 16_000)}])
 
 
 def load_of(model, batch, seconds):

@@ -84,11 +84,6 @@ def load_of(config, data: Data, clips: int, seconds: float) -> Load:
     )
 
 
-def clips_of(stage: Stage, seconds: float) -> int:
-    """Clips of that length in a micro-batch of the recipe."""
-    return stage.batch_size or max(1, int(stage.batch_seconds // seconds))
-
-
 def largest_batch(memory_of, limit: int) -> int:
     """Most clips whose `memory_of(clips)` stays within `limit` bytes; 0 when not even one does."""
     if memory_of(1) > limit:
@@ -106,13 +101,27 @@ def audio_clips(recipe: Recipe, stage: Stage, data: Data) -> float:
     """Clips that a stage trains on, all devices and epochs together."""
     if stage.epochs is not None:
         return stage.epochs * data.clips
-    return stage.steps * stage.grad_accum * clips_of(stage, data.seconds)
+    return stage.steps * stage.grad_accum * (stage.batch_size or stage.batch_seconds / data.seconds)
+
+
+def recommended(stage: Stage, largest: int, seconds: float, devices: int) -> tuple[str, str]:
+    """The largest batch of one device, and the one that keeps the recipe's effective batch, as keys of a stage.
+
+    `largest`: clips of `seconds` that fit.
+    """
+    if not largest:
+        return "does not fit", "-"
+    key = "batch_size" if stage.batch_size else "batch_seconds"
+    limit = largest if stage.batch_size else math.floor(largest * seconds / 10) * 10
+    wanted = math.ceil(getattr(stage, key) * stage.grad_accum / devices)
+    accumulated = math.ceil(wanted / limit)
+    return f"{key} {limit}", f"{key} {math.ceil(wanted / accumulated)}, grad_accum {accumulated}"
 
 
 def plan_stage(model, recipe: Recipe, stage: Stage, data: Data, utilisation: float) -> list[dict]:
     """A row per machine."""
     apply_tuning(model, stage)
-    # Batches by seconds hold clips of similar length; of batches by number the longest one must fit.
+    # Batches by seconds hold clips of similar length; of batches by number the longest clips must fit.
     seconds = data.longest if stage.batch_size else data.seconds
 
     def memory(clips: int) -> Memory:
@@ -120,11 +129,10 @@ def plan_stage(model, recipe: Recipe, stage: Stage, data: Data, utilisation: flo
 
     flops = stage_flops(model, stage, load_of(model.config, data, 1, data.seconds))
     total = flops * audio_clips(recipe, stage, data)
-    usual, rows = memory(clips_of(stage, seconds)), []
+    usual, rows = memory(stage.batch_size or math.ceil(stage.batch_seconds / seconds)), []
     for machine in MACHINES:
         largest = largest_batch(lambda clips: memory(clips).total, int(USABLE * machine.gigabytes * 2**30))
-        wanted = math.ceil(clips_of(stage, seconds) * stage.grad_accum / machine.devices)
-        clips = min(largest, wanted)
+        limit, choice = recommended(stage, largest, seconds, machine.devices)
         rows.append(
             {
                 "stage": stage.name,
@@ -133,20 +141,12 @@ def plan_stage(model, recipe: Recipe, stage: Stage, data: Data, utilisation: flo
                 "trained": usual.gradients + usual.optimizer,
                 "activations": usual.activations,
                 "total": usual.total,
-                "largest": batch_text(stage, largest, seconds) if largest else "does not fit",
-                "recommended": f"{batch_text(stage, clips, seconds)}, grad_accum {math.ceil(wanted / clips)}"
-                if clips
-                else "-",
+                "largest": limit,
+                "recommended": choice,
                 "hours": hours(total, machine.teraflops, utilisation, machine.devices),
             }
         )
     return rows
-
-
-def batch_text(stage: Stage, clips: int, seconds: float) -> str:
-    if stage.batch_size:
-        return f"batch_size {clips}"
-    return f"batch_seconds {math.floor(clips * seconds / 10) * 10}"
 
 
 def table(rows: list[dict]) -> str:
