@@ -4,10 +4,9 @@ Each window of `window` encoder frames is read by the same `queries` learned que
 clip makes ceil(T / window) * queries tokens and a token never sees beyond its window.
 """
 
-import torch
 from torch import nn
 
-from .lengths_audiophi import length_mask
+from .adapter_windows import WindowAdapter
 
 
 class QueryBlock(nn.Module):
@@ -33,43 +32,17 @@ class QueryBlock(nn.Module):
         return queries + self.mlp(queries)
 
 
-class QFormerAdapter(nn.Module):
-    """LayerNorm -> Linear -> per window `num_layers` x QueryBlock -> LayerNorm -> Linear; ceil(T / window) * queries
-    tokens."""
+class QFormerAdapter(WindowAdapter):
+    """Per window `num_layers` x QueryBlock."""
 
     def __init__(self, config, input_size, output_size):
-        super().__init__()
-        if config.hidden_size % config.num_heads:
-            raise ValueError(
-                f"adapter hidden_size {config.hidden_size} is not a multiple of num_heads {config.num_heads}"
-            )
-        self.window, self.num_queries = config.window, config.queries
-        self.norm = nn.LayerNorm(input_size)
-        self.proj_in = nn.Linear(input_size, config.hidden_size)
-        self.frame_positions = nn.Embedding(config.window, config.hidden_size)
+        super().__init__(config, input_size, output_size, QueryBlock)
         self.queries = nn.Embedding(config.queries, config.hidden_size)
-        self.blocks = nn.ModuleList(
-            QueryBlock(config.hidden_size, config.num_heads, config.dropout) for _ in range(config.num_layers)
-        )
-        self.norm_out = nn.LayerNorm(config.hidden_size)
-        self.proj_out = nn.Linear(config.hidden_size, output_size)
 
-    @staticmethod
-    def length_rule(config):
-        return [[config.window, config.window, config.window - 1, config.queries]]
-
-    def forward(self, hidden, mask):
-        """`hidden` (B, T, input_size), `mask` (B, T) bool -> tokens (B, T', output_size), mask (B, T')."""
-        batch, missing = len(hidden), -hidden.shape[1] % self.window
-        hidden = nn.functional.pad(self.proj_in(self.norm(hidden)), (0, 0, 0, missing))
-        padding = nn.functional.pad(~mask, (0, missing), value=True)
-        frames = hidden.reshape(-1, self.window, hidden.shape[-1]) + self.frame_positions.weight
-        padding = padding.reshape(-1, self.window)
+    def read(self, frames, real):
         # A window of padding only would make NaN in attention: let it see everything, its tokens are masked out anyway.
-        padding = padding & ~padding.all(1, keepdim=True)
+        padding = ~real & real.any(1, keepdim=True)
         queries = self.queries.weight.expand(len(frames), -1, -1)
         for block in self.blocks:
             queries = block(queries, frames, padding)
-        tokens = self.proj_out(self.norm_out(queries)).reshape(batch, -1, self.proj_out.out_features)
-        windows = torch.div(mask.sum(1) + self.window - 1, self.window, rounding_mode="floor")
-        return tokens, length_mask(windows * self.num_queries, tokens.shape[1])
+        return queries

@@ -8,7 +8,7 @@ one attention per block, without biases.
 import torch
 from torch import nn
 
-from .lengths_audiophi import length_mask
+from .adapter_windows import WindowAdapter
 
 
 class PerceiverBlock(nn.Module):
@@ -42,42 +42,17 @@ class PerceiverBlock(nn.Module):
         return latents + self.mlp(latents)
 
 
-class ResamplerAdapter(nn.Module):
-    """LayerNorm -> Linear -> per window `num_layers` x PerceiverBlock -> LayerNorm -> Linear; ceil(T / window) *
-    queries tokens."""
+class ResamplerAdapter(WindowAdapter):
+    """Per window `num_layers` x PerceiverBlock."""
 
     def __init__(self, config, input_size, output_size):
-        super().__init__()
-        if config.hidden_size % config.num_heads:
-            raise ValueError(
-                f"adapter hidden_size {config.hidden_size} is not a multiple of num_heads {config.num_heads}"
-            )
-        self.window, self.num_queries = config.window, config.queries
-        self.norm = nn.LayerNorm(input_size)
-        self.proj_in = nn.Linear(input_size, config.hidden_size)
-        self.frame_positions = nn.Embedding(config.window, config.hidden_size)
+        super().__init__(config, input_size, output_size, PerceiverBlock)
         self.latents = nn.Embedding(config.queries, config.hidden_size)
-        self.blocks = nn.ModuleList(
-            PerceiverBlock(config.hidden_size, config.num_heads, config.dropout) for _ in range(config.num_layers)
-        )
-        self.norm_out = nn.LayerNorm(config.hidden_size)
-        self.proj_out = nn.Linear(config.hidden_size, output_size)
 
-    @staticmethod
-    def length_rule(config):
-        return [[config.window, config.window, config.window - 1, config.queries]]
-
-    def forward(self, hidden, mask):
-        """`hidden` (B, T, input_size), `mask` (B, T) bool -> tokens (B, T', output_size), mask (B, T')."""
-        batch, missing = len(hidden), -hidden.shape[1] % self.window
-        hidden = nn.functional.pad(self.proj_in(self.norm(hidden)), (0, 0, 0, missing))
-        frames = hidden.reshape(-1, self.window, hidden.shape[-1]) + self.frame_positions.weight
+    def read(self, frames, real):
         # Latents always see each other, so a window of padding only is no NaN; its tokens are masked out.
-        visible = nn.functional.pad(mask, (0, missing)).reshape(-1, self.window)
-        visible = nn.functional.pad(visible, (0, self.num_queries), value=True)[:, None, None]
+        visible = nn.functional.pad(real, (0, self.num_queries), value=True)[:, None, None]
         latents = self.latents.weight.expand(len(frames), -1, -1)
         for block in self.blocks:
             latents = block(latents, frames, visible)
-        tokens = self.proj_out(self.norm_out(latents)).reshape(batch, -1, self.proj_out.out_features)
-        windows = torch.div(mask.sum(1) + self.window - 1, self.window, rounding_mode="floor")
-        return tokens, length_mask(windows * self.num_queries, tokens.shape[1])
+        return latents

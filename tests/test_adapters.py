@@ -109,3 +109,20 @@ def test_resampler_reads_its_window_only():
     with torch.no_grad():
         difference = (adapter(hidden, mask)[0] - adapter(changed, mask)[0]).abs().amax(-1)[0]
     assert (difference[:2] == 0).all() and (difference[4:] == 0).all() and (difference[2:4] > 1e-3).all()
+
+
+@pytest.mark.parametrize(
+    "name, learned, inner",
+    [
+        ("qformer", "queries", {"self_norm", "self_attention", "cross_norm", "cross_attention", "mlp"}),
+        ("resampler", "latents", {"frames_norm", "latents_norm", "query", "key_value", "out", "mlp"}),
+    ],
+)
+def test_windowed_adapters_keep_the_names_that_checkpoints_have(name, learned, inner):
+    adapter, _ = build(name, num_layers=2)
+    names = [key.split(".") for key in adapter.state_dict()]
+    assert {key[0] for key in names} == {
+        "norm", "proj_in", "frame_positions", learned, "blocks", "norm_out", "proj_out",
+    }  # fmt: skip
+    blocks = {(key[1], key[2]) for key in names if key[0] == "blocks"}
+    assert blocks == {(number, part) for number in "01" for part in inner}
