@@ -152,6 +152,9 @@ def build_model(config, recipe, align_ids: list[int], folder: Path) -> AudioPhiF
     model.model.match_embeddings(align_ids, make_spellings(align_ids, spelling) if spelling else None)
     model.generation_config = text_generation_config(folder / "text", config.text_config, config.audio_token_id)
     set_generation(model, recipe)
+    with torch.no_grad():
+        # An untrained head may hear blanks only; the collapse then gives the LLM nothing, and the adapter no gradient.
+        model.model.alignment.bias[0] = -10
     return model
 
 
