@@ -152,6 +152,9 @@ def build_model(config, recipe, align_ids: list[int], folder: Path) -> AudioPhiF
     model.model.match_embeddings(align_ids, make_spellings(align_ids, spelling) if spelling else None)
     model.generation_config = text_generation_config(folder / "text", config.text_config, config.audio_token_id)
     set_generation(model, recipe)
+    with torch.no_grad():
+        # An untrained head may hear blanks only; the collapse then gives the LLM nothing, and the adapter no gradient.
+        model.model.alignment.bias[0] = -10
     return model
 
 
@@ -189,8 +192,9 @@ def train_step(model, stage: Stage, batch: dict) -> float:
     apply_tuning(model, stage)
     model.train()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    # The bottom of a recipe's warm-up: a first step of 1e-3 through 4,096 inputs turns every frame into a blank.
     # Without decay, which would change weights that get no gradient.
-    optimizer = torch.optim.AdamW(trained.values(), lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-6, weight_decay=0.0)
     watched = trained["model.multi_modal_projector.mlp.2.weight"]
     before = watched.detach().clone()
     loss = model(**batch).loss
@@ -199,19 +203,20 @@ def train_step(model, stage: Stage, batch: dict) -> float:
     model.zero_grad(set_to_none=True)
     model.eval()
     if not torch.isfinite(loss) or torch.equal(before, watched):
-        raise RuntimeError(f"{stage.name}: loss {float(loss)}, the adapter did not change")
-    return float(loss.detach())
+        raise RuntimeError(f"{stage.name}: loss {loss.item()}, the adapter did not change")
+    return loss.item()
 
 
 def predictions(model, stages: dict[str, Stage], load: Load, new_tokens: int) -> dict[str, Memory]:
     """What each phase should need. Building ends with the scale of the LLM's table, in two float32 copies."""
-    table = model.get_input_embeddings().weight.numel()
-    generated = generation_memory(model, load, new_tokens, beams=model.generation_config.num_beams or 1)
-    found = {"build": Memory(weights=generated.weights, llm=2 * 4 * table)}
+    steps = {}
     for name, stage in stages.items():
         apply_tuning(model, stage)
-        found[name] = training_memory(model, stage, load, frozen_bytes=2)
-    return {**found, "generate": generated}
+        steps[name] = training_memory(model, stage, load, frozen_bytes=2)
+    generated = generation_memory(model, load, new_tokens, beams=model.generation_config.num_beams or 1)
+    table = model.get_input_embeddings().weight.numel()
+    built = Memory(weights=generated.weights, llm=2 * 4 * table)
+    return {"build": built, **steps, "generate": generated}
 
 
 def prove(encoder: str, scale: str, seconds: float, new_tokens: int) -> dict:
@@ -261,7 +266,6 @@ def prove(encoder: str, scale: str, seconds: float, new_tokens: int) -> dict:
     load = Load(clips=1, seconds=seconds, words=labelled, prompt=0)
     load = Load(clips=1, seconds=seconds, words=labelled, prompt=found["positions"] - sizes(config, load).text)
     for phase, memory in predictions(model, stages, load, new_tokens).items():
-        # A step's gradients are there before Adam's states, which are there for good: both count.
         found["phases"][phase]["predicted"] = found["before"] + memory.total
         found["phases"][phase]["predicted_parts"] = memory.gigabytes()
     return found

@@ -50,7 +50,8 @@ def test_a_step_that_changes_nothing_is_no_proof(tmp_path, monkeypatch):
     batch = full_size.AudioPhiCollator(processor)([{"text": "a dog", "audio": (torch.randn(16_000).numpy(), 16_000)}])
     stage = full_size.Stage(name="lm", loss="lm", steps=1, batch_size=1)
     assert full_size.train_step(model, stage, batch) > 0
-    monkeypatch.setattr(model.model.readout, "forward", lambda tokens, *rest: (tokens.detach(), None))
+    readout = model.model.readout
+    monkeypatch.setattr(readout, "forward", lambda tokens, *rest: (readout.norm(tokens.detach()), None))
     with pytest.raises(RuntimeError, match="lm: .*the adapter did not change"):
         full_size.train_step(model, stage, batch)
 

@@ -349,7 +349,6 @@ def test_command_line_errors_have_exit_codes(settings, tmp_path):
 
 
 def test_benchmark_writes_both_curves(settings, speech, tmp_path, monkeypatch):
-    sys.path.insert(0, str(ROOT / "benchmarks"))
     import align_vs_lm
 
     def tiny_recipe(name, *stages, **keys):

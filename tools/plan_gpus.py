@@ -56,8 +56,8 @@ class Data:
         return self.hours * 3600 / self.clips
 
 
-# LibriSpeech: https://www.openslr.org/12 (2.7 words/s, about 1.3 tokens each). Clotho v2.1 development: clips of 15 to
-# 30 s, captions of 8 to 20 words, one of five drawn per epoch.
+# From memory, not counted here. LibriSpeech: 2.7 words/s, about 1.3 tokens each. Clotho v2.1 development: clips of 15
+# to 30 s, captions of 8 to 20 words, one of five drawn per epoch.
 DATA = {
     "librispeech": Data(960.9, 281_241, 35.2, 44),
     "clotho": Data(24.0, 3_839, 30.0, 15),

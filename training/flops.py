@@ -13,9 +13,9 @@ from .recipe import Stage
 
 
 def dense_parameters(module) -> int:
-    """Parameters that every position is multiplied with: all but embeddings."""
+    """Parameters that every position is multiplied with: all but embeddings, biases and norms."""
     embeddings = sum(m.weight.numel() for m in module.modules() if isinstance(m, torch.nn.Embedding))
-    return sum(p.numel() for p in module.parameters()) - embeddings
+    return sum(p.numel() for p in module.parameters() if p.dim() > 1) - embeddings
 
 
 def encoder_flops(model, load: Load) -> int:
@@ -50,9 +50,12 @@ def stage_flops(model, stage: Stage, load: Load) -> int:
     text = config.text_config
     adapter = 3 * 2 * linear_parameters(model.model.multi_modal_projector) * clips * size.audio
     total = encoder_flops(model, load) + adapter
-    if stage.loss != "lm" or config.readout != "frames":
-        passes = 2 if stage.loss != "lm" else 1
-        total += passes * 2 * clips * size.audio * (config.align_vocab_size + 1) * text.hidden_size
+    collapsed = stage.loss != "align" and config.readout != "frames"
+    if stage.loss != "lm" or collapsed:
+        # Scores, and where the LLM reads their mean embeddings those; forward and backward.
+        table = (2 + 2 * collapsed) * text.hidden_size
+        spelling = 3 * config.align_spelling["size"] if config.align_spelling else 0
+        total += 2 * clips * size.audio * config.align_vocab_size * (table + spelling)
     if stage.loss == "align":
         return total
     language_model, positions = model.model.language_model, clips * size.text

@@ -56,8 +56,10 @@ class Sizes:
 
 
 def sizes(config, load: Load) -> Sizes:
-    """Counts for an `AudioPhiConfig`. ValueError for an encoder of pictures other than LanguageBind's, whose patches
-    are not known here."""
+    """Counts for an `AudioPhiConfig`, of audio in several windows to a token each.
+
+    Raises ValueError for an encoder of pictures other than LanguageBind's, whose patches are not known here.
+    """
     encoder, audio = encoder_class(config.audio_config), config.audio_config
     if getattr(encoder, "fixed_window", False) and not hasattr(audio, "grid"):
         raise ValueError(f"the cost of the {audio.model_type} encoder is not computed")
@@ -190,7 +192,7 @@ def training_memory(model, stage: Stage, load: Load, frozen_bytes: int = 4, valu
     if stage.loss != "lm" or config.readout != "frames":
         # The table's rows, gathered and in the head's float32; the logits.
         table = classes * text.hidden_size * (frozen_bytes + (TRAINED_BYTES if frozen_bytes < TRAINED_BYTES else 0))
-        logits = clips * size.audio * classes * TRAINED_BYTES * (ALIGN_LOGIT_COPIES if stage.loss != "lm" else 2)
+        logits = clips * size.audio * classes * TRAINED_BYTES * ALIGN_LOGIT_COPIES
         parts = replace(parts, alignment=table + logits)
     if stage.loss == "align":
         return parts
