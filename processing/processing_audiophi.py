@@ -137,7 +137,8 @@ class AudioPhiProcessor(ProcessorMixin):
         return self
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
-        """As in transformers; how the tokenizer last padded and cut a batch is not saved with it."""
+        """As in transformers; the padding side is saved by name, not as what the tokenizer last did to a batch."""
+        self.tokenizer.init_kwargs["padding_side"] = self.tokenizer.padding_side
         self.tokenizer.backend_tokenizer.no_padding()
         self.tokenizer.backend_tokenizer.no_truncation()
         return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)

@@ -138,7 +138,8 @@ print("FOUND" + json.dumps(text))
 @pytest.mark.slow
 def test_a_stranger_transcribes_real_speech_as_the_package_does(tmp_path):
     """$LIBRISPEECH: a folder of LibriSpeech, or part of it."""
-    clips = sorted(Path(os.environ.get("LIBRISPEECH", "LibriSpeech")).resolve().rglob("*.flac"))
+    folder = Path(os.environ.get("LIBRISPEECH", "LibriSpeech")).resolve()
+    clips = sorted(path for path in folder.rglob("*") if path.suffix in (".flac", ".ogg", ".opus", ".wav"))
     if not clips:
         pytest.skip("no LibriSpeech: LIBRISPEECH=DIR says where it is")
     from modeling_audiophi import resolve_component

@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModel
+from transformers import AutoModel, AutoProcessor
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from modeling_audiophi import AudioPhiForConditionalGeneration
 from modeling_audiophi.configuration_audiophi import AUTO_MAP
 from processing import AudioPhiProcessor
+from tests.conftest import prompts
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_SHIPPED = {"__init__.py", "wheel_components.py"}
@@ -81,6 +82,16 @@ def test_save_load_save_writes_the_same_files(make_tiny_model, tmp_path, slim):
     for entry in AUTO_MAP.values():
         module, name = entry.split(".")
         assert f"class {name}(" in first[f"{module}.py"].decode()
+
+
+def test_padding_side_is_saved_before_and_after_use(make_tiny_model, waveform, tmp_path):
+    """Batches that are padded on the right generate nonsense."""
+    _, processor = make_tiny_model()
+    processor.save_pretrained(tmp_path / "unused")
+    prompts(processor, [[waveform(0.5)], [waveform(0.9)]], side="right")
+    processor.save_pretrained(tmp_path / "used")
+    assert contents(tmp_path / "unused") == contents(tmp_path / "used")
+    assert AutoProcessor.from_pretrained(tmp_path / "used").tokenizer.padding_side == "left"
 
 
 def test_classes_are_named_anew_whatever_was_loaded(make_tiny_model, tmp_path):
