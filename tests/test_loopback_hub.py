@@ -139,7 +139,7 @@ print("FOUND" + json.dumps(text))
 def test_a_stranger_transcribes_real_speech_as_the_package_does(tmp_path):
     """$LIBRISPEECH: a folder of LibriSpeech, or part of it."""
     folder = Path(os.environ.get("LIBRISPEECH", "LibriSpeech")).resolve()
-    clips = sorted(path for path in folder.rglob("*") if path.suffix in (".flac", ".ogg", ".opus", ".wav"))
+    clips = sorted(path for path in folder.rglob("*") if path.suffix in (".flac", ".mp3", ".ogg", ".wav"))
     if not clips:
         pytest.skip("no LibriSpeech: LIBRISPEECH=DIR says where it is")
     from modeling_audiophi import resolve_component
