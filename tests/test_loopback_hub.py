@@ -164,4 +164,5 @@ AudioPhiProcessor.from_pretrained({str(ROOT / "checkpoints" / "audiophi-tiny")!r
         expected = found_by(run_stranger(publish + package, tmp_path / "a", preamble=here, HF_TOKEN=TOKEN, **settings))
         assert len(expected.split()) > 5
         assert found_by(run_stranger(transcribe, tmp_path / "b", **settings)) == expected
-        assert sum(len(data) for data in hub.files("acme/audiophi-tiny").values()) < 30_000_000
+        # Float32, as the model is loaded; the base components alone would be several times as much.
+        assert sum(len(data) for data in hub.files("acme/audiophi-tiny").values()) < 60_000_000
