@@ -81,7 +81,7 @@ def curve(folder: Path) -> list[dict]:
 
 
 def draw(curves: dict[str, list[dict]], path: Path, seconds: float) -> None:
-    """WER over seconds, one line per run; the marker shows whose reading it is."""
+    """WER over seconds, one line per run; the marker shows whose reading it is. What is off the scale lies on its edge."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -89,16 +89,21 @@ def draw(curves: dict[str, list[dict]], path: Path, seconds: float) -> None:
 
     figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for run, points in curves.items():
-        axis.plot([p["seconds"] for p in points], [p["best"] for p in points], color=COLORS[run], alpha=0.4)
+        shown = [(p["seconds"], min(p["best"], WER_LIMIT)) for p in points]
+        axis.plot(*zip(*shown, strict=True), color=COLORS[run], alpha=0.4, clip_on=False)
         for with_lm, marker, reading in ((False, "^", "CTC"), (True, "o", "LLM")):
-            chosen = [(p["seconds"], p["best"]) for p in points if ("wer" in p) == with_lm]
+            chosen = [place for place, p in zip(shown, points, strict=True) if ("wer" in p) == with_lm]
             if chosen:
-                axis.plot(*zip(*chosen, strict=True), marker, color=COLORS[run], label=f"{run}, {reading}")
+                label = f"{run}, {reading}"
+                axis.plot(*zip(*chosen, strict=True), marker, color=COLORS[run], label=label, clip_on=False)
+        for (second, height), point in zip(shown, points, strict=True):
+            if point["best"] > WER_LIMIT:
+                axis.annotate(f"{point['best']:.0f}", (second, height), (0, 6), textcoords="offset points", ha="center")
     axis.axhline(100, color="0.6", lw=0.8, ls="--")
     axis.set(ylim=(0, WER_LIMIT), xlabel="seconds of training", ylabel="WER % (development clips)")
-    axis.set_title(f"align then lm against lm alone, {seconds:.0f} s each")
+    axis.set_title(f"align then lm against lm alone, {seconds:.0f} s each", pad=20)
     axis.grid(alpha=0.3)
-    axis.legend()
+    axis.legend(loc="lower left")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
