@@ -81,7 +81,7 @@ def curve(folder: Path) -> list[dict]:
 
 
 def draw(curves: dict[str, list[dict]], path: Path, seconds: float) -> None:
-    """WER over seconds, one line per run; the marker shows whose reading it is. What is off the scale lies on its edge."""
+    """WER over seconds, one line per run; the marker shows whose reading it is. Off the scale, at its edge."""
     import matplotlib
 
     matplotlib.use("Agg")
