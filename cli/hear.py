@@ -46,10 +46,12 @@ def load_pipeline(args: argparse.Namespace):
     """The pipeline of `args.model`. OSError or ValueError where it cannot be loaded."""
     import torch
     from transformers import pipeline
+    from transformers.utils import logging
 
     from modeling_audiophi import AudioPhiForConditionalGeneration
     from processing import AudioPhiProcessor
 
+    logging.disable_progress_bar()  # of reading the weights: the one to be seen counts files
     # Loaded here, because pipeline() wraps what goes wrong into pages of tracebacks.
     processor = AudioPhiProcessor.from_pretrained(args.model)
     model = AudioPhiForConditionalGeneration.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
