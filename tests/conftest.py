@@ -252,6 +252,16 @@ def make_tiny_model(tiny_whisper_dir, tiny_llm_dir):
 
 
 @pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, make_tiny_model):
+    """Folder of a tiny slim model and its processor; tests that change it work on a copy."""
+    model, processor = make_tiny_model(adapter="mlp", readout="frames")
+    path = tmp_path_factory.mktemp("checkpoint")
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
 def waveform():
     """Factory: waveform(seconds, seed) -> float32 noise with a little structure, at 16 kHz."""
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,15 +16,6 @@ from cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 TIME = r"(\d\d):(\d\d):(\d\d),(\d\d\d)"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, make_tiny_model):
-    model, processor = make_tiny_model(adapter="mlp", readout="frames")
-    path = tmp_path_factory.mktemp("checkpoint")
-    model.save_pretrained(path)
-    processor.save_pretrained(path)
-    return str(path)
 
 
 @pytest.fixture
@@ -161,8 +153,9 @@ def test_info_counts_what_the_model_has(checkpoint, make_tiny_model, capsys, tmp
     assert f"{adapter / 1e6:.2f} M  mlp" in said and "whisper" in said and "llama" in said and "slim" in said
     assert re.search(r"tokens per second +12.50\n", said) and re.search(r"encoder window +2.0 s", said)
     assert re.search(r"memory in bfloat16 +\d", said) and "GFLOP" in said and "not known here" in said
-    (Path(checkpoint) / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
-    assert main(["info", checkpoint]) == 0 and re.search("checkpoint +cc-by-4.0", capsys.readouterr().out)
+    checkpoint = shutil.copytree(checkpoint, tmp_path / "with_card")
+    (checkpoint / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
+    assert main(["info", str(checkpoint)]) == 0 and re.search("checkpoint +cc-by-4.0", capsys.readouterr().out)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert main(["info", str(tmp_path)]) == 1 and "llama" in capsys.readouterr().err
 

@@ -20,15 +20,6 @@ METRICS = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, make_tiny_model):
-    model, processor = make_tiny_model(adapter="mlp", readout="frames")
-    path = tmp_path_factory.mktemp("checkpoint")
-    model.save_pretrained(path)
-    processor.save_pretrained(path)
-    return str(path)
-
-
 @pytest.fixture
 def corpus(tmp_path, waveform):
     """A folder with metadata.jsonl: five clips of 0.3 to 1.1 s."""

@@ -143,7 +143,8 @@ def prepare(recipe: Recipe, folder: Path) -> Run:
         vocab = align_tokenizer.vocab(text for corpus in corpora.values() for text in corpus.texts(recipe.text_case))
     model = build_model(recipe, processor, vocab)
     if knows_captions(recipe, corpora.values()):
-        model.config.transcribe_endings = [processor.prompt_ending(words) for words in recipe.instructions]
+        wordings = processor.instructions["transcribe"]
+        model.config.transcribe_endings = [processor.prompt_ending(words) for words in wordings]
     if recipe.data.eval:
         eval_bad = BadRows(folder / "bad_rows_eval.jsonl", 1.0)
         development = Development(
