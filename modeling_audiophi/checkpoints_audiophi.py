@@ -126,12 +126,7 @@ class CheckpointsMixin:
 
         Raises ValueError for a slim checkpoint whose base components lie on this machine only.
         """
-        local = [base["id"] for base in self.config.base_components.values() if Path(base["id"]).is_absolute()]
-        if (self.config.slim if slim is None else slim) and local:
-            raise ValueError(
-                f"a slim checkpoint names its base components, but nobody else has {', '.join(local)}: push a full one "
-                "(slim=False), or build the model from components by their ids on the Hub"
-            )
+        self.check_components_are_public(slim)
         options = {"slim": slim, "merge_lora": merge_lora, "include_noncommercial": include_noncommercial}
         # transformers' method calls save_pretrained without any of them.
         self.save_pretrained = functools.partial(self.save_pretrained, **options)
@@ -139,6 +134,15 @@ class CheckpointsMixin:
             return super().push_to_hub(repo_id, **kwargs)
         finally:
             del self.save_pretrained
+
+    def check_components_are_public(self, slim=None):
+        """ValueError for a slim checkpoint (None: as `config.slim` says) whose base components nobody else has."""
+        local = [base["id"] for base in self.config.base_components.values() if Path(base["id"]).is_absolute()]
+        if (self.config.slim if slim is None else slim) and local:
+            raise ValueError(
+                f"a slim checkpoint names its base components, but nobody else has {', '.join(local)}: push a full one "
+                "(slim=False), or build the model from components by their ids on the Hub"
+            )
 
     def slim_state_dict(self, state_dict=None):
         """What a slim checkpoint holds, out of `state_dict` (default: the model's)."""

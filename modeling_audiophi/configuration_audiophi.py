@@ -6,7 +6,7 @@ from transformers.configuration_utils import SubConfigSpec
 from .adapters import adapter_class
 from .encoders import encoder_class
 from .lengths_audiophi import output_length
-from .readouts_audiophi import READOUTS
+from .readouts import READOUTS
 
 # What a repository's config.json tells transformers to load with trust_remote_code=True. The files come along because
 # they are imported, from here or from `modeling_audiophi.py`; the processor's are saved by the processor.
@@ -62,7 +62,7 @@ class AudioPhiConfig(PreTrainedConfig):
         audio_token_id: id of the placeholder that stands for one audio token in the prompt.
         encoder_layer: "last", an index into the encoder's hidden states, or "mix" (learned softmax mix).
         readout: "frames" (every adapter token goes to the LLM), "collapse" (blanks dropped, repeats merged) or "mixed"
-            (collapsed words, and a token per half second without words).
+            (collapsed words, and a token per second without words).
         align_vocab_size: tokens of the alignment head, the blank not counted; 0 means no head.
         align_spelling: sizes of the head's `Spelling` (entries, buckets, size); None: it knows embeddings only.
         transcribe_endings: token ids after the audio, to the end, of prompts that ask for a transcript. Only those are

@@ -55,4 +55,7 @@ def ctc_negative_log_likelihood(logits, classes, lengths, target_lengths):
     """See `CTCFromLogits`."""
     if not classes.shape[1]:  # no transcript has a word: one padded column keeps the shapes
         classes = classes.new_zeros(len(classes), 1)
+    # What is longer than the frames costs nothing anyway; a text of ten thousand letters must not cost gigabytes.
+    most = logits.shape[1] + 1
+    classes, target_lengths = classes[:, :most], target_lengths.clamp(max=most)
     return CTCFromLogits.apply(logits, classes, lengths, target_lengths)

@@ -6,6 +6,7 @@ import torch
 from transformers import GenerationMixin
 
 from .ctc_scoring_audiophi import CTCPrefixScorer, alignment_per_prompt
+from .kv_cache_audiophi import CACHE_NAME
 from .lm_prior_audiophi import LanguageModelPrior
 from .lora_audiophi import without_lora
 from .placeholders_audiophi import (
@@ -59,9 +60,14 @@ class AudioPhiGenerationMixin(GenerationMixin):
             raise ValueError(
                 "generate with audio needs input_ids with the audio placeholders; the processor makes them"
             )
+        if kwargs.get("inputs_embeds") is not None:
+            raise ValueError(
+                "generate takes audio inputs or inputs_embeds, not both: leave out inputs_embeds, or put the audio's "
+                "embeddings (get_audio_features(...).pooler_output) into them"
+            )
         if self.config.readout == "frames":
             check_context(input_ids, self.config)
-        audio = self.get_audio_features(**audio_inputs, with_alignment=fusion["ctc_weight"] > 0)
+        audio = self.get_audio_features(**audio_inputs, with_alignment=fusion["ctc_weight"] > 0, return_dict=True)
         embeds, keep = audio.pooler_output, audio.audio_keep
         check_placeholders(input_ids, embeds, self.config)
         prompt, attention_mask = input_ids, kwargs.pop("attention_mask", None)
@@ -127,7 +133,7 @@ class AudioPhiGenerationMixin(GenerationMixin):
 
         def predict(tokens, cache):
             with without_lora(self.model.language_model):
-                hidden = self.model.language_model(input_ids=tokens, past_key_values=cache, use_cache=True)
+                hidden = self.model.language_model(input_ids=tokens, use_cache=True, **{CACHE_NAME: cache})
                 return self.compute_logits(hidden.last_hidden_state[:, -1])
 
         weight = fusion["lm_prior_weight"]
@@ -158,9 +164,15 @@ class AudioPhiGenerationMixin(GenerationMixin):
             model_kwargs["audio_embeds"] = audio_embeds
         return input_ids, model_kwargs
 
-    def prepare_inputs_for_generation(self, input_ids, audio_embeds=None, is_first_iteration=False, **kwargs):
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        if audio_embeds is not None and (is_first_iteration or not kwargs.get("use_cache", True)):
+    def prepare_inputs_for_generation(
+        self, input_ids, audio_embeds=None, inputs_embeds=None, is_first_iteration=False, **kwargs
+    ):
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        # An assistant (assisted decoding) reads the prompt without being told that it is the first iteration.
+        whole = is_first_iteration or not kwargs.get("use_cache", True)
+        if audio_embeds is not None and (whole or inputs["input_ids"].shape[1] > 1):
             # With a cache of earlier turns only the end of the prompt is run, and only its audio is needed.
             placeholders = input_ids == self.config.audio_token_id
             unseen = placeholders.clone()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
+from transformers.utils import can_return_tuple
 
 from .adapters import adapter_class
 from .alignment_audiophi import AlignmentHead
@@ -18,17 +19,21 @@ from .components_audiophi import ComponentsMixin
 from .configuration_audiophi import AudioPhiConfig
 from .encoders import encoder_class
 from .generation_audiophi import AudioPhiGenerationMixin
-from .lengths_audiophi import join_windows
+from .hearing_audiophi import HearingMixin
+from .kv_cache_audiophi import CACHE_NAME
 from .lora_audiophi import inject_lora
-from .outputs_audiophi import AudioPhiAudioOutput, AudioPhiModelOutput, AudioPhiOutput
-from .placeholders_audiophi import check_context, check_placeholders, drop_unused_placeholders, padding_side_of
-from .readouts_audiophi import READOUTS
+from .outputs_audiophi import AudioPhiModelOutput, AudioPhiOutput
+from .placeholders_audiophi import (
+    check_context,
+    check_placeholders,
+    drop_unused_placeholders,
+    find_placeholders,
+    padding_side_of,
+)
+from .readout_mixed import CaptionWords
+from .readouts import build_readout
 from .spelling_audiophi import Spelling
 from .tuning_audiophi import TuningMixin
-
-# Windows that go through the encoder at a time, in units of the longest window (30 s): bounds the memory of an hour
-# of audio.
-WINDOWS_AT_A_TIME = 16
 
 
 class AudioPhiPreTrainedModel(PreTrainedModel):
@@ -56,11 +61,14 @@ class AudioPhiPreTrainedModel(PreTrainedModel):
             init.zeros_(module.ngrams)
             init.zeros_(module.starts)
             init.normal_(module.table, mean=0.0, std=module.table.shape[1] ** -0.5)
+        elif isinstance(module, CaptionWords):
+            init.zeros_(module.common)
+            init.ones_(module.scale)
         elif hasattr(module, "layer_weights"):
             init.zeros_(module.layer_weights)
 
 
-class AudioPhiModel(AudioPhiPreTrainedModel):
+class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
     """Encoder, adapter, readout and the language model without its head."""
 
     def __init__(self, config):
@@ -73,7 +81,7 @@ class AudioPhiModel(AudioPhiPreTrainedModel):
         )
         head = (config.align_vocab_size, size, config.align_spelling)
         self.alignment = AlignmentHead(*head) if config.align_vocab_size else None
-        self.readout = READOUTS[config.readout](size)
+        self.readout = build_readout(config)
         self.language_model = AutoModel.from_config(config.text_config)
         for part, arguments in config.lora.items():
             inject_lora(self, part, arguments)
@@ -102,67 +110,7 @@ class AudioPhiModel(AudioPhiPreTrainedModel):
             self.alignment.spelling.match(spellings)
         self.readout.start_at(self.get_input_embeddings().weight.float().square().mean().sqrt())
 
-    def encode(self, features, mask=None):
-        """Encoder states of feature rows: `features` as the encoder takes them, `mask` (W, T) (None: all real).
-
-        Returns hidden (W, T', encoder size) and mask (W, T') bool.
-        """
-        time_axis = self.audio_tower.time_axis
-        if mask is None:
-            mask = features.new_ones(len(features), features.shape[time_axis])
-        rows = max(1, WINDOWS_AT_A_TIME * self.config.window_frames // max(1, features.shape[time_axis]))
-        parts = [self.audio_tower(f, m) for f, m in zip(features.split(rows), mask.bool().split(rows), strict=True)]
-        if len(parts) == 1:
-            return parts[0]
-        size = max(hidden.shape[1] for hidden, _ in parts)
-        hidden = [nn.functional.pad(part, (0, 0, 0, size - part.shape[1])) for part, _ in parts]
-        masks = [nn.functional.pad(part, (0, size - part.shape[1])) for _, part in parts]
-        return torch.cat(hidden), torch.cat(masks)
-
-    def get_audio_features(
-        self,
-        input_features=None,
-        input_features_mask=None,
-        input_values=None,
-        input_values_mask=None,
-        audio_hidden_states=None,
-        audio_hidden_mask=None,
-        audio_num_windows=None,
-        with_alignment=False,
-        with_readout=True,
-        **kwargs,
-    ):
-        """Audio to tokens. One row per encoder window, in prompt order.
-
-        Takes features of the encoder's kind, or `audio_hidden_states` (W, T, encoder size) with `audio_hidden_mask`
-        (W, T): cached outputs of the (frozen) encoder. `audio_num_windows` (C,): windows per clip. Returns
-        `AudioPhiAudioOutput`; raises ValueError for features of the wrong kind.
-        """
-        if audio_hidden_states is not None:
-            hidden, mask = audio_hidden_states, audio_hidden_mask
-            mask = hidden.new_ones(hidden.shape[:2]).bool() if mask is None else mask.bool()
-        else:
-            key = self.audio_tower.feature_key
-            features = input_features if key == "input_features" else input_values
-            mask = input_features_mask if key == "input_features" else input_values_mask
-            if features is None:
-                raise ValueError(f"the {self.config.audio_config.model_type} encoder takes {key!r}, which is missing")
-            hidden, mask = self.encode(features, mask)
-        adapter_dtype = next(self.multi_modal_projector.parameters(), hidden).dtype
-        tokens, tokens_mask = self.multi_modal_projector(hidden.to(adapter_dtype), mask)
-        tokens, tokens_mask = join_windows(tokens, tokens_mask, audio_num_windows)
-        output = AudioPhiAudioOutput(last_hidden_state=hidden, tokens=tokens, tokens_mask=tokens_mask)
-        embedding_weight = self.get_input_embeddings().weight
-        if with_alignment or (self.readout.needs_alignment and with_readout):
-            if self.alignment is None:
-                raise ValueError("this model has no alignment head: build it with align_vocab_ids")
-            output.align_logits = self.alignment.logits(tokens, embedding_weight)
-        if with_readout:
-            embeds, keep = self.readout(tokens, tokens_mask, self.alignment, output.align_logits, embedding_weight)
-            output.pooler_output = embeds[tokens_mask]
-            output.audio_keep = None if keep is None else keep[tokens_mask]
-        return output
-
+    @can_return_tuple
     def forward(
         self,
         input_ids=None,
@@ -176,6 +124,7 @@ class AudioPhiModel(AudioPhiPreTrainedModel):
         attention_mask=None,
         position_ids=None,
         past_key_values=None,
+        cache=None,
         inputs_embeds=None,
         audio_embeds=None,
         audio_keep=None,
@@ -183,29 +132,38 @@ class AudioPhiModel(AudioPhiPreTrainedModel):
         use_cache=None,
         **kwargs,
     ):
-        """Language model over text and audio. `audio_embeds` (N, D) and `audio_keep` (N,) replace the audio inputs.
+        """Language model over text and audio. `audio_embeds` (N, D) and `audio_keep` (N,) replace the audio inputs,
+        `inputs_embeds` (B, L, D) the embeddings of `input_ids`; where there are no ids, placeholders are the positions
+        with the placeholder's own embedding. `cache`, also by its older name `past_key_values`: earlier positions.
 
         Raises ValueError when placeholders and audio tokens differ in number, or the prompt exceeds the context.
         """
         audio = None
-        if any(value is not None for value in (input_features, input_values, audio_hidden_states)):
-            if input_ids is None:
+        has_audio = any(value is not None for value in (input_features, input_values, audio_hidden_states))
+        if input_ids is None and (has_audio or audio_embeds is not None):
+            if inputs_embeds is None:
                 raise ValueError("audio inputs need input_ids with the audio placeholders")
+            input_ids = find_placeholders(inputs_embeds, self.get_input_embeddings(), self.config.audio_token_id)
+        if has_audio:
             if self.config.readout == "frames":
                 check_context(input_ids, self.config)
             audio = self.get_audio_features(
-                input_features,
-                input_features_mask,
-                input_values,
-                input_values_mask,
-                audio_hidden_states,
-                audio_hidden_mask,
-                audio_num_windows,
+                input_features=input_features,
+                input_features_mask=input_features_mask,
+                input_values=input_values,
+                input_values_mask=input_values_mask,
+                audio_hidden_states=audio_hidden_states,
+                audio_hidden_mask=audio_hidden_mask,
+                audio_num_windows=audio_num_windows,
                 with_alignment=with_alignment,
+                output_hidden_states=False,  # those that forward returns are the language model's
+                output_attentions=False,
+                return_dict=True,
             )
             audio_embeds, audio_keep = audio.pooler_output, audio.audio_keep
         latest = None
-        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        cache = past_key_values if cache is None else cache
+        past_length = cache.get_seq_length() if cache is not None else 0
         if input_ids is not None and (audio_embeds is not None or not past_length):
             check_placeholders(input_ids, audio_embeds, self.config)
         if audio_keep is not None:
@@ -216,6 +174,10 @@ class AudioPhiModel(AudioPhiPreTrainedModel):
             input_ids, attention_mask, latest = compact.input_ids, compact.attention_mask, compact.latest
             audio_embeds, position_ids = audio_embeds[audio_keep], None
             check_context(input_ids, self.config)
+            if inputs_embeds is not None:
+                inputs_embeds = inputs_embeds.gather(
+                    1, compact.source[..., None].expand(-1, -1, inputs_embeds.shape[2])
+                )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if audio_embeds is not None:
@@ -229,8 +191,9 @@ class AudioPhiModel(AudioPhiPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
+            return_dict=True,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
         hidden, states = outputs.last_hidden_state, outputs.hidden_states
@@ -239,10 +202,10 @@ class AudioPhiModel(AudioPhiPreTrainedModel):
             states = states and tuple(restore_length(state, latest) for state in states)
         return AudioPhiModelOutput(
             last_hidden_state=hidden,
-            past_key_values=outputs.past_key_values,
             hidden_states=states,
             attentions=outputs.attentions,
             audio=audio,
+            **{CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None},
         )
 
 
@@ -290,7 +253,7 @@ class AudioPhiForConditionalGeneration(
 
         Takes the audio inputs of `forward`. Raises ValueError on a model without an alignment head.
         """
-        audio = self.get_audio_features(**audio_inputs, with_alignment=True, with_readout=False)
+        audio = self.get_audio_features(**audio_inputs, with_alignment=True, with_readout=False, return_dict=True)
         return self.model.alignment.greedy(audio.align_logits, audio.tokens_mask)
 
     def compute_logits(self, hidden):
@@ -301,6 +264,7 @@ class AudioPhiForConditionalGeneration(
         cap = getattr(text, "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids=None,
@@ -314,9 +278,11 @@ class AudioPhiForConditionalGeneration(
         attention_mask=None,
         position_ids=None,
         past_key_values=None,
+        cache=None,
         inputs_embeds=None,
         labels=None,
         align_labels=None,
+        caption_labels=None,
         audio_embeds=None,
         audio_keep=None,
         align_loss_weight=1.0,
@@ -331,9 +297,10 @@ class AudioPhiForConditionalGeneration(
         `labels` (B, L) with -100 where nothing is to be predicted: the head runs at labelled positions only, and
         logits are not returned unless `return_logits=True`. `align_labels` (C, S): LLM token ids of each clip's
         transcript, -100 padded; without input_ids the language model is not run at all, and align_logits are returned
-        only with `return_logits=True`. `num_items_in_batch`
-        (labelled tokens) and `align_items_in_batch` (clips) divide the summed losses under gradient accumulation.
-        Returns `AudioPhiOutput`.
+        only with `return_logits=True`. `caption_labels` (C, S): likewise the words of each clip's caption, in any
+        order, for a readout that learns from them (`learns_captions`). `num_items_in_batch` (labelled tokens) and
+        `align_items_in_batch` (clips) divide the summed losses under gradient accumulation. Returns
+        `AudioPhiOutput`.
         """
         audio_inputs = {
             "input_features": input_features,
@@ -344,27 +311,29 @@ class AudioPhiForConditionalGeneration(
             "audio_hidden_mask": audio_hidden_mask,
             "audio_num_windows": audio_num_windows,
         }
-        kwargs.pop("return_dict", None)
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         output = AudioPhiOutput()
         if input_ids is None and inputs_embeds is None and align_labels is not None:
-            audio = self.get_audio_features(**audio_inputs, with_alignment=True, with_readout=False)
+            with_readout = caption_labels is not None
+            how = {"with_alignment": True, "with_readout": with_readout, "return_dict": True}
+            audio = self.get_audio_features(**audio_inputs, **how)
         else:
             outputs = self.model(
                 input_ids=input_ids,
                 **audio_inputs,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
+                cache=past_key_values if cache is None else cache,
                 inputs_embeds=inputs_embeds,
                 audio_embeds=audio_embeds,
                 audio_keep=audio_keep,
                 with_alignment=align_labels is not None,
                 use_cache=use_cache,
+                return_dict=True,
                 **kwargs,
             )
             audio, hidden = outputs.audio, outputs.last_hidden_state
-            output.past_key_values = outputs.past_key_values
+            output[CACHE_NAME] = getattr(outputs, CACHE_NAME)
             output.hidden_states, output.attentions = outputs.hidden_states, outputs.attentions
             if labels is not None:
                 output.lm_loss = output.loss = self._lm_loss(hidden, labels, num_items_in_batch)
@@ -381,8 +350,20 @@ class AudioPhiForConditionalGeneration(
                 audio.align_logits, audio.tokens_mask.sum(1), align_labels, align_items_in_batch
             )
             weighted = align_loss_weight * output.align_loss
+            if caption_labels is not None:
+                output.caption_loss = self._caption_loss(audio, caption_labels, align_items_in_batch)
+                weighted = weighted + align_loss_weight * output.caption_loss
             output.loss = weighted if output.loss is None else output.loss + weighted
-        return output
+        return AudioPhiOutput(**output)  # anew, in the order of its fields: as a tuple it begins with loss and logits
+
+    def _caption_loss(self, audio, caption_labels, num_items=None):
+        """The readout's loss of captions, a mean over the batch's clips (the sum divided by `num_items` when given)."""
+        alignment = self.model.alignment
+        labels = alignment.targets(caption_labels)[0] - 1
+        sounds = audio.keep & (audio.align_logits.argmax(-1) == 0)
+        table = self.get_input_embeddings().weight[alignment.vocab_ids]
+        loss = self.model.readout.caption_loss(audio.embeds, sounds, labels, table)
+        return loss / (len(labels) if num_items is None else num_items)
 
     def _lm_loss(self, hidden, labels, num_items_in_batch):
         """Next-token cross-entropy, computing logits only where the next token has a label."""

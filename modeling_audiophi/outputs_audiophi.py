@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, ModelOutput
 
 
 @dataclass
@@ -12,14 +11,20 @@ class AudioPhiAudioOutput(ModelOutput):
     """Audio as the language model gets it.
 
     last_hidden_state: encoder states (windows, T, encoder size). pooler_output: audio tokens of all clips (N, LLM
-        size), one per placeholder. audio_keep: (N,) bool, which of them the collapse keeps (None: all). tokens,
+        size), one per placeholder. hidden_states, attentions: of the encoder's blocks, see `run_recorded`; None when
+        nothing asked for them. audio_keep: (N,) bool, which of them the readout keeps (None: all). embeds (C, T', LLM
+        size), keep (C, T'): pooler_output and audio_keep per clip. tokens,
         tokens_mask: adapter outputs per clip (C, T', LLM size), (C, T'). align_logits: (C, T', align_vocab_size + 1),
         None when nothing asked for them.
     """
 
     last_hidden_state: torch.Tensor | None = None
     pooler_output: torch.Tensor | None = None
+    hidden_states: tuple | None = None
+    attentions: tuple | None = None
     audio_keep: torch.Tensor | None = None
+    embeds: torch.Tensor | None = None
+    keep: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
     tokens_mask: torch.Tensor | None = None
     align_logits: torch.Tensor | None = None
@@ -34,21 +39,17 @@ class AudioPhiModelOutput(BaseModelOutputWithPast):
 
 
 @dataclass
-class AudioPhiOutput(ModelOutput):
+class AudioPhiOutput(CausalLMOutputWithPast):
     """Losses (scalars) and predictions of `AudioPhiForConditionalGeneration`.
 
-    loss = lm_loss + align_loss_weight * align_loss, whichever were asked for; align_skipped counts clips whose
-    transcript is longer than their audio tokens. logits (B, L, vocabulary) is None with labels unless
+    loss = lm_loss + align_loss_weight * (align_loss + caption_loss), whichever were asked for; align_skipped counts
+    clips whose transcript is longer than their audio tokens. logits (B, L, vocabulary) is None with labels unless
     `return_logits=True`.
     """
 
-    loss: torch.Tensor | None = None
     lm_loss: torch.Tensor | None = None
     align_loss: torch.Tensor | None = None
+    caption_loss: torch.Tensor | None = None
     align_skipped: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple | None = None
-    attentions: tuple | None = None
     align_logits: torch.Tensor | None = None
     audio_keep: torch.Tensor | None = None

@@ -20,6 +20,13 @@ def check_placeholders(input_ids, audio_embeds, config):
         raise ValueError(f"the prompt has {wanted} audio placeholders, but the audio makes {given} tokens")
 
 
+def find_placeholders(inputs_embeds, embedding, audio_token_id):
+    """`inputs_embeds` (B, L, D) of a prompt, `embedding` the LLM's input embedding layer -> ids (B, L): the
+    placeholder's where its embedding stands, -1 elsewhere."""
+    own = embedding(torch.tensor(audio_token_id, device=inputs_embeds.device)).to(inputs_embeds.dtype)
+    return torch.where((inputs_embeds == own).all(-1), audio_token_id, -1)
+
+
 def check_context(input_ids, config):
     """ValueError when a prompt that will go to the language model like this is longer than its context."""
     context = getattr(config.text_config, "max_position_embeddings", None)

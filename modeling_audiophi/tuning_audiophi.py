@@ -6,7 +6,7 @@ import torch
 
 from .alignment_audiophi import AlignmentHead
 from .lora_audiophi import PARTS, inject_lora, is_lora_key
-from .readouts_audiophi import READOUTS
+from .readouts import build_readout
 from .spelling_audiophi import spell
 
 TUNED = ("frozen", "lora", "full")
@@ -46,6 +46,18 @@ class TuningMixin:
     def _remember(self, part, how):
         self.config.tuned[part] = max(self.config.tuned[part], how, key=TUNED.index)
 
+    def resize_token_embeddings(self, new_num_tokens=None, *args, **kwargs):
+        """As in transformers. Raises ValueError for a table that would lose the audio placeholder or a token that the
+        alignment head scores."""
+        alignment = self.model.alignment
+        needed = max(self.config.audio_token_id, -1 if alignment is None else int(alignment.vocab_ids.max())) + 1
+        if new_num_tokens is not None and new_num_tokens < needed:
+            raise ValueError(
+                f"{new_num_tokens} embeddings are too few: {needed} are needed for the audio placeholder, token "
+                f"{self.config.audio_token_id}, and what the alignment head scores"
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
     def set_readout(self, name):
         """Another readout of READOUTS instead of the present one, of which it keeps the weights that both have.
 
@@ -55,9 +67,9 @@ class TuningMixin:
         config.readout = name
         type(config)(**config.to_dict())  # checks it
         old = self.model.readout
-        new = READOUTS[name](self.config.text_config.hidden_size)
         weight = next(old.parameters())
         self.config.readout = self.model.config.readout = name
+        new = build_readout(self.config)
         self.model.readout = new.to(weight.device, weight.dtype)
         self.model.match_embeddings()
         new.load_state_dict({k: v for k, v in old.state_dict().items() if k in new.state_dict()}, strict=False)

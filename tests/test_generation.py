@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from modeling_audiophi.kv_cache_audiophi import CACHE_NAME
 from tests.conftest import prompts
 
 READOUTS = ["frames", "collapse", "mixed"]
@@ -94,4 +95,4 @@ def test_second_turn_on_a_cache_equals_one_without(make_tiny_model, waveform, re
     both = prompts(processor, [[waveform(0.7), waveform(0.5, 1)]])
     inputs = {**both, "input_ids": text, "attention_mask": torch.ones_like(text)}
     expected = model.generate(**inputs, **settings)
-    assert torch.equal(model.generate(**inputs, **settings, past_key_values=turn.past_key_values), expected)
+    assert torch.equal(model.generate(**inputs, **settings, **{CACHE_NAME: turn[CACHE_NAME]}), expected)

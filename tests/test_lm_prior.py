@@ -2,6 +2,7 @@
 
 import torch
 
+from modeling_audiophi.kv_cache_audiophi import CACHE_NAME
 from modeling_audiophi.lm_prior_audiophi import LanguageModelPrior
 from modeling_audiophi.lora_audiophi import without_lora
 from tests.conftest import prompts
@@ -11,7 +12,7 @@ START = 7
 
 def prior_of(model, vocab_ids, weight=0.5):
     def predict(tokens, cache):
-        hidden = model.model.language_model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        hidden = model.model.language_model(input_ids=tokens, use_cache=True, **{CACHE_NAME: cache})
         return model.compute_logits(hidden.last_hidden_state[:, -1])
 
     return LanguageModelPrior(predict, vocab_ids, torch.tensor([True, False]), START, prompt_length=2, weight=weight)

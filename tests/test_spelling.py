@@ -57,7 +57,10 @@ def test_a_checkpoint_keeps_it(make_tiny_model, waveform, tmp_path, slim):
     inputs = prompts(processor, [[waveform(0.8)]])
     audio = {name: value for name, value in inputs.items() if name.startswith(("input_feat", "audio_"))}
     first, second = (m.get_audio_features(**audio, with_alignment=True).align_logits for m in (model, again))
-    assert torch.equal(first, second) and again.dtype == torch.float32
+    # The same weights; where they lie in memory may change a product's last bits.
+    kept = again.model.alignment.state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in model.model.alignment.state_dict().items())
+    assert torch.allclose(first, second, atol=1e-6) and again.dtype == torch.float32
     assert again.model.alignment.spelling.ngrams.dtype == torch.int16
 
 

@@ -1,0 +1,117 @@
+"""Hearing: from audio to what the language model reads, through encoder, adapter, alignment and readout."""
+
+import torch
+from torch import nn
+from transformers.utils import can_return_tuple
+
+from .encoder_recorder import run_recorded
+from .lengths_audiophi import join_windows
+from .outputs_audiophi import AudioPhiAudioOutput
+
+# Windows that go through the encoder at a time, in units of the longest window (30 s): bounds the memory of an hour
+# of audio.
+WINDOWS_AT_A_TIME = 16
+
+
+class HearingMixin:
+    """For a model with `audio_tower`, `multi_modal_projector`, `alignment` and `readout` as AudioPhiModel has them."""
+
+    def encode(self, features, mask=None):
+        """Encoder states of feature rows: `features` as the encoder takes them, `mask` (W, T) (None: all real).
+
+        Returns hidden (W, T', encoder size) and mask (W, T') bool.
+        """
+        time_axis = self.audio_tower.time_axis
+        mask = self._as_mask(features, mask)
+        rows = max(1, WINDOWS_AT_A_TIME * self.config.window_frames // max(1, features.shape[time_axis]))
+        parts = [self.audio_tower(f, m) for f, m in zip(features.split(rows), mask.split(rows), strict=True)]
+        if len(parts) == 1:
+            return parts[0]
+        size = max(hidden.shape[1] for hidden, _ in parts)
+        hidden = [nn.functional.pad(part, (0, 0, 0, size - part.shape[1])) for part, _ in parts]
+        masks = [nn.functional.pad(part, (0, size - part.shape[1])) for _, part in parts]
+        return torch.cat(hidden), torch.cat(masks)
+
+    def _as_mask(self, features, mask):
+        """`mask` (W, T), a list of W rows, or None for all real -> (W, T) bool."""
+        if mask is None:
+            return features.new_ones(len(features), features.shape[self.audio_tower.time_axis]).bool()
+        return (mask if isinstance(mask, torch.Tensor) else torch.stack(list(mask))).bool()
+
+    @can_return_tuple
+    def get_audio_features(
+        self,
+        features=None,
+        *,
+        input_features=None,
+        input_features_mask=None,
+        input_values=None,
+        input_values_mask=None,
+        audio_hidden_states=None,
+        audio_hidden_mask=None,
+        audio_num_windows=None,
+        with_alignment=False,
+        with_readout=True,
+        output_hidden_states=None,
+        output_attentions=None,
+        **kwargs,
+    ):
+        """Audio to tokens. One row per encoder window, in prompt order.
+
+        Takes features of the encoder's kind, by their name or, whatever they are called, as first argument; or
+        `audio_hidden_states` (W, T, encoder size) with `audio_hidden_mask` (W, T): cached outputs of the (frozen)
+        encoder. A mask may be a list of rows. `audio_num_windows` (C,): windows per clip. `output_hidden_states`,
+        `output_attentions` (default: the config's): also return what the encoder's blocks saw, see `run_recorded`,
+        which runs them window by window. Returns `AudioPhiAudioOutput`; raises ValueError for features of the wrong
+        kind, and for attention weights that there are not.
+        """
+        states, attentions = None, None
+        watched = [self.config.output_hidden_states if output_hidden_states is None else output_hidden_states]
+        watched += [self.config.output_attentions if output_attentions is None else output_attentions]
+        if audio_hidden_states is not None:
+            if output_hidden_states or output_attentions:
+                raise ValueError("cached encoder states have no inner ones: give the audio itself")
+            hidden, mask = audio_hidden_states, audio_hidden_mask
+            mask = hidden.new_ones(hidden.shape[:2]).bool() if mask is None else mask.bool()
+        else:
+            key = self.audio_tower.feature_key
+            if features is None:
+                features = input_features if key == "input_features" else input_values
+            mask = input_features_mask if key == "input_features" else input_values_mask
+            if features is None:
+                raise ValueError(f"the {self.config.audio_config.model_type} encoder takes {key!r}, which is missing")
+            if any(watched):
+                mask = self._as_mask(features, mask)
+                (hidden, mask), states, attentions = run_recorded(self.audio_tower, features, mask)
+            else:
+                hidden, mask = self.encode(features, mask)
+            if watched[1] and attentions is None:
+                raise ValueError(
+                    f"the {self.config.audio_config.model_type} encoder returns no attention weights: "
+                    "model.set_attn_implementation('eager') makes most encoders do so, output_attentions=False does "
+                    "without"
+                )
+        adapter_dtype = next(self.multi_modal_projector.parameters(), hidden).dtype
+        tokens, tokens_mask = self.multi_modal_projector(hidden.to(adapter_dtype), mask)
+        tokens, tokens_mask = join_windows(tokens, tokens_mask, audio_num_windows)
+        logits, embeds, keep = None, None, None
+        embedding_weight = self.get_input_embeddings().weight
+        if with_alignment or (self.readout.needs_alignment and with_readout):
+            if self.alignment is None:
+                raise ValueError("this model has no alignment head: build it with align_vocab_ids")
+            logits = self.alignment.logits(tokens, embedding_weight)
+        if with_readout:
+            encoded = join_windows(hidden, mask, audio_num_windows) if self.readout.needs_encoder else None
+            embeds, keep = self.readout(tokens, tokens_mask, self.alignment, logits, embedding_weight, encoded)
+        return AudioPhiAudioOutput(
+            last_hidden_state=hidden,
+            pooler_output=None if embeds is None else embeds[tokens_mask],
+            hidden_states=states if watched[0] else None,
+            attentions=attentions if watched[1] else None,
+            audio_keep=None if keep is None else keep[tokens_mask],
+            embeds=embeds,
+            keep=keep,
+            tokens=tokens,
+            tokens_mask=tokens_mask,
+            align_logits=logits,
+        )
