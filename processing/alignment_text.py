@@ -6,6 +6,7 @@ early they were learned, so keeping only the first N of them gives shorter units
 embeddings remain usable.
 """
 
+import itertools
 import json
 import string
 import unicodedata
@@ -18,15 +19,21 @@ CASES = ("lower", "keep")
 def normalise_transcript(text: str, case: str = "lower") -> str:
     """The form of a transcript that is trained on.
 
-    "lower": lower case, only letters (of any script), digits and apostrophes between single spaces. "keep": as written,
+    "lower": lower case, only letters (of any script) with their marks, digits and apostrophes between single spaces (an
+    emoji's variation selector is a mark without a letter, and no word). "keep": as written,
     with spaces collapsed. Corpora differ (LibriSpeech is upper case without punctuation); in a mixture of them as they
     are, the model would have to guess the corpus.
     """
+
+    def is_mark(character: str) -> bool:
+        return unicodedata.category(character)[0] == "M"
+
     if case not in CASES:
         raise ValueError(f"text case {case!r} is not one of {', '.join(CASES)}.")
     if case == "lower":
         text = unicodedata.normalize("NFC", text).lower().replace("’", "'")
         text = "".join(c if unicodedata.category(c)[0] in "LMN" or c == "'" else " " for c in text)
+        text = "".join(c for before, c in itertools.pairwise(" " + text) if before != " " or not is_mark(c))
     return " ".join(text.split())
 
 
@@ -57,7 +64,10 @@ class AlignmentTokenizer:
             model["ignore_merges"] = False
             model["merges"] = model["merges"][:merges]
         specification["truncation"] = specification["padding"] = None
+        for token in specification["added_tokens"]:  # a transcript has words only, whatever they look like
+            token["special"] = token["special"] or bool(token["content"].strip())
         self._units = Tokenizer.from_str(json.dumps(specification))
+        self._units.encode_special_tokens = True
 
     def encode(self, text: str) -> list[int]:
         """Ids of a transcript, its first word with a leading space as in running text. Empty for a blank one."""

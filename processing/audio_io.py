@@ -6,10 +6,16 @@
 (decoded or not), or a bare array together with `source_rate`. Whatever cannot be heard as the sender meant it is
 refused with an `AudioError` that names the input: an array without its rate (played at the wrong speed it would still
 "work"), no samples, NaN or Inf, a file that is not audio, a file that ends before its header says it should.
+
+A server that hands on what strangers send can switch URLs off: AUDIOPHI_ALLOW_URLS=0 in its environment. Paths are
+always opened, so it has to send the bytes.
 """
 
+import http.client
 import io
 import os
+import stat
+import time
 import urllib.request
 from fractions import Fraction
 from functools import lru_cache
@@ -20,7 +26,14 @@ import torch
 import torchaudio
 
 MAX_CHANNELS = 64
+# What a header may claim before anything is decoded: 24 hours, and 8 GiB as float32 (3 hours at 192 kHz).
+MAX_SECONDS = 24 * 3600
+MAX_VALUES = 2**31
+# The largest full scale of any integer format. Samples far above overflow in a spectrogram, and all of it becomes NaN.
+MAX_AMPLITUDE = 2.0**31
 URL_TIMEOUT_S = 60
+URL_MAX_BYTES = 2**31
+URL_SLOWEST = 16_000  # bytes per second
 UNKNOWN_WAV_SIZE = 0x7FFFF000
 # Largest numerator or denominator of a resampling ratio. The polyphase filter bank grows with it: 44,099 → 16,000 Hz
 # taken literally needs gigabytes. The nearest such fraction plays odd rates at most 0.05 % too fast or too slow; usual
@@ -75,7 +88,7 @@ def read_source(source, source_rate: int | None = None, name: str | None = None)
 
 
 def decode_bytes(data: bytes, name: str) -> tuple[np.ndarray, int]:
-    """Decode a whole audio file held in memory → (float32 array (samples, channels), rate).
+    """Decode a whole audio file held in memory → (float32 array (samples,), channels averaged; rate).
 
     libsndfile reads WAV, FLAC, Ogg (Vorbis, Opus) and MP3; other containers (m4a, mp4, webm) go to torchcodec where it
     is installed.
@@ -86,7 +99,10 @@ def decode_bytes(data: bytes, name: str) -> tuple[np.ndarray, int]:
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             expected, rate = file.frames, file.samplerate
-            array = file.read(dtype="float32", always_2d=True)
+            _check_header(expected, file.channels, rate, name)
+            array = file.read(expected, dtype="float32", always_2d=True)  # said, because GSM cannot seek
+    except MemoryError as error:
+        raise AudioError(f"{name}: {expected} samples do not fit into memory. Cut it into shorter files.") from error
     except soundfile.LibsndfileError as error:
         reason = error.error_string  # the whole message would name a buffer in memory
         if data[:4] in (b"RIFF", b"fLaC", b"OggS"):
@@ -94,7 +110,7 @@ def decode_bytes(data: bytes, name: str) -> tuple[np.ndarray, int]:
         return _decode_with_torchcodec(data, name, reason)
     if len(array) < expected:
         raise AudioError(f"{name}: truncated file, {len(array)} of the {expected} samples that its header announces.")
-    return array, rate
+    return _mix(array, 1), rate
 
 
 def to_mono(array: np.ndarray, name: str) -> np.ndarray:
@@ -115,10 +131,21 @@ def to_mono(array: np.ndarray, name: str) -> np.ndarray:
     elif np.issubdtype(array.dtype, np.integer):
         array = array.astype(np.float64) / -float(np.iinfo(array.dtype).min)
     if array.ndim == 2:
-        array = array.mean(axis=int(np.argmin(array.shape)), dtype=np.float64)
-    if not np.isfinite(array).all():
-        raise AudioError(f"{name}: {int((~np.isfinite(array)).sum())} of {array.size} samples are NaN or Inf.")
+        array = _mix(array, int(np.argmin(array.shape)))
+    finite = np.isfinite(array)
+    if not finite.all():
+        raise AudioError(f"{name}: {int((~finite).sum())} of {array.size} samples are NaN or Inf.")
+    if (peak := max(array.max(), -array.min())) > MAX_AMPLITUDE:
+        raise AudioError(f"{name}: samples of up to {peak:.3g} are not audio. Scale them into [-1, 1].")
     return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def _mix(array: np.ndarray, axis: int) -> np.ndarray:
+    """The average over the axis of channels."""
+    if array.shape[axis] == 1:
+        return np.squeeze(array, axis)
+    with np.errstate(invalid="ignore"):  # Inf beside -Inf: refused afterwards, by name
+        return array.mean(axis=axis, dtype=np.float64)
 
 
 def resample(waveform: np.ndarray, rate: int, target_rate: int) -> np.ndarray:
@@ -160,19 +187,51 @@ def _check_rate(rate, name: str) -> int:
 
 def _read_path(path: str, name: str) -> tuple[np.ndarray, int]:
     if path.startswith(("http://", "https://")):
-        try:
-            with urllib.request.urlopen(path, timeout=URL_TIMEOUT_S) as response:
-                return decode_bytes(response.read(), name)
-        except OSError as error:
-            raise AudioError(f"{name}: cannot be downloaded ({error}).") from error
+        return decode_bytes(_download(path, name), name)
     path = path.removeprefix("file://")
-    if os.path.isdir(path):
-        raise AudioError(f"{name}: is a folder, not an audio file.")
     try:
+        check_file(path, name)
         with open(path, "rb") as file:
             return decode_bytes(file.read(), name)
+    except AudioError:
+        raise
     except OSError as error:
         raise AudioError(f"{name}: cannot be read ({error.strerror or error}).") from error
+    except ValueError as error:  # a NUL, or half a character
+        raise AudioError(f"{name!r}: cannot be the name of a file ({error}).") from error
+
+
+def check_file(path: str, name: str | None = None) -> None:
+    """AudioError for what is no file: reading a pipe that nobody writes to, or a device, never ends. What the shell
+    hands over as /dev/stdin or /dev/fd/N is a file to whoever wrote the command. OSError for what is not there."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not (stat.S_ISFIFO(mode) and path.startswith(("/dev/fd/", "/dev/stdin"))):
+        raise AudioError(
+            f"{name or path}: is {'a folder' if stat.S_ISDIR(mode) else 'a device or pipe'}, not an audio file."
+        )
+
+
+def _download(url: str, name: str) -> bytes:
+    """What is behind a URL. AudioError where URLs are switched off, for errors, and for what never ends."""
+    if os.environ.get("AUDIOPHI_ALLOW_URLS") == "0":
+        raise AudioError(f"{name}: URLs are switched off (AUDIOPHI_ALLOW_URLS=0). Give the file itself.")
+    start, parts, size = time.monotonic(), [], 0
+    try:
+        with urllib.request.urlopen(url, timeout=URL_TIMEOUT_S) as response:
+            while part := response.read1(1 << 20):
+                parts.append(part)
+                size += len(part)
+                # A socket's own timeout starts again with every byte.
+                if size > URL_MAX_BYTES or time.monotonic() - start > URL_TIMEOUT_S + size / URL_SLOWEST:
+                    raise AudioError(
+                        f"{name}: gave up after {size} bytes and {time.monotonic() - start:.0f} s: it is too large or "
+                        "comes too slowly. Download it yourself and give the file."
+                    )
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        if isinstance(error, AudioError):
+            raise
+        raise AudioError(f"{name}: cannot be downloaded ({error}).") from error
+    return b"".join(parts)
 
 
 def _read_dict(source: dict, source_rate: int | None, name: str | None) -> tuple[np.ndarray, int, str]:
@@ -191,6 +250,17 @@ def _read_dict(source: dict, source_rate: int | None, name: str | None) -> tuple
     raise AudioError(
         f"{name or 'audio item'}: has none of path, url, bytes, array or audio (keys: {sorted(map(str, source))})."
     )
+
+
+def _check_header(frames: int, channels: int, rate: int, name: str) -> None:
+    """Refuse what a damaged header claims, before memory is taken for it."""
+    if channels > MAX_CHANNELS:
+        raise AudioError(f"{name}: {channels} channels are not audio; at most {MAX_CHANNELS} are averaged.")
+    if frames / _check_rate(rate, name) > MAX_SECONDS or frames * channels > MAX_VALUES:
+        raise AudioError(
+            f"{name}: its header announces {frames} samples of {channels} channels at {rate} Hz "
+            f"({frames / rate / 3600:.3g} hours). It is damaged, or has to be cut into shorter files."
+        )
 
 
 def _check_complete(data: bytes, name: str) -> None:
@@ -225,11 +295,14 @@ def _decode_with_torchcodec(data: bytes, name: str, reason: str) -> tuple[np.nda
     try:
         from torchcodec.decoders import AudioDecoder
     except (ImportError, OSError, RuntimeError):
-        raise AudioError(f"{name}: not an audio file that libsndfile can read ({reason}).") from None
+        raise AudioError(
+            f"{name}: not an audio file that libsndfile can read ({reason}). WAV, FLAC, Ogg and MP3 are; other "
+            "containers need torchcodec and FFmpeg."
+        ) from None
     try:
         samples = AudioDecoder(data).get_all_samples()
     except (RuntimeError, ValueError) as codec_error:
         raise AudioError(
             f"{name}: not audio (neither libsndfile nor torchcodec can decode it: {reason})"
         ) from codec_error
-    return samples.data.numpy(), int(samples.sample_rate)
+    return _mix(samples.data.numpy(), 0), _check_rate(int(samples.sample_rate), name)

@@ -36,6 +36,7 @@ class AudioPhiCollator:
         processor: with its length rule set.
         mode: "align" (CTC targets, no prompt), "lm" (prompt and labels) or "both".
         align_tokenizer: makes the CTC targets; needed unless mode is "lm".
+        learn_captions: whether the loss align also takes the words of captions.
         augment: applied to the features of every clip.
         padding_side: of the text.
         text_case: see `normalise_transcript`; for targets of both losses.
@@ -46,6 +47,7 @@ class AudioPhiCollator:
     processor: AudioPhiProcessor
     mode: str = "lm"
     align_tokenizer: AlignmentTokenizer | None = None
+    learn_captions: bool = False
     augment: Augment | None = None
     padding_side: str = "right"
     text_case: str = "lower"
@@ -63,7 +65,7 @@ class AudioPhiCollator:
         Returns:
             audio inputs as from `processor.pad_audio`; in mode lm or both `input_ids`, `attention_mask`, `labels`
             (batch, length), -100 except on the assistant's words and the end token; in mode align or both
-            `align_labels` (clips, targets), padded with -100.
+            `align_labels` (clips, targets), padded with -100, and with learn_captions `caption_labels` likewise.
         """
         clips = [self._clip(example) for example in examples]
         texts = [normalise_transcript(example["text"], self.text_case) for example in examples]
@@ -72,10 +74,16 @@ class AudioPhiCollator:
         else:
             batch = self._prompts(examples, clips, texts)
         if self.mode != "lm":
-            spoken = ["" if example.get("task") == "caption" else t for example, t in zip(examples, texts, strict=True)]
-            targets = [torch.tensor(self.align_tokenizer.encode(text), dtype=torch.long) for text in spoken]
-            batch["align_labels"] = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORED)
+            captioned = [example.get("task") == "caption" for example in examples]
+            batch["align_labels"] = self._targets("" if c else t for c, t in zip(captioned, texts, strict=True))
+            if self.learn_captions:
+                batch["caption_labels"] = self._targets(t if c else "" for c, t in zip(captioned, texts, strict=True))
         return batch
+
+    def _targets(self, texts) -> torch.Tensor:
+        """Token ids (clips, longest), padded with -100."""
+        targets = [torch.tensor(self.align_tokenizer.encode(text), dtype=torch.long) for text in texts]
+        return torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORED)
 
     def _prompts(self, examples, clips, texts) -> dict[str, torch.Tensor]:
         conversations = [

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import datasets
 
+from .audio_io import MAX_SECONDS
 from .captions import captions_of, class_name
+from .dataset_paths import URL_PREFIXES, Reach
+from .plain_text import whole_characters
 
 FEATURES = datasets.Features(
     {
@@ -51,17 +54,31 @@ def pick(columns, wanted: str | None, usual: tuple[str, ...], what: str | None, 
     return found
 
 
-def absolute(path: str | None, folder: Path) -> str | None:
-    """A manifest's path, relative to the manifest, as one that can be opened."""
-    if path is None or path == "" or path.startswith(("http://", "https://")):
-        return path or None
-    return str(folder / path)
+def absolute(path: str | None, folder: Path, reach: Reach, row: str = "a row") -> str | None:
+    """A manifest's path, relative to the manifest, as one that can be opened. ValueError for one out of `reach`."""
+    if path is None or path == "":
+        return None
+    if not isinstance(path, str):
+        raise ValueError(f"{reach.source}: {row} names its audio by {path!r:.80}, which is no path. Pass audio_column.")
+    path = reach.check(path if path.startswith(URL_PREFIXES) else str(folder / path), row)
+    if whole_characters(path) != path:
+        raise ValueError(f"{reach.source}: {row} names {path!r}, which is not UTF-8. Rename that file.")
+    return path
+
+
+def plausible_seconds(value) -> float | None:
+    """A clip's length as a source gives it; None where that is no length, so that the audio itself is asked."""
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        return None
+    return seconds if 0 < seconds <= MAX_SECONDS else None
 
 
 def caption_columns(row: dict, text_column: str | None, label_column: str | None, entry: dict) -> dict:
     """CAPTION_COLUMNS of a source's row."""
     text = row.get(text_column) if text_column else None
-    text = None if text is None else str(text)
+    text = None if text is None else whole_characters(str(text))
     label = row.get(label_column) if label_column else None
     label = class_name(str(label)) if label not in (None, "") else None
     captions = None

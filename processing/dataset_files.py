@@ -45,16 +45,22 @@ def manifest_rows(manifest: Path) -> Iterator[dict]:
     """Rows of a CSV, TSV or JSONL file."""
     if manifest.suffix in (".csv", ".tsv"):
         with open(manifest, newline="", encoding="utf-8-sig") as file:
-            yield from csv.DictReader(file, delimiter="\t" if manifest.suffix == ".tsv" else ",")
+            rows = csv.DictReader(file, delimiter="\t" if manifest.suffix == ".tsv" else ",")
+            try:
+                yield from rows
+            except (UnicodeDecodeError, csv.Error) as error:
+                raise ValueError(f"{manifest}: cannot be read behind line {rows.line_num} ({error}).") from error
         return
     if manifest.suffix not in (".jsonl", ".json"):
         raise ValueError(f"{manifest}: not a manifest ({', '.join(sorted(MANIFEST_SUFFIXES))}).")
-    with open(manifest, encoding="utf-8") as file:
+    with open(manifest, "rb") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
+                    row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{manifest}: line {number} is not UTF-8 ({error}).") from error
+                except (json.JSONDecodeError, RecursionError) as error:
                     raise ValueError(f"{manifest}: line {number} is not JSON ({error}).") from error
                 if not isinstance(row, dict):
                     raise ValueError(f"{manifest}: line {number} is not a JSON object.")

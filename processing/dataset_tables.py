@@ -1,5 +1,6 @@
 """Parquet files and Hub data sets as tables: renamed and cast, their audio bytes never rewritten."""
 
+import itertools
 from pathlib import Path
 
 import datasets
@@ -19,10 +20,14 @@ from .dataset_columns import (
     caption_columns,
     pick,
 )
+from .dataset_paths import Reach
 
 
-def from_table(table, entry: dict, streaming: bool, folder: Path | None = None):
-    """Parquet or Hub table → FEATURES, by renaming and casting only: rows with audio bytes are not rewritten."""
+def from_table(table, entry: dict, streaming: bool, reach: Reach, folder: Path | None = None):
+    """Parquet or Hub table → FEATURES, by renaming and casting only: rows with audio bytes are not rewritten.
+
+    Files that rows name without their bytes must be within `reach`, and are relative to `folder` (None: as they are).
+    """
     source = entry["path"]
     columns = table.column_names
     if columns is None:
@@ -51,12 +56,7 @@ def from_table(table, entry: dict, streaming: bool, folder: Path | None = None):
     table = table.rename_columns({old: new for new, old in chosen.items() if old and old != new})
     if isinstance(labels, datasets.ClassLabel):
         table = table.map(lambda value: {"text": labels.int2str(value).replace("_", " ")}, input_columns=["text"])
-    if folder is not None:
-        first = next(iter(table), {"audio": None})["audio"]
-        if first is not None and first["bytes"] is None:
-            table = table.map(
-                lambda audio: {"audio": {**audio, "path": absolute(audio["path"], folder)}}, input_columns=["audio"]
-            )
+    table = _reachable(table, streaming, reach, folder)
     features = entry["features"]
     missing = [name for name in features if chosen[name] is None]
     if streaming:
@@ -89,6 +89,26 @@ def _add_captions(table, entry: dict, text_column: str | None, streaming: bool):
     table = table.remove_columns([name for name in CAPTION_COLUMNS if name in table.column_names])
     for name, kind in kinds.items():
         table = table.add_column(name, [row[name] for row in rows], feature=kind)
+    return table
+
+
+def _reachable(table, streaming: bool, reach: Reach, folder: Path | None):
+    """A table in which all audio that is not in the rows themselves has a path that may be opened."""
+
+    def opened(audio: dict) -> dict:
+        if audio is None or audio["bytes"] is not None or audio["path"] is None:
+            return {"audio": audio}
+        path = reach.check(audio["path"]) if folder is None else absolute(audio["path"], folder, reach)
+        return {"audio": {**audio, "path": path}}
+
+    if streaming:
+        return table.map(opened, input_columns=["audio"])
+    chunks = table.data.column("audio").chunks  # of the whole table, filtered or not, without reading the bytes
+    paths = [chunk.field("path").filter(chunk.field("bytes").is_null()).drop_null().to_pylist() for chunk in chunks]
+    if folder is not None and any(paths):
+        return table.map(opened, input_columns=["audio"])
+    for path in itertools.chain(*paths):
+        reach.check(path)
     return table
 
 

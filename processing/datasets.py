@@ -33,15 +33,18 @@ from .dataset_columns import (
     absolute,
     caption_columns,
     pick,
+    plausible_seconds,
 )
 from .dataset_files import MANIFEST_SUFFIXES, folder_rows, librispeech_rows, manifest_rows, metadata_file
+from .dataset_paths import Reach, reach_of_folder, reach_of_hub
 from .dataset_registry import KINDS, split_kind
 from .dataset_tables import from_table
+from .plain_text import whole_characters
 from .prompts import TASKS
 
 SPEC_KEYS = (
     *("path", "split", "weight", "filter", "exclude", "limit", "audio_column", "text_column"),
-    *("label_column", "audio_folder", "task", "instruction"),
+    *("label_column", "audio_folder", "task", "instruction", "allow_urls"),
 )
 
 
@@ -63,6 +66,7 @@ def load_audio_dataset(
               filter, exclude: {column: value or list of values} on the source's own columns;
               limit: number of first rows kept;
               instruction: what the user asks with these clips, instead of the task's usual instructions;
+              allow_urls: fetch what its rows name by URL (which files they may name: dataset_paths.py);
               audio_folder: of Clotho, AudioCaps, ...: where the audio is, if not below the folder;
               weight: in mixtures, its share of the rows is weight / sum of weights (default 1). Rows are drawn again or
                 left out as needed; the whole stays as long as its parts. No weights: all rows once.
@@ -169,7 +173,8 @@ def _load(entry: dict, streaming: bool):
     if not path.exists():
         if path.suffix in MANIFEST_SUFFIXES or path.is_absolute() or entry["path"].startswith((".", "~")):
             raise FileNotFoundError(f"{entry['path']}: no such file or folder.")
-        return from_table(_load_hub(entry, streaming), entry, streaming)
+        reach = reach_of_hub(entry, entry["path"].partition(":")[0])
+        return from_table(_load_hub(entry, streaming), entry, streaming, reach)
     parquet = [] if entry["kind"] else _parquet_files(path)
     if parquet:
         table = datasets.load_dataset(
@@ -186,7 +191,8 @@ def _load(entry: dict, streaming: bool):
             table = datasets.load_dataset(
                 "parquet", data_files=[str(file) for file in named], split="train", streaming=streaming
             )
-        return from_table(table, entry, streaming, folder=parquet[0].parent)
+        folder = parquet[0].parent
+        return from_table(table, entry, streaming, reach_of_folder(entry, folder), folder)
     if streaming:
         return datasets.IterableDataset.from_generator(
             _rows, gen_kwargs={"path": str(path), "entry": entry}, features=entry["features"]
@@ -227,15 +233,18 @@ def _rows(path: str, entry: dict) -> Iterator[dict]:
     """Normalised rows of a release, a manifest, a LibriSpeech tree or a folder of audio files."""
     root = Path(path).expanduser()
     manifest = None if entry["kind"] else root if root.is_file() else metadata_file(root)
+    reach = reach_of_folder(entry, root.parent if root.is_file() else root)
     if entry["kind"]:
         place = Path(entry["audio_folder"]).expanduser() if entry["audio_folder"] else None
         if place is not None and not place.is_dir():
             raise FileNotFoundError(f"{entry['path']}: audio_folder {entry['audio_folder']} is no folder.")
         source, folder = KINDS[entry["kind"]].rows(root.absolute(), entry["split"], place and place.absolute()), root
+        reach = reach_of_folder(entry, root.parent if root.is_file() else root, place, released=True)
     elif manifest is not None:
         source, folder = manifest_rows(manifest), manifest.parent
     elif any(root.rglob("*.trans.txt")):
         source, folder = librispeech_rows(root, entry["split"]), root
+        reach = reach_of_folder(entry, root, released=True)
     else:
         source, folder = folder_rows(root, entry["split"]), root
     audio_column = None
@@ -254,7 +263,7 @@ def _rows(path: str, entry: dict) -> Iterator[dict]:
             audio_column = pick(list(row), entry["audio_column"], AUDIO_COLUMNS, "audio", entry["path"])
             text_column = pick(list(row), entry["text_column"], TEXT_COLUMNS, None, entry["path"])
             label_column = pick(list(row), entry["label_column"], LABEL_COLUMNS, None, entry["path"])
-        normalised = _normalised(row, index, folder, audio_column, text_column)
+        normalised = _normalised(row, index, folder, reach, audio_column, text_column)
         if "captions" in entry["features"]:
             normalised |= caption_columns(row, text_column, label_column, entry)
         yield normalised
@@ -271,7 +280,7 @@ def _wanted(row: dict, entry: dict) -> bool:
     return keep and not any(str(row[column]) in values for column, values in entry["exclude"].items())
 
 
-def _normalised(row: dict, index: int, folder: Path, audio_column: str, text_column: str | None) -> dict:
+def _normalised(row: dict, index: int, folder: Path, reach: Reach, audio_column: str, text_column: str | None) -> dict:
     def first(names):
         return next((row[name] for name in names if row.get(name) not in (None, "")), None)
 
@@ -279,10 +288,11 @@ def _normalised(row: dict, index: int, folder: Path, audio_column: str, text_col
     audio = audio.get("path") if isinstance(audio, dict) else audio
     text = row.get(text_column) if text_column else None
     name, speaker, seconds = first(ID_COLUMNS), first(SPEAKER_COLUMNS), first(SECONDS_COLUMNS)
+    path = absolute(audio, folder, reach, f"row {index + 1}")
     return {
-        "audio": {"path": absolute(audio, folder), "bytes": None},
-        "text": None if text is None else str(text),
-        "id": str(name) if name is not None else str(audio or f"row-{index}"),
-        "speaker": None if speaker is None else str(speaker),
-        "seconds": None if seconds is None else float(seconds),
+        "audio": {"path": path, "bytes": None},
+        "text": None if text is None else whole_characters(str(text)),
+        "id": whole_characters(str(name) if name is not None else str(audio or f"row-{index}")),
+        "speaker": None if speaker is None else whole_characters(str(speaker)),
+        "seconds": plausible_seconds(seconds),
     }

@@ -18,6 +18,7 @@ from transformers.processing_utils import ProcessorMixin
 from .audio_io import load_audio
 from .chat_templates import AUDIO_PLACEHOLDER, named_template, training_template
 from .feature_extraction_languagebind_audio import LanguageBindAudioFeatureExtractor  # noqa: F401  (registers itself)
+from .plain_text import forget_marks, mark_conversation
 from .prompts import WORDINGS
 from .window_features import WindowFeatures, window_features, window_lengths
 
@@ -60,6 +61,7 @@ class AudioPhiProcessor(ProcessorMixin):
         audio_length_rule: [[kernel, stride, padding, multiply], …], feature frames to audio tokens; see `count_tokens`.
         window_frames: feature frames that the encoder takes at once; longer clips are cut into windows of equal length.
             None = no limit.
+        array_rate: Hz of bare arrays whose rate nobody says, for servers that resample first (vLLM); None refuses them.
         instructions: {task: wordings}, how the model was asked in training, by default as in prompts.py; the first
             wording of a task is what the pipeline asks where the user only names the task.
 
@@ -78,15 +80,18 @@ class AudioPhiProcessor(ProcessorMixin):
         audio_length_rule=None,
         window_frames=None,
         instructions=None,
+        array_rate=None,
     ):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        forget_marks(tokenizer)
         self.audio_token = audio_token
         self.audio_token_id = tokenizer.convert_tokens_to_ids(audio_token)
         if self.audio_token_id is None or self.audio_token_id == tokenizer.unk_token_id:
             raise ValueError(f"audio_token {audio_token!r} is not in the vocabulary of {tokenizer.name_or_path}.")
         self.audio_length_rule = audio_length_rule
         self.window_frames = window_frames
+        self.array_rate = array_rate
         self.instructions = {task: list(wordings) for task, wordings in (instructions or WORDINGS).items()}
         chat_template = chat_template or training_template(tokenizer, audio_token)
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
@@ -164,7 +169,8 @@ class AudioPhiProcessor(ProcessorMixin):
 
     def load_audio(self, source, sampling_rate: int | None = None) -> np.ndarray:
         """Any input form → float32 waveform (samples,) at the encoder's rate. Raises `AudioError`; see audio_io.py."""
-        return load_audio(source, target_rate=self.sampling_rate, source_rate=sampling_rate)
+        rate = self.array_rate if sampling_rate is None else sampling_rate
+        return load_audio(source, target_rate=self.sampling_rate, source_rate=rate)
 
     def encode_audio(self, audio, sampling_rate: int | None = None) -> dict:
         """One clip → its features, ready to be cached or put into a message as {"type": "audio", "encoded": …}.
@@ -239,6 +245,13 @@ class AudioPhiProcessor(ProcessorMixin):
             "audio_num_windows": torch.tensor([len(clip[key]) for clip in clips]),
         }
 
+    # ---- text --------------------------------------------------------------------------------------------------------
+
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        """As in transformers, but what messages say stays text, whatever it looks like (see plain_text.py). Prompts
+        given as `text=` in a call are taken at their word."""
+        return super().apply_chat_template(mark_conversation(conversation, self.tokenizer), *args, **kwargs)
+
     # ---- ProcessorMixin's hooks --------------------------------------------------------------------------------------
 
     def __call__(self, text=None, audio=None, sampling_rate=None, **kwargs) -> BatchFeature:
@@ -253,7 +266,8 @@ class AudioPhiProcessor(ProcessorMixin):
         Raises:
             AudioError naming a clip that cannot be used; ValueError when placeholders and clips differ in number.
         """
-        for name, value in (("padding", True), ("return_tensors", "pt")):
+        own = self.tokenizer.init_kwargs
+        for name, value in (("padding", own.get("padding", True)), ("return_tensors", "pt")):
             if name not in kwargs.get("text_kwargs", {}):
                 kwargs.setdefault(name, value)
         if kwargs.get("return_tensors", "pt") != "pt":
@@ -277,7 +291,7 @@ class AudioPhiProcessor(ProcessorMixin):
     def prompt_ending(self, instruction: str) -> list[int]:
         """Token ids after the audio of a prompt that asks `instruction` about a clip, generation prompt included."""
         content = [{"type": "audio"}, {"type": "text", "text": instruction}]
-        messages = [{"role": "user", "content": content}]
+        messages = mark_conversation([{"role": "user", "content": content}], self.tokenizer)
         text = self.tokenizer.apply_chat_template(
             messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
         )
