@@ -5,17 +5,25 @@
     accelerate launch train.py recipes/audiophi_tiny.yaml
 
 The same command again resumes a run that was interrupted. Keys: training/recipe.py.
+
+Exit codes: 0 finished; 85 stopped by SIGTERM or SIGUSR1 with a checkpoint, to be run again (training/signals.py);
+1 stopped by what somebody must look at first: the data, the disk, the loss; 2 a wrong command line or recipe.
 """
 
+import errno
 import sys
 
-from training.corpus import TooManyBadRows
+from training.checkpoints import DamagedModel, SaveError
+from training.guards import UnhealthyLoss
 from training.recipe import RecipeError, load_recipe
+from training.signals import EXIT_RESUME, Interrupted
 from training.stages import run_recipe
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0 when the run finished, 1 for data that cannot be used, 2 for a wrong command line or recipe."""
+    """Returns the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if arguments else 2
@@ -24,8 +32,15 @@ def main(arguments: list[str]) -> int:
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (TooManyBadRows, FileNotFoundError) as error:
+    except Interrupted as stop:
+        print(f"{stop}; the same command resumes (exit code {EXIT_RESUME})", file=sys.stderr)
+        return EXIT_RESUME
+    except (ValueError, UnhealthyLoss, SaveError, DamagedModel, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        hint = "; make room, and the same command resumes from the last checkpoint" if error.errno in DISK_FULL else ""
+        print(f"error: {error}{hint}", file=sys.stderr)
         return 1
     return 0
 

@@ -37,6 +37,7 @@ from modeling_audiophi import (  # noqa: E402
     LanguageBindAudioModel,
 )
 from processing.feature_extraction_languagebind_audio import LanguageBindAudioFeatureExtractor  # noqa: E402
+from tests.tiny_runs import settings, speech  # noqa: E402, F401  fixtures
 
 torch.set_num_threads(1)
 
@@ -217,14 +218,14 @@ def tiny_w2v_bert_dir(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def make_tiny_model(tiny_whisper_dir, tiny_llm_dir):
-    """Factory: make_tiny_model(adapter=..., readout=..., align=True, audio=folder, **from_components arguments) ->
-    (model, processor)."""
+    """Factory: make_tiny_model(adapter=..., readout=..., align=True, audio=folder, text=folder, **from_components
+    arguments) -> (model, processor)."""
 
-    def make(adapter="conv_mlp", readout="frames", align=True, audio=None, seed=0, **kwargs):
+    def make(adapter="conv_mlp", readout="frames", align=True, audio=None, text=None, seed=0, **kwargs):
         from processing import AudioPhiProcessor
 
-        audio = audio or tiny_whisper_dir
-        processor = AudioPhiProcessor.from_components(audio, tiny_llm_dir)
+        audio, text = audio or tiny_whisper_dir, text or tiny_llm_dir
+        processor = AudioPhiProcessor.from_components(audio, text)
         sizes = {
             "stack": 4,
             "hidden_size": 32,
@@ -238,7 +239,7 @@ def make_tiny_model(tiny_whisper_dir, tiny_llm_dir):
         torch.manual_seed(seed)
         model = AudioPhiForConditionalGeneration.from_components(
             audio=audio,
-            text=tiny_llm_dir,
+            text=text,
             adapter={**sizes, **adapter},
             audio_token_id=processor.audio_token_id,
             readout=readout,

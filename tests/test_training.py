@@ -19,67 +19,9 @@ from safetensors.torch import load_file
 
 from modeling_audiophi import AudioPhiForConditionalGeneration
 from processing import AudioPhiProcessor
+from tests.tiny_runs import ALIGN, LM, ROOT, largest_difference, train
 from training.corpus import TooManyBadRows
-from training.recipe import RecipeError, recipe_from_dict
-from training.stages import run_recipe
-
-ROOT = Path(__file__).resolve().parents[1]
-TEXTS = [
-    "the quick brown fox",
-    "she sells sea shells",
-    "runs away from the bear",
-    "it was the best of times",
-    "a lazy dog",
-]
-ALIGN = {"name": "align", "loss": "align", "steps": 6, "batch_size": 4, "learning_rate": 1e-3, "warmup": 0.0}
-LM = {"name": "lm", "loss": "lm", "steps": 4, "batch_size": 4, "tune": {"llm": "lora"}, "lora": {"r": 2, "alpha": 4}}
-
-
-@pytest.fixture(scope="module")
-def speech(tmp_path_factory, waveform):
-    """A manifest of 16 short clips."""
-    folder = tmp_path_factory.mktemp("speech")
-    with open(folder / "metadata.jsonl", "w") as manifest:
-        for i in range(16):
-            soundfile.write(folder / f"{i}.wav", waveform(0.8 + 0.15 * (i % 9), i), 16000)
-            row = {"audio": f"{i}.wav", "text": TEXTS[i % len(TEXTS)], "id": f"clip{i}", "speaker": str(i % 4)}
-            manifest.write(json.dumps(row) + "\n")
-    return folder
-
-
-@pytest.fixture
-def settings(tmp_path, speech, tiny_whisper_dir, tiny_llm_dir):
-    """make(*stages, **keys) -> a recipe's plain data."""
-
-    def make(*stages, **keys):
-        return {
-            "name": "tiny",
-            "components": {"audio": tiny_whisper_dir, "text": tiny_llm_dir},
-            "adapter": {"type": "conv_mlp", "stack": 2, "hidden_size": 32, "kernel_size": 3, "num_layers": 1},
-            "readout": "collapse",
-            "alignment": {"merges": 20},
-            "data": {"train": [{"path": str(speech)}]},
-            "stages": list(stages),
-            "cache_dir": str(tmp_path / "cache"),
-            "cache_dtype": "float32",
-            "output_dir": str(tmp_path / "out"),
-            "evaluation": {"clips": 4, "max_new_tokens": 5},
-            "logging_steps": 2,
-            "report_to": [],
-            **keys,
-        }
-
-    return make
-
-
-def train(settings) -> dict[str, torch.Tensor]:
-    """Runs a recipe; the final weights."""
-    return load_file(run_recipe(recipe_from_dict(settings)) / "model.safetensors")
-
-
-def largest_difference(first, second):
-    assert first.keys() == second.keys()
-    return max(float((first[key].float() - second[key].float()).abs().max()) for key in first)
+from training.recipe import RecipeError
 
 
 def test_both_stages_end_in_a_model_that_transcribes(settings, speech, capsys, waveform):
@@ -99,6 +41,9 @@ def test_both_stages_end_in_a_model_that_transcribes(settings, speech, capsys, w
     assert logged["grad_norm_adapter"] > 0 and logged["align_loss"] == pytest.approx(logged["loss"], rel=1e-4)
     assert (out / "curves.png").stat().st_size > 5000
     assert list(out.glob("*/runs/**/events*")), "no TensorBoard log"
+    card = (out / "final" / "README.md").read_text()
+    assert "# tiny" in card and "Nothing was measured" in card and "stage of tiny" in card and str(out) not in card
+    assert (out / "final" / "curves.png").read_bytes() == (out / "curves.png").read_bytes()
     model = AudioPhiForConditionalGeneration.from_pretrained(out / "final").eval()
     processor = AudioPhiProcessor.from_pretrained(out / "final")
     message = [
@@ -371,3 +316,21 @@ def test_benchmark_writes_both_curves(settings, speech, tmp_path, monkeypatch):
         assert points[-1]["best"] >= 0 and points[-1]["seconds"] < 5
     assert {p["stage"] for p in results["curves"]["align_then_lm"]} == {"align", "lm"}
     assert (out / "curves.png").stat().st_size > 5000
+
+
+def test_minutes_cut_the_steps_and_a_resumed_run_keeps_to_them(settings, speech, tmp_path, monkeypatch, capsys):
+    from training import stages
+
+    monkeypatch.setattr(stages, "measure_step", lambda *arguments: (6.0, 0))
+    data = {"train": [{"path": str(speech)}]}
+    run = settings({**ALIGN, "steps": 60, "minutes": 0.5, "save_steps": 2}, data=data)
+    train(run)
+    printed = capsys.readouterr().out
+    record = tmp_path / "out" / "align" / "stage.json"
+    done = json.loads(record.read_text())
+    assert done["steps"] == 5 and "loss align, 5 steps" in printed
+    # As if killed after its last checkpoint, and taken up on a machine of another speed.
+    monkeypatch.setattr(stages, "measure_step", lambda *arguments: (1.0, 0))
+    record.unlink()
+    train(run)
+    assert json.loads(record.read_text())["steps"] == 5

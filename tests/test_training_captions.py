@@ -6,11 +6,15 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from transformers import AutoTokenizer
 
+from modeling_audiophi import AudioPhiForConditionalGeneration
 from modeling_audiophi.adapters import ADAPTERS
 from processing import AudioPhiCollator
-from processing.alignment_text import AlignmentTokenizer
+from processing.alignment_text import AlignmentTokenizer, normalise_transcript
+from processing.captions import TEMPLATES
 from tests.layouts import clotho_captions, tone, write_clotho, write_csv, write_librispeech
 from training.bad_rows import BadRows
 from training.batches import Draw
@@ -71,6 +75,7 @@ def test_a_mixture_trains_each_task_with_its_own_words(librispeech, clotho, make
     sources = [Source(path=str(librispeech), split="dev-clean"), Source(path=str(clotho), split="development")]
     corpus = Corpus(sources, BadRows(tmp_path / "bad.jsonl", 0))
     assert len(corpus) == 10 and len(corpus.texts("lower")) == 6, "captions are no alignment targets"
+    assert len(corpus.texts("lower", captions=True)) == 6 + 4 * 5
     _, processor = make_tiny_model()
     rows = TrainingSet(corpus, processor, None, ["Transcribe the speech."])
     examples = [rows[Draw(number, 0, 1.0)] for number in (0, 6)]
@@ -81,6 +86,42 @@ def test_a_mixture_trains_each_task_with_its_own_words(librispeech, clotho, make
     assert examples[1]["text"] in clotho_captions(0)
     targets = collate(examples)["align_labels"]
     assert (targets[0] >= 0).any() and not (targets[1] >= 0).any(), "a caption's CTC target is empty"
+    collate.learn_captions = True
+    batch, words = collate(examples), collate.align_tokenizer.encode(normalise_transcript(examples[1]["text"]))
+    assert torch.equal(batch["align_labels"], targets)
+    assert batch["caption_labels"][1].tolist() == words and not (batch["caption_labels"][0] >= 0).any()
+
+
+def test_sounds_are_aligned_to_their_captions_words(esc50, librispeech, tiny_whisper_dir, tiny_llm_dir, tmp_path):
+    def recipe(**keys):
+        stage = {"name": "sounds", "loss": "align", "steps": 40}
+        stage |= {"batch_size": 4, "learning_rate": 1e-2, "data": [{"path": str(esc50)}]}
+        return recipe_from_dict(
+            {
+                "name": "sounds",
+                "components": {"audio": tiny_whisper_dir, "text": tiny_llm_dir},
+                "adapter": {"type": "conv_mlp", "stack": 2, "hidden_size": 32, "kernel_size": 3, "num_layers": 1},
+                "alignment": {"merges": None},
+                "readout": "mixed",
+                "data": {"train": [{"path": str(librispeech), "split": "dev-clean"}]},
+                "cache_dir": str(tmp_path / "cache"),
+                "output_dir": str(tmp_path / "run"),
+                "stages": [stage],
+                **keys,
+            }
+        )
+
+    final = run_recipe(recipe())
+    history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
+    losses = [entry["caption_loss"] for entry in history if "caption_loss" in entry]
+    assert losses[-1] < max(losses) - 0.25  # none at first, the alignment hears words everywhere
+    model = AudioPhiForConditionalGeneration.from_pretrained(final)
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    known = {tokenizer.decode([token]).strip() for token in model.model.alignment.vocab_ids.tolist()}
+    assert {"rain"} <= known or {"r", "a", "i", "n"} <= known, "the captions' words are scored"
+    with pytest.raises(RecipeError, match="they are frozen"):
+        tune = {"adapter": "frozen", "readout": "full"}
+        recipe(readout="collapse", stages=[{"name": "a", "loss": "align", "tune": tune, "steps": 1, "batch_size": 1}])
 
 
 def test_audio_without_speech_is_to_be_transcribed_as_nothing(librispeech, esc50, make_tiny_model, tmp_path):
@@ -92,6 +133,8 @@ def test_audio_without_speech_is_to_be_transcribed_as_nothing(librispeech, esc50
     corpus = Corpus(sources, BadRows(tmp_path / "bad.jsonl", 0))
     assert [row.task for row in corpus.rows[6:]] == ["no_speech"] * 4 + ["caption"] * 4
     assert len(with_transcripts(types.SimpleNamespace(say=print), corpus)) == 10
+    captions = sum(len(row.captions) for row in corpus.rows[10:])
+    assert captions >= 4 * len(TEMPLATES) and len(corpus.texts("lower", captions=True)) == 6 + captions
     _, processor = make_tiny_model()
     rows = TrainingSet(corpus, processor, None, ["Write."])
     examples = [rows[Draw(number, 0, 1.0)] for number in (0, 6)]

@@ -37,6 +37,7 @@ class BadRows:
         if expected:
             self.expected.add((source, row_id))
         line = json.dumps({"id": row_id, "source": source, "reason": reason}, ensure_ascii=False)
+        line = line.encode("utf-8", "backslashreplace").decode()  # a file's name need not be UTF-8
         listed = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         if line not in listed:  # other processes and data loader workers write to the same list
             with open(self.path, "a", encoding="utf-8") as file:

@@ -5,8 +5,9 @@ from functools import partial
 
 import torch
 
-from modeling_audiophi import AudioPhiAdapterConfig, AudioPhiForConditionalGeneration, resolve_component
+from modeling_audiophi import AudioPhiAdapterConfig, AudioPhiConfig, AudioPhiForConditionalGeneration, resolve_component
 from modeling_audiophi.generation_audiophi import GENERATION_SETTINGS
+from modeling_audiophi.readouts import READOUTS
 from processing import AudioPhiProcessor
 from processing.alignment_text import AlignmentTokenizer
 
@@ -25,6 +26,16 @@ def build_processor(recipe: Recipe) -> AudioPhiProcessor:
         resolve_component(components.text, components.text_revision),
         chat_template=components.chat_template,
     )
+
+
+def learns_captions(recipe: Recipe) -> bool:
+    """Whether the recipe's readout learns from captions in the loss `align`, so that the alignment must know their
+    words."""
+    name = recipe.readout
+    if name is None:
+        config = None if recipe.init_from is None else AudioPhiConfig.from_pretrained(recipe.init_from)
+        name = "frames" if config is None else config.readout
+    return READOUTS[name].learns_captions
 
 
 def build_align_tokenizer(recipe: Recipe, processor: AudioPhiProcessor) -> AlignmentTokenizer | None:
@@ -170,8 +181,11 @@ def apply_tuning(model: AudioPhiForConditionalGeneration, stage: Stage) -> None:
 
 def unused_parameters(model: AudioPhiForConditionalGeneration, stage: Stage) -> tuple[str, ...]:
     """Prefixes of adapter parameters that a stage's loss does not reach."""
-    if stage.loss == "align":
+    readout = model.model.readout
+    if stage.loss == "align" and not readout.learns_captions:
         return ("model.readout.",)
+    if stage.loss == "lm" and readout.learns_captions:
+        return ("model.readout.captions.",)
     if stage.loss == "lm" and model.config.readout == "frames":
         return ("model.alignment.",)
     return ()

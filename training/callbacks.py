@@ -17,7 +17,9 @@ from evaluation.scoring import AudioPhiTranscriber, shuffled_error_rate, summari
 from processing.audio_io import AudioError
 from processing.prompts import INSTRUCTIONS
 
+from .checkpoints import write_atomically
 from .corpus import Corpus
+from .uploads import HubUpload
 
 SHOWN = (
     *("wer", "wer_align", "listening_gap", "listening_gap_align", "never_stopped"),
@@ -47,7 +49,7 @@ class History:
     def forget(self, stage: str, after_step: int) -> None:
         """Drops what a killed process wrote after the checkpoint that the run resumes from."""
         kept = [e for e in self.read() if e["stage"] != stage or e["step"] <= after_step]
-        self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+        write_atomically(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
 class Development:
@@ -167,16 +169,26 @@ class StageCallback(TrainerCallback):
     Args:
         trainer: whose `log` reaches TensorBoard. history: gets every log and evaluation.
         development: None for no evaluation. offset: seconds that earlier stages took.
+        upload: to the Hub, looked after between steps.
     """
 
-    def __init__(self, trainer, history: History, development: Development | None, offset: float = 0.0):
+    def __init__(
+        self,
+        trainer,
+        history: History,
+        development: Development | None,
+        offset: float = 0.0,
+        upload: HubUpload | None = None,
+    ):
         self.trainer, self.history, self.development, self.offset = trainer, history, development, offset
+        self.upload = upload
         self.stage = trainer.stage
         self.with_lm = self.stage.loss != "align"
         self._first_step, self._first_seconds = 0, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.history.forget(self.stage.name, state.global_step)
+        if state.is_world_process_zero:
+            self.history.forget(self.stage.name, state.global_step)
         self._first_step, self._first_seconds = state.global_step, self.trainer.clock.seconds
         if self.development is not None:
             self.development.prepare(self.trainer.model, self.stage.tune.encoder == "frozen")
@@ -186,6 +198,12 @@ class StageCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.clock.stop()
+        if self.upload is not None:
+            self.upload.poll()
+        if self.trainer.stop_requested and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+            return  # a scheduler does not wait for an evaluation
+        control.should_save = control.should_save or self.trainer.save_is_due
         every = self.stage.eval_steps
         if self.development is not None and (
             state.global_step == state.max_steps or (every and state.global_step % every == 0)
@@ -201,7 +219,8 @@ class StageCallback(TrainerCallback):
         self.history.append(stage=self.stage.name, step=state.global_step, seconds=self._seconds(), **logs)
         rate = (self.trainer.clock.seconds - self._first_seconds) / max(1, state.global_step - self._first_step)
         left = duration(rate * (state.max_steps - state.global_step))
-        losses = "  ".join(f"{name} {logs[name]:.3f}" for name in ("loss", "lm_loss", "align_loss") if name in logs)
+        names = ("loss", "lm_loss", "align_loss", "caption_loss")
+        losses = "  ".join(f"{name} {logs[name]:.3f}" for name in names if name in logs)
         norms = " ".join(
             f"{k.removeprefix('grad_norm_')} {v:.2g}" for k, v in logs.items() if k.startswith("grad_norm_")
         )

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from processing.alignment_text import normalise_transcript
-from processing.audio_io import AudioError
+from processing.audio_io import MAX_SECONDS, AudioError, check_file
 from processing.augment import speed_perturb, stretch_time
 from processing.dataset_registry import missing_audio_is_normal
 from processing.datasets import load_audio_dataset, read_clip
@@ -25,6 +25,7 @@ from processing.prompts import DESCRIBE
 from .bad_rows import BadRows, TooManyBadRows
 from .batches import BatchSchedule, Draw
 from .feature_cache import FeatureCache, clip_key, hash_audio
+from .prompt_room import PromptRoom
 from .recipe import Source
 
 
@@ -102,9 +103,12 @@ class Corpus:
     def hours(self) -> float:
         return sum(row.seconds for row in self.rows) / 3600
 
-    def texts(self, text_case: str) -> list[str]:
-        """The transcripts: what the alignment's vocabulary must spell. Captions are not aligned."""
-        return [normalise_transcript(row.text, text_case) for row in self.rows if row.task == "transcribe"]
+    def texts(self, text_case: str, captions: bool = False) -> list[str]:
+        """The transcripts, which the alignment's vocabulary must spell; with `captions` those, too."""
+        texts = [row.text for row in self.rows if row.task == "transcribe"]
+        if captions:
+            texts += [text for row in self.rows if row.task == "caption" for text in row.captions or (row.text,)]
+        return [normalise_transcript(text, text_case) for text in texts]
 
     def audio(self, row: Row) -> dict:
         """The undecoded audio and names of a row, as `read_clip` takes it."""
@@ -152,10 +156,16 @@ def measure_seconds(row: dict) -> float:
     audio = row["audio"]
     if audio is not None and (audio["bytes"] is not None or audio["path"]):
         try:
+            if audio["bytes"] is None:
+                check_file(audio["path"])
             info = soundfile.info(io.BytesIO(audio["bytes"]) if audio["bytes"] is not None else audio["path"])
             if info.frames > 0:
-                return info.frames / info.samplerate
-        except (RuntimeError, TypeError):
+                seconds = info.frames / info.samplerate
+                if seconds <= MAX_SECONDS:
+                    return seconds
+        except AudioError:
+            raise
+        except (RuntimeError, TypeError, ValueError, OSError):
             pass  # not a container of libsndfile's: decoding tells more
     return len(read_clip(row)) / 16000
 
@@ -180,7 +190,7 @@ def fill_cache(
     for row in corpus.rows:
         try:
             missing += [(row, speed) for speed in speeds if corpus.key(row, speed) not in cache]
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a NUL in a file's name
             corpus.drop(row, str(error))
     missing.sort(key=lambda item: item[0].seconds / item[1])
     waiting: list[tuple[str, dict]] = []
@@ -254,6 +264,13 @@ class TrainingSet(Dataset):
                 self.corpus.drop(row, str(error))
         raise ValueError(f"none of the {len(self)} rows can be read; see {self.corpus.bad.path}")
 
+    def describe(self, epoch: int, number: int) -> dict:
+        """What row `number` is, for people: its id and source, its words, and where its audio lies."""
+        row = self.corpus.rows[number]
+        path = (self.corpus.audio(row)["audio"] or {}).get("path")
+        source = self.corpus.sources[row.table].path
+        return {"id": row.id, "source": source, "audio": path, "text": row.text, "row": number, "epoch": epoch}
+
     def _example(self, row: Row, draw: Draw) -> dict:
         if self.cache is not None:
             windows = self.cache.get(self.corpus.key(row, draw.speed))
@@ -290,15 +307,24 @@ def draw_words(row: dict, instructions: dict[str, Sequence[str]], seed: int, epo
 class StreamingSet(IterableDataset):
     """Batches of examples as the rows of a stream come, for data that does not fit on the disk.
 
-    Length grouping happens inside a buffer of rows. The order follows from the seed, so that skipping batches resumes
-    a run.
+    `captions`: whether the loss align learns from them. `room`: what prompts must fit into. Length grouping happens
+    inside a buffer of rows. The order follows from the seed, so that skipping batches resumes a run.
     """
 
     def __init__(
-        self, sources: list[Source], bad: BadRows, processor, stage, recipe, rank: int = 0, world_size: int = 1
+        self,
+        sources: list[Source],
+        bad: BadRows,
+        processor,
+        stage,
+        recipe,
+        rank: int = 0,
+        world_size: int = 1,
+        captions: bool = False,
+        room: PromptRoom | None = None,
     ):
         self.sources, self.bad, self.processor, self.stage, self.recipe = sources, bad, processor, stage, recipe
-        self.rank, self.world_size, self.buffer = rank, world_size, 512
+        self.rank, self.world_size, self.captions, self.room, self.buffer = rank, world_size, captions, room, 512
 
     def __iter__(self) -> Iterator[list[dict]]:
         epoch, batches = 0, 0
@@ -321,6 +347,10 @@ class StreamingSet(IterableDataset):
                 raise ValueError(f"the stream gave no usable rows; see {self.bad.path}")
             epoch += 1
 
+    def describe(self, epoch: int, number: int) -> dict:
+        """All that is still known of a row of the stream: that it was the `number`-th."""
+        return {"row": number, "epoch": epoch}
+
     def _examples(self, epoch: int) -> Iterator[dict]:
         specs = [
             {**source_spec(source), **({"weight": source.weight} if source.weight else {})} for source in self.sources
@@ -331,12 +361,19 @@ class StreamingSet(IterableDataset):
         for number, row in enumerate(load_audio_dataset(specs, streaming=True, seed=seed + epoch)):
             pick = zlib.crc32(f"{seed} {epoch} {number}".encode())
             captioned = row.get("task") == "caption"
-            if captioned and self.stage.loss == "align":
-                continue  # captions have no order to align
+            if captioned and self.stage.loss == "align" and not self.captions:
+                continue  # they have no order to align
             try:
                 if lacks_text(row, self.recipe.text_case):
                     raise AudioError("has no text")
                 waveform = read_clip(row, rate)
+                speed = speeds[pick // 7 % len(speeds)]
+                waveform = waveform if speed == 1 else speed_perturb(waveform, speed, rate)
+                audio = self.processor.encode_audio((waveform, rate))
+                words = draw_words(row, instructions, seed, epoch, number)
+                excess = self.room and self.room.excess([words["text"]], audio["num_audio_tokens"])
+                if excess:
+                    raise AudioError(excess)
             except (AudioError, OSError) as error:
                 self.bad.total = 0  # unknown: checked below against the rows seen so far
                 absent = incomplete and captioned and not Path(row["audio"]["path"]).exists()
@@ -347,10 +384,6 @@ class StreamingSet(IterableDataset):
                         f"{self.bad.max_share:g} allows. They are listed in {self.bad.path}"
                     ) from error
                 continue
-            speed = speeds[pick // 7 % len(speeds)]
-            waveform = waveform if speed == 1 else speed_perturb(waveform, speed, rate)
-            audio = self.processor.encode_audio((waveform, rate))
-            words = draw_words(row, instructions, seed, epoch, number)
             yield {**audio, **words, "id": number, "epoch": epoch, "seconds": len(waveform) / rate}
 
     def _group(self, buffer: list[dict], epoch: int, batches: int) -> list[list[dict]]:

@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from processing.audio_io import check_file
+
 
 def fingerprint_of(**parts) -> dict:
     """Plain data (as JSON reads it back) that identifies how features are made; keyword values may be anything JSON
@@ -37,9 +39,11 @@ def hash_weights(module: torch.nn.Module) -> str:
 
 
 def hash_audio(source: bytes | str | os.PathLike) -> str:
-    """sha256 of the encoded audio: bytes, or the file at a path. Raises OSError if the path cannot be read."""
+    """sha256 of the encoded audio: bytes, or the file at a path. Raises OSError or AudioError if
+    the path cannot be read."""
     digest = hashlib.sha256(source) if isinstance(source, bytes) else hashlib.sha256()
     if not isinstance(source, bytes):
+        check_file(os.fspath(source))
         with open(source, "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
@@ -86,7 +90,7 @@ class FeatureCache:
         again."""
         try:
             clips = json.loads(index.read_text())
-            frames = np.load(index.with_suffix(".npy"), mmap_mode="r")
+            frames = np.load(index.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
             complete = frames.shape[0] == sum(sum(clip["frames"]) for clip in clips) and frames.dtype == self.dtype
         except (OSError, ValueError):
             complete = False

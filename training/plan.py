@@ -5,12 +5,15 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 from .batches import BatchSchedule
 from .build import PARTS, part_of
 from .callbacks import duration, preserved_random_state
+from .checkpoints import write_atomically
 from .corpus import Corpus
 
 
@@ -72,6 +75,17 @@ def measure_step(model, schedule: BatchSchedule, batch_of: Callable[[list], dict
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return spent * schedule.grad_accum, peak + 8 * trained  # AdamW keeps two float32 values per weight
+
+
+def steps_in_time(minutes: float, steps: int, seconds_per_step: float | None, path: Path) -> int:
+    """At most `steps`, at most what takes `minutes`, at least 1; as first decided (and kept in `path`) when a run is
+    resumed, and the same in all processes."""
+    state = PartialState()
+    if state.is_main_process and not path.exists() and seconds_per_step is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, str(max(1, min(steps, int(60 * minutes / seconds_per_step)))))
+    state.wait_for_everyone()
+    return int(path.read_text()) if path.exists() else steps
 
 
 def describe_stage(

@@ -18,8 +18,8 @@ import yaml
 from .recipe_values import RecipeError, build
 
 POSITIVE_STAGE_KEYS = (
-    *("steps", "epochs", "batch_size", "batch_seconds", "grad_accum"),
-    *("eval_steps", "save_steps", "max_grad_norm"),
+    *("steps", "epochs", "minutes", "batch_size", "batch_seconds", "grad_accum"),
+    *("eval_steps", "save_steps", "save_minutes", "max_grad_norm", "max_loss_rise"),
 )
 
 
@@ -58,7 +58,7 @@ class Source:
     audio in which nobody speaks, whose transcript is empty; caption for sounds (the default of Clotho, AudioCaps,
     ESC-50, UrbanSound8K, which may be given as `clotho:FOLDER` ...), with captions of the source or by templates from
     `label_column`. The task decides what the user asks, unless the source has its own `instruction`. `audio_folder`:
-    where the audio of such a set is, if not beside its CSVs.
+    where the audio of such a set is, if not beside its CSVs. `allow_urls`: fetch what its rows name by URL.
     """
 
     path: str
@@ -74,6 +74,7 @@ class Source:
     exclude: dict[str, list] | None = None
     limit: int | None = None
     max_seconds: float | None = None
+    allow_urls: bool | None = None
 
 
 @dataclass
@@ -137,6 +138,7 @@ class Stage:
     lora: Lora = field(default_factory=Lora)
     steps: int | None = None  # optimiser steps; or
     epochs: float | None = None  # passes over the mixture
+    minutes: float | None = None  # at most: fewer steps on a machine that, timed at the start, is too slow for all
     batch_size: int | None = None  # clips per device and micro-batch; or
     batch_seconds: float | None = None  # padded seconds of audio per device and micro-batch
     grad_accum: int = 1
@@ -153,8 +155,10 @@ class Stage:
     spec_augment: SpecAugment | None = None
     time_stretch: float = 0.0  # tempo drawn from 1 - x to 1 + x per clip and epoch, on cached encoder outputs
     eval_steps: int | None = None
-    save_steps: int | None = None
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    save_steps: int | None = None  # checkpoints to resume from; and
+    save_minutes: float | None = 30.0  # when the last one is this old
+    max_loss_rise: float | None = 10.0  # stops a stage whose loss has risen to this multiple (training/guards.py)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # bf16 becomes fp32 where the machine has none
     gradient_checkpointing: bool = False
     data: list[Source] | None = None  # replaces data.train for this stage
 
@@ -180,6 +184,8 @@ class Recipe:
     cache_dtype: Literal["float16", "float32"] = "float16"
     output_dir: str = "outputs/{name}"
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights in final/
+    push_to_hub: str | None = None  # org/name: final/ is uploaded there (made private if it is new), later if need be
+    push_stages: bool = False  # upload each finished stage's model, too
     generation: dict[str, Any] = field(
         default_factory=dict
     )  # defaults of generate(), saved with the model: num_beams, ...
@@ -277,6 +283,11 @@ def _check(recipe: Recipe) -> None:
     refuse(not recipe.data.speeds or min(recipe.data.speeds) <= 0, "data.speeds: give one or more factors above 0")
     refuse(recipe.logging_steps < 1, "logging_steps must be 1 or more")
     refuse(
+        recipe.push_to_hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.push_to_hub),
+        f"push_to_hub: {recipe.push_to_hub!r} is not a repository's name, org/name",
+    )
+    refuse(recipe.push_stages and not recipe.push_to_hub, "push_stages: name the repository with push_to_hub")
+    refuse(
         recipe.readout in ("collapse", "mixed") and recipe.alignment is None and recipe.init_from is None,
         f"readout: {recipe.readout} needs the alignment head; add `alignment: {{merges: null}}`",
     )
@@ -284,6 +295,8 @@ def _check(recipe: Recipe) -> None:
         any(source.task == "no_speech" for source in recipe.data.eval),
         "data.eval: task no_speech is for training only, without words there is no error rate",
     )
+    # Readout mixed learns from captions, too; which readout a checkpoint has is not known yet.
+    captions = recipe.readout == "mixed" or (recipe.readout is None and recipe.init_from is not None)
     names = [stage.name for stage in recipe.stages]
     refuse(len(set(names)) < len(names), f"stages: names must differ, got {', '.join(names)}")
     for i, stage in enumerate(recipe.stages):
@@ -293,6 +306,10 @@ def _check(recipe: Recipe) -> None:
             stage.name in ("final", "logs"), f"{at}.name: {stage.name!r} is taken by the run's own folder of that name"
         )
         refuse((stage.steps is None) == (stage.epochs is None), f"{at}: give either steps or epochs")
+        refuse(
+            stage.minutes is not None and recipe.data.streaming,
+            f"{at}.minutes: a stream's steps cannot be timed beforehand; give steps",
+        )
         refuse(
             (stage.batch_size is None) == (stage.batch_seconds is None),
             f"{at}: give either batch_size or batch_seconds",
@@ -313,8 +330,10 @@ def _check(recipe: Recipe) -> None:
             f"{at}.tune.llm: the align loss does not run the LLM, so it cannot tune it; use frozen, or loss: both",
         )
         refuse(
-            stage.loss == "align" and stage.tune.adapter == "frozen" and stage.tune.encoder == "frozen",
-            f"{at}.tune: the align loss reaches encoder and adapter only, and both are frozen",
+            stage.loss == "align"
+            and {stage.tune.encoder, stage.tune.adapter, (stage.tune.readout if captions else None) or "frozen"}
+            == {"frozen"},
+            f"{at}.tune: the align loss reaches encoder and adapter only (and readout mixed), and they are frozen",
         )
         refuse(
             stage.tune.llm == "full" and recipe.components.quantize_text != "none",
@@ -338,8 +357,11 @@ def _check(recipe: Recipe) -> None:
             recipe.data.streaming and stage.steps is None, f"{at}: a stream has no known length; give steps, not epochs"
         )
         refuse(
-            stage.loss == "align" and all(source.task == "caption" for source in stage.data or recipe.data.train),
-            f"{at}.loss: align needs transcripts, words in the order in which they are heard; train captions with lm",
+            stage.loss == "align"
+            and not captions
+            and all(source.task == "caption" for source in stage.data or recipe.data.train),
+            f"{at}.loss: align needs transcripts, words in the order in which they are heard; train captions with lm, "
+            "or with readout: mixed",
         )
         for source in stage.data or recipe.data.train:
             refuse(

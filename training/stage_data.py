@@ -16,6 +16,7 @@ from .batches import BatchSchedule
 from .corpus import Corpus, StreamingSet, TrainingSet, fill_cache
 from .feature_cache import FeatureCache, fingerprint_of, hash_weights
 from .plan import token_rate
+from .prompt_room import PromptRoom
 from .recipe import Recipe, RecipeError, Stage
 
 if TYPE_CHECKING:
@@ -77,14 +78,19 @@ def stage_data(run: "Run", stage: Stage, number: int, arguments: TrainingArgumen
     rank, world_size = arguments.process_index, arguments.world_size
     sources = stage.data or recipe.data.train
     if recipe.data.streaming:
-        return StreamingSet(sources, run.bad, run.processor, stage, recipe, rank, world_size), None, None, None
+        captions = run.model.model.readout.learns_captions
+        context = getattr(run.model.config.text_config, "max_position_embeddings", None)
+        asked = [source.instruction for source in sources if source.instruction]
+        room = prompt_room(run, context, asked) if context and stage.loss != "align" else None
+        stream = StreamingSet(sources, run.bad, run.processor, stage, recipe, rank, world_size, captions, room)
+        return stream, None, None, None
     corpus = run.corpora[data_key(recipe, stage)]
-    if stage.loss == "align":
+    if stage.loss == "align" and not run.model.model.readout.learns_captions:
         corpus = with_transcripts(run, corpus)
     cache = stage_cache(run, stage, corpus)
     rate = token_rate(run.model, run.processor, corpus, recipe.instructions + recipe.caption_instructions)
-    if stage.loss != "align" and run.model.config.readout == "frames":
-        corpus = without_long_prompts(run, corpus, rate)
+    if stage.loss != "align":
+        corpus = without_long_prompts(run, corpus, rate["context"])
     schedule = BatchSchedule(
         [row.seconds for row in corpus.rows],
         steps=stage.steps,
@@ -110,26 +116,39 @@ def with_transcripts(run: "Run", corpus: Corpus) -> Corpus:
     if len(rows) == len(corpus):
         return corpus
     if not rows:
-        raise RecipeError("a stage with loss align has only captions as data; train them with loss lm")
-    run.say(f"align: {len(corpus) - len(rows):,} captioned clips are left out, they have no order to align")
+        raise RecipeError(
+            "a stage with loss align has only captions as data; train them with loss lm, or with `readout: mixed`"
+        )
+    left_out = len(corpus) - len(rows)
+    run.say(f"align: {left_out:,} captioned clips are left out, only the readout mixed learns their words")
     spoken = copy.copy(corpus)
     spoken.rows = rows
     return spoken
 
 
-def without_long_prompts(run: "Run", corpus: Corpus, rate: dict) -> Corpus:
+def prompt_room(run: "Run", context: int, asked: list[str]) -> PromptRoom:
+    """What the stage's prompts must fit into; `asked`: instructions beside the recipe's."""
+    recipe = run.recipe
+    instructions = [*recipe.instructions, *recipe.caption_instructions, *asked]
+    return PromptRoom(run.processor, context, instructions, run.model.config.readout == "frames", recipe.text_case)
+
+
+def without_long_prompts(run: "Run", corpus: Corpus, context: int) -> Corpus:
     """The corpus without clips whose prompt exceeds the LLM's context; they are listed among the bad rows."""
-    if not rate["context"] or rate["longest_prompt"] <= rate["context"]:
+    if not context:
         return corpus
+    room = prompt_room(run, context, [row.instruction for row in corpus.rows if row.instruction])
     slowest = min(run.recipe.data.speeds)
-    room = rate["context"] - (rate["longest_prompt"] - rate["longest_audio"])
     kept = []
     for row in corpus.rows:
         tokens = run.processor.num_audio_tokens(int(row.seconds / slowest * run.processor.sampling_rate))
-        if tokens <= room:
+        excess = room.excess([row.text, *row.captions], tokens)
+        if excess is None:
             kept.append(row)
         else:
-            corpus.drop(row, f"{tokens} audio tokens ({row.seconds:.0f} s) exceed the context of {rate['context']}")
+            corpus.drop(row, f"{excess} ({row.seconds:.0f} s)")
+    if not kept:
+        raise ValueError(f"no usable rows are left; see {corpus.bad.path}")
     shorter = copy.copy(corpus)
     shorter.rows = kept
     return shorter
@@ -150,7 +169,8 @@ def stage_augment(recipe: Recipe, stage: Stage) -> Augment | None:
 
 
 class StageCollator:
-    """AudioPhiCollator for a stage; `live`: names every window for the augmentation of live encoder outputs."""
+    """AudioPhiCollator for a stage. Its batches also name their rows, `drawn`: (epoch, number) of each; with `live`
+    also every window, for the augmentation of live encoder outputs."""
 
     def __init__(self, run: "Run", stage: Stage, augment: Augment | None, live: bool):
         adapter = run.model.config.adapter_config
@@ -159,6 +179,7 @@ class StageCollator:
             run.processor,
             mode=stage.loss,
             align_tokenizer=run.align_tokenizer,
+            learn_captions=run.model.model.readout.learns_captions,
             augment=augment,
             text_case=run.recipe.text_case,
             adapter_length_rule=adapter_class(adapter).length_rule(adapter),
@@ -166,6 +187,7 @@ class StageCollator:
 
     def __call__(self, examples: list[dict]) -> dict:
         batch = dict(self.collate(examples))
+        batch["drawn"] = [(example["epoch"], example["id"]) for example in examples]
         if self.live:
             windows = batch["audio_num_windows"].tolist()
             batch["augment_keys"] = [

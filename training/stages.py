@@ -1,8 +1,8 @@
 """Runs a recipe: data, components, cache, then stage after stage, each resumable, and the finished model.
 
 In `output_dir`: `recipe.yaml` (resolved), `bad_rows.jsonl`, `history.jsonl`, `curves.png`, one folder per stage
-(checkpoints while it trains, then a slim model and `stage.json`), and `final/` with model and processor. Running the
-same command again skips finished stages and resumes the one that was cut short.
+(checkpoints while it trains, then a slim model and `stage.json`), and `final/` with model, processor and model card.
+Running the same command again skips finished stages and resumes the one that was cut short.
 """
 
 import json
@@ -17,16 +17,30 @@ import yaml
 from accelerate import PartialState
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
-from .build import apply_tuning, build_align_tokenizer, build_model, build_processor, full_align_vocab, set_generation
+from .build import (
+    apply_tuning,
+    build_align_tokenizer,
+    build_model,
+    build_processor,
+    full_align_vocab,
+    learns_captions,
+    set_generation,
+)
 from .callbacks import Development, History, StageCallback
+from .checkpoints import DamagedModel, checksums, damage, resumable_checkpoint, saving, write_atomically
 from .corpus import BadRows, Corpus
 from .curves import draw_curves
-from .plan import describe_stage, measure_step
+from .guards import LossGuard
+from .plan import describe_stage, measure_step, steps_in_time
+from .precision import fast_precision
 from .recipe import Recipe, RecipeError, Stage, recipe_from_dict, recipe_to_dict
+from .signals import StopSignals
 from .stage_data import StageCollator, data_key, stage_augment, stage_data
-from .trainer import AudioPhiTrainer, last_complete_checkpoint, save_for_use
+from .trainer import AudioPhiTrainer, save_for_use, save_run_card
+from .uploads import HubUpload
 
 DONE_NAME = "stage.json"
+LIMIT_NAME = "steps_in_time"  # holds what the first process of a stage with `minutes` decided on
 # Settings that may change between a run and its continuation: they do not change what is learned.
 FREE_KEYS = {
     "output_dir",
@@ -36,11 +50,13 @@ FREE_KEYS = {
     "generation",
     "logging_steps",
     "num_workers",
+    "push_stages",
+    "push_to_hub",
     "report_to",
     "save_dtype",
     "stages",
 }
-FREE_STAGE_KEYS = {"eval_steps", "save_steps"}
+FREE_STAGE_KEYS = {"eval_steps", "save_steps", "save_minutes", "max_loss_rise"}
 
 
 @dataclass
@@ -56,6 +72,8 @@ class Run:
     development: Development | None
     bad: BadRows
     history: History
+    signals: StopSignals
+    upload: HubUpload | None  # in the main process, where the recipe names a repository
 
     def say(self, text: str) -> None:
         if PartialState().is_main_process:
@@ -66,8 +84,13 @@ def run_recipe(recipe: Recipe) -> Path:
     """Trains all stages; returns the folder of the finished model.
 
     Raises RecipeError when output_dir holds another recipe's run, TooManyBadRows, ValueError for parts or data that
-    do not fit.
+    do not fit, SaveError where the disk is full, DamagedModel, UnhealthyLoss, and Interrupted after SIGTERM or SIGUSR1.
     """
+    with StopSignals() as signals:
+        return run_stages(recipe, signals)
+
+
+def run_stages(recipe: Recipe, signals: StopSignals) -> Path:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
         PartialState(cpu=True)  # several processes on CPUs only become a group when asked to
     main = PartialState().is_main_process
@@ -76,22 +99,35 @@ def run_recipe(recipe: Recipe) -> Path:
     check_same_recipe(recipe, folder / "recipe.yaml")
     if main:
         write_atomically(folder / "recipe.yaml", yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False))
-    run = prepare(recipe, folder)
-    for number, stage in enumerate(recipe.stages):
-        if (folder / stage.name / DONE_NAME).exists():
-            run.say(f"stage {stage.name}: finished before")
-            later = [s for s in recipe.stages[number + 1 :] if (folder / s.name / DONE_NAME).exists()]
-            if not later:
-                load_stage(run, stage)
-        else:
-            train_stage(run, number)
-    if main:
-        save_model(run, folder / "final", getattr(torch, recipe.save_dtype))
-        draw_curves(run.history.read(), folder / "curves.png", recipe.name)
-        size = sum(file.stat().st_size for file in (folder / "final").glob("*.safetensors"))
-        run.say(f"finished: {folder / 'final'} ({size / 2**20:.1f} MB of weights), curves in {folder / 'curves.png'}")
-    PartialState().wait_for_everyone()
+    run = prepare(recipe, folder, signals)
+    try:
+        for number, stage in enumerate(recipe.stages):
+            if (folder / stage.name / DONE_NAME).exists():
+                run.say(f"stage {stage.name}: finished before")
+                later = [s for s in recipe.stages[number + 1 :] if (folder / s.name / DONE_NAME).exists()]
+                if not later:
+                    load_stage(run, stage)
+            else:
+                train_stage(run, number)
+        if main:
+            finish(run)
+        PartialState().wait_for_everyone()
+    finally:
+        if run.upload is not None:
+            run.upload.close()
     return folder / "final"
+
+
+def finish(run: Run) -> None:
+    """Saves `final/` and the curves, and uploads the model if it is not on the Hub yet."""
+    final = run.folder / "final"
+    draw_curves(run.history.read(), run.folder / "curves.png", run.recipe.name)
+    save_model(run, final, getattr(torch, run.recipe.save_dtype), with_card=True)
+    size = sum(file.stat().st_size for file in final.glob("*.safetensors"))
+    run.say(f"finished: {final} ({size / 2**20:.1f} MB of weights), curves in {run.folder / 'curves.png'}")
+    if run.upload is not None:
+        run.upload.offer(final, run.recipe.name)
+        run.upload.finish()
 
 
 def knows_captions(recipe: Recipe, corpora: Iterable[Corpus]) -> bool:
@@ -122,7 +158,7 @@ def check_same_recipe(recipe: Recipe, path: Path) -> None:
         )
 
 
-def prepare(recipe: Recipe, folder: Path) -> Run:
+def prepare(recipe: Recipe, folder: Path, signals: StopSignals) -> Run:
     """Reads the data, builds processor and model, encodes what the cache lacks."""
     bad = BadRows(folder / "bad_rows.jsonl", recipe.data.max_bad_rows)
     processor = build_processor(recipe)
@@ -140,7 +176,9 @@ def prepare(recipe: Recipe, folder: Path) -> Run:
     if align_tokenizer is not None and recipe.data.streaming:
         vocab = full_align_vocab(processor.tokenizer, recipe.alignment.merges)
     elif align_tokenizer is not None:
-        vocab = align_tokenizer.vocab(text for corpus in corpora.values() for text in corpus.texts(recipe.text_case))
+        captions = learns_captions(recipe)
+        texts = (text for corpus in corpora.values() for text in corpus.texts(recipe.text_case, captions))
+        vocab = align_tokenizer.vocab(texts)
     model = build_model(recipe, processor, vocab)
     if knows_captions(recipe, corpora.values()):
         wordings = processor.instructions["transcribe"]
@@ -155,9 +193,21 @@ def prepare(recipe: Recipe, folder: Path) -> Run:
             recipe.evaluation.max_new_tokens,
             {"transcribe": recipe.instructions[0], "caption": recipe.caption_instructions[0]},
         )
-    return Run(
-        recipe, folder, model, processor, align_tokenizer, corpora, development, bad, History(folder / "history.jsonl")
-    )
+    history, upload = History(folder / "history.jsonl"), None
+    if recipe.push_to_hub and PartialState().is_main_process:
+        refuse_local_components(model)
+        upload = HubUpload(recipe.push_to_hub, folder, say)
+    return Run(recipe, folder, model, processor, align_tokenizer, corpora, development, bad, history, signals, upload)
+
+
+def refuse_local_components(model) -> None:
+    """RecipeError where a slim checkpoint on the Hub would name folders of this machine."""
+    local = [base["id"] for base in model.config.base_components.values() if Path(base["id"]).is_absolute()]
+    if local:
+        raise RecipeError(
+            f"push_to_hub: what is uploaded names its base components, but nobody else has {', '.join(local)}; "
+            "give components by their ids on the Hub"
+        )
 
 
 def say(text: str) -> None:
@@ -178,6 +228,7 @@ def train_stage(run: Run, number: int) -> None:
     augment = stage_augment(recipe, stage)
     live = augment is not None and cache is None and stage.tune.encoder == "frozen"
     collator = StageCollator(run, stage, None if live else augment, live)
+    precision = "fp16" if training_args.fp16 else "bf16" if training_args.bf16 else "fp32"
     trainer = AudioPhiTrainer(
         model=run.model,
         args=training_args,
@@ -187,24 +238,37 @@ def train_stage(run: Run, number: int) -> None:
         schedule=schedule,
         augment=augment if live else None,
         processor=run.processor,
+        guard=LossGuard(folder, stage, precision, training_args.process_index, dataset.describe),
+        signals=run.signals,
     )
     offset = sum(json.loads((run.folder / s.name / DONE_NAME).read_text())["seconds"] for s in recipe.stages[:number])
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(StageCallback(trainer, run.history, run.development, offset))
-    checkpoint = last_complete_checkpoint(folder)
+    trainer.add_callback(StageCallback(trainer, run.history, run.development, offset, run.upload))
+    checkpoint = resumable_checkpoint(folder, run.say)
     cost = None
     if schedule is not None and checkpoint is None:
         cost = measure_step(run.model, schedule, lambda draws: collator([dataset[draw] for draw in draws]), trainer)
+    if stage.minutes is not None:
+        steps = steps_in_time(stage.minutes, steps, cost and cost[0], folder / LIMIT_NAME)
+        schedule.steps = training_args.max_steps = steps
     run.say(describe_stage(stage.name, stage.loss, run.model, steps, rate, cost))
     if checkpoint is not None:
         run.say(f"  resuming at step {checkpoint.name.rpartition('-')[2]}")
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finish_stage(run, stage, trainer)
+    with run.signals.deferred():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if trainer.state.global_step >= trainer.state.max_steps:
+            finish_stage(run, stage, trainer)
+        else:
+            run.say(f"  stopped at step {trainer.state.global_step}, where a checkpoint is saved")
 
 
 def training_arguments(recipe: Recipe, stage: Stage, number: int, folder: Path) -> TrainingArguments:
     """The stage as Trainer's arguments; the number of steps is filled in when the data is known."""
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    precision, why = fast_precision(stage.precision, device.type)
+    if why:
+        say(f"stage {stage.name}: precision {precision} instead of {stage.precision}: {why}")
     checkpointing = {}
     if stage.gradient_checkpointing:  # transformers renamed it in 5.x
         new, old = "activation_checkpointing", "gradient_checkpointing"
@@ -221,14 +285,14 @@ def training_arguments(recipe: Recipe, stage: Stage, number: int, folder: Path) 
         adam_beta2=stage.beta2,
         max_grad_norm=stage.max_grad_norm,
         use_cpu=not torch.accelerator.is_available(),  # unsaid, Trainer refuses bf16 on a CPU
-        bf16=stage.precision == "bf16",
-        fp16=stage.precision == "fp16",
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
         **checkpointing,
         logging_steps=recipe.logging_steps,
         logging_first_step=True,
         save_strategy="steps",
         save_steps=stage.save_steps or 10**9,
-        save_total_limit=2,
+        save_total_limit=None,  # AudioPhiTrainer removes old ones, when the new one is complete
         eval_strategy="no",  # StageCallback evaluates
         dataloader_num_workers=recipe.num_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -246,31 +310,46 @@ def finish_stage(run: Run, stage: Stage, trainer: AudioPhiTrainer) -> None:
     if PartialState().is_main_process:
         save_model(run, folder / "model")
         scores = [entry for entry in run.history.read() if entry["stage"] == stage.name and "loss" not in entry]
-        done = {"name": stage.name, "steps": trainer.state.global_step, "seconds": trainer.clock.seconds}
-        write_atomically(folder / DONE_NAME, json.dumps({**done, "scores": scores[-1] if scores else None}, indent=1))
-        for checkpoint in folder.glob("checkpoint-*"):
+        done = {
+            "name": stage.name,
+            "steps": trainer.state.global_step,
+            "seconds": trainer.clock.seconds,
+            "scores": scores[-1] if scores else None,
+            "model": checksums(folder / "model"),
+        }
+        write_atomically(folder / DONE_NAME, json.dumps(done, indent=1))
+        for checkpoint in [*folder.glob("checkpoint-*"), *folder.glob("damaged-checkpoint-*")]:
             shutil.rmtree(checkpoint)
+        if run.upload is not None and run.recipe.push_stages:
+            run.upload.offer(folder / "model", f"{run.recipe.name}, stage {stage.name}")
         draw_curves(run.history.read(), run.folder / "curves.png", run.recipe.name)
     PartialState().wait_for_everyone()
 
 
-def save_model(run: Run, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """What `save_for_use` writes; complete or not there at all."""
+def save_model(run: Run, folder: Path, dtype: torch.dtype = torch.float32, with_card: bool = False) -> None:
+    """What `save_for_use` writes, and the model card; complete or not there at all. Raises SaveError."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    save_for_use(run.model, run.processor, partial, dtype)
+    with saving(partial):
+        save_for_use(run.model, run.processor, partial, dtype)
+    if with_card:
+        try:
+            save_run_card(partial)
+        except (ValueError, OSError) as error:  # not worth losing a trained model for
+            run.say(f"no model card: {error}")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
 
 
 def load_stage(run: Run, stage: Stage) -> None:
-    """The model as the finished stage left it."""
+    """The model as the finished stage left it. Raises DamagedModel."""
+    folder = run.folder / stage.name
+    done = json.loads((folder / DONE_NAME).read_text(encoding="utf-8"))
+    if (wrong := damage(folder / "model", done.get("model", {}))) is not None:
+        raise DamagedModel(
+            f"the model of stage {stage.name} in {folder / 'model'} is damaged: {wrong}. Put back a copy of it, or "
+            f"delete {folder}, and the same command trains this stage again"
+        )
     device = run.model.device
     run.model = type(run.model).from_pretrained(run.folder / stage.name / "model", dtype=torch.float32).to(device)
     set_generation(run.model, run.recipe)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

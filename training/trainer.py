@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -16,16 +17,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from processing.augment import Augment
 
 from .build import PARTS, part_of
+from .checkpoints import keep_newest, read_marker, saving, seal
+from .guards import LossGuard
 from .recipe import Stage
+from .signals import StopSignals, ignore_in_worker
 
 WEIGHTS_NAME = "trainable.safetensors"
-COMPLETE_NAME = "complete"  # written last (holds the seconds trained): a checkpoint without it was cut short
-
-
-def last_complete_checkpoint(folder: str | Path) -> Path | None:
-    """The newest checkpoint that was written to its end."""
-    found = [path.parent for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE_NAME}")]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -65,12 +62,24 @@ class AudioPhiTrainer(Trainer):
             way and with the same random numbers, so that training does not depend on the cache.
         processor: saved and pushed with the model. Not Trainer's `processing_class`, whose special tokens Trainer
             would put into the generation settings.
+        guard: stops an unhealthy stage. signals: ask to stop. Both may be None.
         kwargs: Trainer's.
 
-    `push_to_hub` publishes what `save_model` writes: a slim model with its code, and the processor.
+    `stop_requested`: whether any process was asked to stop, as of the current step; all processes know the same.
+    `push_to_hub` publishes what `save_model` writes, a slim model with its code and the processor, and a model card.
     """
 
-    def __init__(self, *args, stage: Stage, schedule=None, augment: Augment | None = None, processor=None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        stage: Stage,
+        schedule=None,
+        augment: Augment | None = None,
+        processor=None,
+        guard: LossGuard | None = None,
+        signals: StopSignals | None = None,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self.processor = processor
         self.stage, self.schedule, self.augment = stage, schedule, augment
@@ -79,6 +88,10 @@ class AudioPhiTrainer(Trainer):
         self.part_norms: dict[str, float] = {}
         self._sums: dict[str, torch.Tensor] = {}
         self._summed_steps = 0
+        self.guard, self.signals = guard, signals
+        self._micro_losses: list[torch.Tensor] = []
+        self._last_saved = time.monotonic()
+        self.stop_requested = self.save_is_due = False
         self.clock = Clock()
         self._augment_keys: list = []
         if augment is not None:
@@ -94,6 +107,7 @@ class AudioPhiTrainer(Trainer):
             "num_workers": self.args.dataloader_num_workers,
             "pin_memory": self.args.dataloader_pin_memory,
             "persistent_workers": self.args.dataloader_persistent_workers,
+            "worker_init_fn": ignore_in_worker if self.args.dataloader_num_workers else None,
             # Its own generator: the loader's seed must not come out of the random state that dropout uses.
             "generator": torch.Generator().manual_seed(self.args.seed),
         }
@@ -106,6 +120,9 @@ class AudioPhiTrainer(Trainer):
         if self.args.world_size > 1:
             clips = self.accelerator.gather(clips).sum()
         self.align_items_in_batch = clips
+        if self.guard is not None:
+            self.guard.batches = batch_samples
+        self._micro_losses = []
         return super()._get_num_items_in_batch(batch_samples, device)
 
     # ---- loss --------------------------------------------------------------------------------------------------------
@@ -116,6 +133,7 @@ class AudioPhiTrainer(Trainer):
         self._evaluate_frozen_parts()
         inputs = dict(inputs)
         self._augment_keys = inputs.pop("augment_keys", [])
+        inputs.pop("drawn", None)  # names the rows, for the guard
         outputs = model(
             **inputs,
             num_items_in_batch=num_items_in_batch,
@@ -123,11 +141,12 @@ class AudioPhiTrainer(Trainer):
             align_loss_weight=self.stage.align_weight,
         )
         self._augment_keys = []
-        for name in ("lm_loss", "align_loss", "align_skipped"):
+        for name in ("lm_loss", "align_loss", "caption_loss", "align_skipped"):
             if (value := getattr(outputs, name)) is not None:
                 self._sums[name] = self._sums.get(name, 0) + value.detach().float()
         # Gradients are averaged over ranks, each of which has only its part of the sum.
         loss = outputs.loss * self.accelerator.num_processes
+        self._micro_losses.append(loss.detach())
         return (loss, outputs) if return_outputs else loss
 
     def measure_loss(self, batch: dict) -> torch.Tensor:
@@ -136,7 +155,7 @@ class AudioPhiTrainer(Trainer):
         self.align_items_in_batch = None
         with self.compute_loss_context_manager():
             loss = self.compute_loss(self.model, batch)
-        self._sums = {}
+        self._sums, self._micro_losses = {}, []
         return loss
 
     def _evaluate_frozen_parts(self) -> None:
@@ -194,7 +213,32 @@ class AudioPhiTrainer(Trainer):
         step = self.state.global_step + 1
         if step == 1 or step % self.args.logging_steps == 0:
             self.part_norms = gradient_norms(self.accelerator.unwrap_model(model))
-        return super()._clip_grad_norm(model)
+        norm = super()._clip_grad_norm(model)
+        self._agree(norm)
+        return norm
+
+    def _agree(self, norm) -> None:
+        """Before the weights change, the processes tell each other about their losses, signals and clocks, in one
+        exchange: each then does the same. Raises UnhealthyLoss."""
+        losses = torch.stack(self._micro_losses).float()
+        minutes = self.stage.save_minutes
+        overdue = minutes is not None and time.monotonic() - self._last_saved > 60 * minutes
+        asked = self.signals is not None and self.signals.received is not None
+        told = torch.cat([losses.sum()[None], losses.new_tensor([asked, overdue])])
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(told)
+        loss, stop, due = told.tolist()
+        self.stop_requested, self.save_is_due = stop > 0, due > 0
+        if self.guard is None:
+            return
+        if norm is not None:
+            norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if reason := self.guard.judge(loss / self.args.world_size, norm):
+            rates = {group["part"]: group["lr"] for group in self.optimizer.param_groups}
+            model = self.accelerator.unwrap_model(self.model)
+            failure = self.guard.failure(reason, self.state.global_step + 1, losses.tolist(), model, rates)
+            self.accelerator.wait_for_everyone()  # the first process to fail ends the others
+            raise failure
 
     # ---- logs --------------------------------------------------------------------------------------------------------
 
@@ -206,6 +250,13 @@ class AudioPhiTrainer(Trainer):
             logs |= {f"grad_norm_{part}": norm for part, norm in self.part_norms.items()}
             self._sums, self._summed_steps = {}, 0
         super().log(logs, start_time)
+
+    def create_model_card(self, language=None, license=None, tags=None, model_name=None):
+        """The card that `push_to_hub` publishes, in output_dir: of the model that was saved there, by the run's recipe
+        where there is one. The arguments say what these do not; ValueError for a licence that a part's forbids."""
+        if self.is_world_process_zero():
+            stated = {"name": model_name, "licence": license, "language": as_list(language), "tags": as_list(tags)}
+            save_run_card(self.args.output_dir, self.hub_model_id, {k: v for k, v in stated.items() if v})
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -221,16 +272,21 @@ class AudioPhiTrainer(Trainer):
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS_NAME)
 
     def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
+        """Raises SaveError; what was saved before stays."""
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with saving(folder):
+            super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            (folder / COMPLETE_NAME).write_text(repr(self.clock.seconds))
+            with saving(folder):
+                seal(folder, self.clock.seconds)
+            keep_newest(folder.parent)
+        self._last_saved = time.monotonic()
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         model = self.accelerator.unwrap_model(self.model)
         load_trainable(model, load_file(os.path.join(resume_from_checkpoint, WEIGHTS_NAME)))
-        self.clock.seconds = float(Path(resume_from_checkpoint, COMPLETE_NAME).read_text())
+        self.clock.seconds = read_marker(Path(resume_from_checkpoint))["seconds"]
 
 
 def save_for_use(model, processor, folder: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -245,6 +301,23 @@ def save_for_use(model, processor, folder: Path, dtype: torch.dtype = torch.floa
         # Indented, as the tokenizer writes it, it is more than twice the size.
         compact = json.dumps(json.loads(tokenizer.read_text("utf-8")), ensure_ascii=False, separators=(",", ":"))
         tokenizer.write_text(compact, "utf-8")
+
+
+def save_run_card(folder: str | Path, repository: str | None = None, stated: dict | None = None) -> None:
+    """The model card of a model that was saved in a run's folder, by the run's recipe; without results, which
+    `audiophi card` adds once they are measured. `stated`: keys of `publishing.data_sources.About`."""
+    from publishing.card_files import CARD_NAME, collect, write_card
+    from publishing.model_card import make_card
+
+    inputs = collect(folder)
+    inputs.repository = repository
+    if stated:
+        inputs.about = yaml.safe_dump({**(yaml.safe_load(inputs.about) or {}), **stated}, sort_keys=False)
+    write_card(make_card(folder, inputs), inputs, Path(folder) / CARD_NAME)
+
+
+def as_list(value: str | list[str] | None) -> list[str] | None:
+    return [value] if isinstance(value, str) else value
 
 
 def load_trainable(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
