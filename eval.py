@@ -20,7 +20,7 @@ import torch
 from evaluation import caption_scoring
 from evaluation.caption_metrics import caption_scores, official_scores
 from evaluation.metrics import percent
-from evaluation.predictions import PredictionFile, fingerprint
+from evaluation.predictions import PredictionFile, checkpoint_digest, fingerprint
 from evaluation.scoring import AudioPhiTranscriber, Transcriber, summarize, transcribe_dataset, transcribe_silence
 from processing.datasets import load_audio_dataset
 from processing.prompts import INSTRUCTIONS
@@ -54,6 +54,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--text_column")
     parser.add_argument("--label_column", help="captions: the class of a sound; default: label, category or class")
     parser.add_argument("--audio_folder", help="captions: where the audio of Clotho or AudioCaps is, if elsewhere")
+    parser.add_argument("--allow_urls", action="store_true", help="fetch what the data names by URL")
     parser.add_argument("--official", action="store_true", help="captions: METEOR, SPICE, SPIDEr-FL, FENSE too (Java)")
     parser.add_argument("--split")
     parser.add_argument("--limit", type=int, help="only the first N rows")
@@ -117,7 +118,8 @@ def load_rows(args: argparse.Namespace) -> tuple:
     Raises ValueError for captions where transcripts are asked for.
     """
     captions = {"label_column": args.label_column, "task": "caption"} if args.task == "caption" else {}
-    spec = {"path": args.data, **({"audio_folder": args.audio_folder} if args.audio_folder else {})}
+    spec = {"path": args.data, "allow_urls": args.allow_urls}
+    spec |= {"audio_folder": args.audio_folder} if args.audio_folder else {}
     rows = load_audio_dataset(spec, args.audio_column, args.text_column, args.split, **captions)
     if args.task != "caption" and "captions" in rows.column_names:
         raise ValueError(f"{args.data}: holds captions of sounds, not transcripts; add --task caption.")
@@ -168,6 +170,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[dict]]:
         "unreadable_rows": len(unreadable),
         "unscored_rows": len(unscored),
         "model": args.model,
+        "checkpoint": checkpoint_digest(args.model),
         "settings": {**settings, "instruction": args.instruction},
     }
     for prediction in (*unreadable, *unscored):

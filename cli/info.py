@@ -1,6 +1,5 @@
 """Say what is in a checkpoint and what it costs to run, without loading its weights."""
 
-import json
 from pathlib import Path
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -27,9 +26,9 @@ def run(args) -> int:
 
 def describe(folder: Path) -> dict[str, dict[str, str]]:
     """{title: {what: value}} for a checkpoint in `folder`. OSError, ValueError for a folder that holds none."""
-    from modeling_audiophi import AudioPhiConfig
+    from publishing.architecture import millions, parameters_by_part, read_config
 
-    config = checked_config(folder, AudioPhiConfig)
+    config = read_config(folder)
     parts = parameters_by_part(config)
     return {
         f"{folder}: {'slim, holds only what was trained' if config.slim else 'full, holds all weights'}": {
@@ -41,42 +40,6 @@ def describe(folder: Path) -> dict[str, dict[str, str]]:
         "Audio": audio_of(config),
         "Costs": costs(config, parts),
     }
-
-
-def checked_config(folder: Path, config_class):
-    """The folder's config. Read as JSON first: the class would turn any model's into an AudioPhi of default parts."""
-    path = folder / "config.json"
-    kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-    if kind != "audiophi":
-        raise ValueError(f"{folder}: is no AudioPhi checkpoint but {kind or 'of no model type'}")
-    return config_class.from_pretrained(folder)
-
-
-def parameters_by_part(config) -> dict[str, int]:
-    """Numbers of parameters, shared ones counted once; built on the meta device, so nothing is loaded."""
-    import torch
-
-    from modeling_audiophi import AudioPhiForConditionalGeneration
-    from modeling_audiophi.lora_audiophi import is_lora_key
-
-    with torch.device("meta"):
-        model = AudioPhiForConditionalGeneration(config)
-    tied = config.tie_word_embeddings
-    counts = dict.fromkeys(("encoder", "adapter", "alignment", "language model", "LoRA"), 0)
-    prefixes = {
-        "model.audio_tower.": "encoder",
-        "model.multi_modal_projector.": "adapter",
-        "model.readout.": "adapter",
-        "model.alignment.": "alignment",
-        "model.language_model.": "language model",
-        "lm_head.": "language model",
-    }
-    for name, parameter in model.named_parameters():
-        if tied and name == "lm_head.weight":
-            continue
-        part = next(part for prefix, part in prefixes.items() if name.startswith(prefix))
-        counts["LoRA" if is_lora_key(name) else part] += parameter.numel()
-    return {part: count for part, count in counts.items() if count or part in ("encoder", "language model")}
 
 
 def what_is(config, part: str) -> str:
@@ -100,38 +63,15 @@ def files_of(folder: Path) -> dict[str, str]:
 
 
 def licences(config, folder: Path) -> dict[str, str]:
-    """What is known of the parts' licences: from their model cards, for an encoder also from its family's own note."""
-    from modeling_audiophi.encoders import encoder_class
+    """What is known of the licences of the checkpoint and its parts."""
+    from publishing.licences import component_licence, folder_licence, parse_licence
 
-    known = {"checkpoint": card_licence(folder)}
+    stated = folder_licence(folder)
+    known = {"checkpoint": str(parse_licence(stated)) if stated else "not stated: it has no model card that says it"}
     for part, name in (("audio", "encoder"), ("text", "language model")):
-        known[name] = component_licence(config.base_components.get(part))
-    known["encoder"] = getattr(encoder_class(config.audio_config), "weights_licence", None) or known["encoder"]
-    return {name: licence or "not known here: see its model card" for name, licence in known.items()}
-
-
-def component_licence(base: dict | None) -> str | None:
-    """Licence of a base component, by its folder's model card or the Hub's, where that answers."""
-    from huggingface_hub import HfApi
-
-    if base is None or Path(base["id"]).is_dir():
-        return base and card_licence(Path(base["id"]))
-    try:
-        card = HfApi().model_info(base["id"], revision=base["revision"], timeout=5).card_data
-    except Exception:  # the Hub client's errors come from several libraries and share no base class
-        return None
-    return card and card.license
-
-
-def card_licence(folder: Path) -> str | None:
-    """`license` of the model card in a folder."""
-    from huggingface_hub import ModelCard
-
-    card = folder / "README.md"
-    if not card.is_file():
-        return None
-    data = ModelCard.load(card).data
-    return getattr(data, "license_name", None) or data.license
+        base = config.base_components.get(part)
+        known[name] = str(component_licence(base["id"], base["revision"])) if base else "not known: no id is recorded"
+    return known
 
 
 def audio_of(config) -> dict[str, str]:
@@ -183,7 +123,3 @@ def cache_bytes(text, size: int) -> int:
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return 2 * text.num_hidden_layers * heads * width * size
-
-
-def millions(count: int) -> str:
-    return f"{count / 1e6:.2f} M"

@@ -4,7 +4,9 @@
     audiophi caption FILE…
     audiophi ask "question" FILE…
     audiophi info DIR_OR_ID
-    audiophi push DIR org/name [--private]
+    audiophi card DIR [--metrics metrics.json…] [--check]
+    audiophi push DIR org/name [--private] [--space [org/space]]
+    audiophi export --vllm DIR [--output OUT]
 
 Exit code 0: everything was done; 1: something was not, and stderr says what; 2: wrong arguments.
 """
@@ -12,9 +14,17 @@ Exit code 0: everything was done; 1: something was not, and stderr says what; 2:
 import argparse
 import sys
 
-from . import ask, caption, info, push, transcribe
+from . import ask, caption, card, export, info, push, transcribe
 
-COMMANDS = {"transcribe": transcribe, "caption": caption, "ask": ask, "info": info, "push": push}
+COMMANDS = {
+    "transcribe": transcribe,
+    "caption": caption,
+    "ask": ask,
+    "info": info,
+    "card": card,
+    "push": push,
+    "export": export,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         module.add_arguments(command)
         command.set_defaults(error=command.error)
     args = parser.parse_args(argv)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     try:
         return COMMANDS[args.command].run(args)
     except (ValueError, OSError) as error:

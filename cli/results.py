@@ -17,7 +17,7 @@ class ResultFile:
     def __init__(self, path: Path | None, settings: dict):
         self.path, self.settings = path, settings
         self.done: set[str] = set()
-        self._known: set[str] = set()
+        self._known: set[bytes] = set()
         self._stream = None
         if path is None:
             return
@@ -39,7 +39,7 @@ class ResultFile:
                 raise ValueError(
                     f"{self.path}: line {number + 1} is no result of audiophi, so it is left alone"
                 ) from None
-            self._known.add(line.decode())
+            self._known.add(line)
             if "error" not in result and self.settings.items() <= result.items():
                 self.done.add(file)
             size += len(line)
@@ -50,8 +50,9 @@ class ResultFile:
         if self._stream is None:
             return
         line = json.dumps({**result, **self.settings}, ensure_ascii=False) + "\n"
+        line = line.encode("utf-8", "backslashreplace")  # a file's name need not be UTF-8
         if line not in self._known:
-            self._stream.write(line.encode())
+            self._stream.write(line)
             self._stream.flush()
 
     def __enter__(self):

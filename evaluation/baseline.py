@@ -15,11 +15,14 @@ class BaselineTranscriber:
 
     def __init__(self, model: str, device: str, dtype: torch.dtype = torch.float32):
         folder = resolve_component(model)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        if tokenizer.pad_token is None:  # without one the pipeline refuses batches, although it pads no text
+            tokenizer.pad_token = tokenizer.eos_token
         self.pipe = pipeline(
             "automatic-speech-recognition",
             model=folder,
             feature_extractor=AutoFeatureExtractor.from_pretrained(folder),
-            tokenizer=AutoTokenizer.from_pretrained(folder),
+            tokenizer=tokenizer,
             device=device,
             dtype=dtype,
         )

@@ -1,5 +1,6 @@
 """The file of predictions: appended to as an evaluation goes, continued after an interruption."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -9,6 +10,31 @@ def fingerprint(model: str) -> dict:
     folder = Path(model)
     files = sorted(path for path in folder.glob("*") if path.is_file()) if folder.is_dir() else []
     return {"name": model, "files": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]}
+
+
+def checkpoint_digest(model: str) -> dict[str, str] | None:
+    """SHA-256 of a checkpoint's weights (`weights`) and of its decoding settings (`generation`), by which metrics.json
+    and a model card know that they belong together, wherever the folder lies.
+
+    `model`: a folder, or a Hub id that is in the Hub's cache; None for one that is not.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(model, local_files_only=True))
+        except (OSError, ValueError):
+            return None
+    weights = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with open(file, "rb") as stream:
+            weights.update(hashlib.file_digest(stream, "sha256").digest())
+    settings = folder / "generation_config.json"
+    values = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    values.pop("transformers_version", None)  # saving the same settings anew changes it
+    generation = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    return {"weights": weights.hexdigest(), "generation": generation.hexdigest()}
 
 
 class PredictionFile:
@@ -46,7 +72,7 @@ class PredictionFile:
     def add(self, prediction: dict) -> None:
         """Append one prediction, on disk at once."""
         self.predictions.append(prediction)
-        self._stream.write(json.dumps(prediction, ensure_ascii=False).encode() + b"\n")
+        self._stream.write(json.dumps(prediction, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
         self._stream.flush()
 
     def __enter__(self):

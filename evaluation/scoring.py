@@ -267,8 +267,8 @@ def shuffled_error_rate(predictions: list[dict], key: str = "hypothesis", seed: 
 
 
 def silence_length(seconds: float) -> float:
-    """The length on the grid of silences that stands for a clip: rounded up."""
-    return math.ceil(seconds / SILENCE_STEP) * SILENCE_STEP
+    """The length on the grid of silences that stands for a clip: rounded up, and never nothing."""
+    return max(1, math.ceil(seconds / SILENCE_STEP)) * SILENCE_STEP
 
 
 def transcribe_silence(

@@ -1,4 +1,4 @@
-"""A Hub on 127.0.0.1, as much of one as huggingface_hub's clients need to create, fill and read model repositories.
+"""A Hub on 127.0.0.1, as much of one as huggingface_hub's clients need to create, fill and read models and Spaces.
 
     with LoopbackHub(tokens={"hf_writer": "org"}) as hub:
         hub.add_folder("org/base", folder)
@@ -6,7 +6,8 @@
 
 Routes as in huggingface_hub's `hf_api.py`, `_commit_api.py`, `lfs.py` and `file_download.py`: create a repository,
 preupload, LFS batch and upload, commit (ndjson), model info, tree, resolve with ranges, ETags and X-Repo-Commit. Every
-commit keeps its files, so old revisions stay readable. Repositories are kept in memory, or where `add_folder` put them
+commit keeps its files, so old revisions stay readable. A Space is the repository "spaces/org/name", as in its address;
+it is stored, not run. Repositories are kept in memory, or where `add_folder` put them
 on disk, as files that are read when asked for.
 """
 
@@ -20,7 +21,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 DATE = "2026-01-01T00:00:00.000Z"
+# Those that the tests' cards may have.
+LICENCES = "mit|apache-2.0|bsd-3-clause|cc0-1.0|cc-by(-nc)?(-sa)?-[34].0|other"
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+ID = r"(?P<repo>(spaces/)?[^/]+/[^/]+)"
+API = rf"/api/(models/|(?=spaces/)){ID}"
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
@@ -47,6 +55,8 @@ class Repository:
     private: bool = False
     commits: dict[str, dict[str, Blob]] = field(default_factory=lambda: {"0" * 40: {}})
     head: str = "0" * 40
+    sdk: str | None = None  # of a Space
+    variables: dict[str, str] = field(default_factory=dict)
 
     def commit(self, changes):
         """`changes`: path -> Blob, or None to delete."""
@@ -77,10 +87,12 @@ class LoopbackHub:
         self.requests: list[tuple[str, str]] = []
         self.accept_uploads = self.refuse_uploads = 0
         self.lock = threading.Lock()
+        self.port = 0  # any; entered again, after a break, it is the same one
 
     def __enter__(self):
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"hub": self}))
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.server = ThreadingHTTPServer(("127.0.0.1", self.port), type("Bound", (Handler,), {"hub": self}))
+        self.port = self.server.server_port
+        self.url = f"http://127.0.0.1:{self.port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         return self
 
@@ -131,6 +143,42 @@ class LoopbackHub:
             return True
 
 
+def card_header(content):
+    return yaml.safe_load(content.split("---\n")[1]) if content.startswith("---\n") else None
+
+
+def card_errors(content):
+    """What the Hub would not take in the header of a model card (its modelcard.md is the specification)."""
+    header = card_header(content)
+    if header is None:
+        return []
+    if not isinstance(header, dict):
+        return ["the header must be a mapping"]
+    errors = []
+    for key in ("license", "license_name", "library_name", "pipeline_tag"):
+        if key in header and not isinstance(header[key], str):
+            errors.append(f'"{key}" must be a string')
+    if "license" in header and not re.fullmatch(LICENCES, str(header["license"])):
+        errors.append(f'"license" must be one of the Hub\'s, not {header["license"]}')
+    if header.get("license") == "other" and not re.fullmatch("[a-z0-9-.]+", header.get("license_name", "")):
+        errors.append('"license_name" must name the licence when "license" is other')
+    for key in ("base_model", "datasets"):
+        errors += [
+            f'"{key}": {name} is no repository' for name in header.get(key) or [] if not REPOSITORY.fullmatch(name)
+        ]
+    errors += [f'"language": {code}' for code in header.get("language") or [] if not re.fullmatch("[a-z]{2,3}", code)]
+    for model in header.get("model-index", []):
+        for result in model["results"]:
+            if not {"type"} <= set(result["task"]) or not {"type", "name"} <= set(result["dataset"]):
+                errors.append('"model-index": a result needs task.type, dataset.type and dataset.name')
+            errors += [
+                f'"model-index": metric {metric}'
+                for metric in result["metrics"]
+                if not isinstance(metric.get("type"), str) or not isinstance(metric.get("value"), (int, float, str))
+            ]
+    return errors
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: LoopbackHub
@@ -138,15 +186,17 @@ class Handler(BaseHTTPRequestHandler):
         ("GET", r"/api/whoami-v2", "whoami"),
         ("POST", r"/api/validate-yaml", "validate_yaml"),
         ("POST", r"/api/repos/create", "create"),
-        ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)", "preupload"),
-        ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<revision>[^/]+)", "commit"),
-        ("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/paths-info/(?P<revision>[^/]+)", "paths_info"),
-        ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(?P<folder>/.*)?", "tree"),
-        ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)(/revision/(?P<revision>[^/]+))?", "info"),
-        ("POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", "lfs_batch"),
+        ("POST", rf"{API}/variables", "set_variable"),
+        ("POST", rf"{API}/preupload/(?P<revision>[^/]+)", "preupload"),
+        ("POST", rf"{API}/commit/(?P<revision>[^/]+)", "commit"),
+        ("POST", rf"{API}/paths-info/(?P<revision>[^/]+)", "paths_info"),
+        ("GET", rf"{API}/tree/(?P<revision>[^/]+)(?P<folder>/.*)?", "tree"),
+        ("GET", rf"{API}(/revision/(?P<revision>[^/]+))?", "info"),
+        ("GET", r"/api/datasets/(?P<repo>[^/]+/[^/]+)", "info"),
+        ("POST", rf"/{ID}\.git/info/lfs/objects/batch", "lfs_batch"),
         ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", "lfs_upload"),
-        ("HEAD", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
-        ("GET", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
+        ("HEAD", rf"/{ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
+        ("GET", rf"/{ID}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
     ]
 
     def log_message(self, *arguments):
@@ -195,18 +245,30 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer({"type": "user", "name": user, "orgs": [], "auth": {"accessToken": {"role": "write"}}})
 
     def validate_yaml(self):
-        self.answer({"errors": [], "warnings": []})
+        errors = [{"message": message} for message in card_errors(json.loads(self.body)["content"])]
+        self.answer({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     def create(self):
         if self.user() is None:
             return self.fail(401, "", "Invalid username or password.")
         wanted = json.loads(self.body)
         repo_id = f"{wanted.get('organization') or self.user()}/{wanted['name']}"
+        if wanted.get("type") == "space":
+            if not wanted.get("sdk"):
+                return self.fail(400, "", "a Space needs an sdk")
+            repo_id = f"spaces/{repo_id}"
         if repo_id in self.hub.repositories:
             return self.answer({"error": "You already created this repo", "url": f"{self.hub.url}/{repo_id}"}, 409)
         private = wanted.get("private") or wanted.get("visibility") == "private"
-        self.hub.repositories[repo_id] = Repository(private=bool(private))
+        self.hub.repositories[repo_id] = Repository(private=bool(private), sdk=wanted.get("sdk"))
         return self.answer({"url": f"{self.hub.url}/{repo_id}", "name": repo_id})
+
+    def set_variable(self, repo):
+        if self.user() is None:
+            return self.fail(403, "", "You do not have write access")
+        wanted, variables = json.loads(self.body), self.hub.repositories[repo].variables
+        variables[wanted["key"]] = wanted["value"]
+        return self.answer({name: {"key": name, "value": value} for name, value in variables.items()})
 
     # ---- reading
 
@@ -225,6 +287,8 @@ class Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": path} for path in found[1]]
         private = self.hub.repositories[repo].private
         answer = {"_id": repo, "id": repo, "modelId": repo, "sha": found[0], "private": private, "siblings": siblings}
+        if "README.md" in found[1] and (header := card_header(found[1]["README.md"].read().decode())):
+            answer["cardData"] = header
         self.answer({**answer, "tags": [], "downloads": 0, "likes": 0, "lastModified": DATE, "createdAt": DATE})
 
     def entry(self, path, blob):

@@ -10,7 +10,13 @@ HIDDEN = (
     *("modeling_audiophi", "processing", "training", "evaluation", "transcribe", "train", "eval"),
     *("datasets", "evaluate", "jiwer", "whisper_normalizer", "gguf", "matplotlib", "tensorboard", "aac_metrics"),
 )
-PREAMBLE = f"""
+# A Space's app.py draws.
+HIDDEN_IN_A_SPACE = tuple(name for name in HIDDEN if name != "matplotlib")
+
+
+def preamble_hiding(names):
+    """Python code after which these packages cannot be imported."""
+    return f"""
 import sys
 
 class Hiding:
@@ -18,7 +24,7 @@ class Hiding:
         self.finder = finder
 
     def find_spec(self, name, *arguments):
-        return None if name.partition(".")[0] in {HIDDEN!r} else self.finder.find_spec(name, *arguments)
+        return None if name.partition(".")[0] in {names!r} else self.finder.find_spec(name, *arguments)
 
     def __getattr__(self, name):
         return getattr(self.finder, name)
@@ -31,6 +37,9 @@ except ImportError:
 else:
     raise SystemExit("the package can be imported: this is no stranger")
 """
+
+
+PREAMBLE = preamble_hiding(HIDDEN)
 
 
 def run_stranger(script, folder, preamble=PREAMBLE, **environment):

@@ -152,7 +152,7 @@ def test_info_counts_what_the_model_has(checkpoint, make_tiny_model, capsys, tmp
     adapter = sum(parameter.numel() for parameter in model.model.multi_modal_projector.parameters())
     assert f"{adapter / 1e6:.2f} M  mlp" in said and "whisper" in said and "llama" in said and "slim" in said
     assert re.search(r"tokens per second +12.50\n", said) and re.search(r"encoder window +2.0 s", said)
-    assert re.search(r"memory in bfloat16 +\d", said) and "GFLOP" in said and "not known here" in said
+    assert re.search(r"memory in bfloat16 +\d", said) and "GFLOP" in said and "not known" in said
     checkpoint = shutil.copytree(checkpoint, tmp_path / "with_card")
     (checkpoint / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
     assert main(["info", str(checkpoint)]) == 0 and re.search("checkpoint +cc-by-4.0", capsys.readouterr().out)
@@ -164,13 +164,27 @@ def test_push_sends_model_and_processor(checkpoint, monkeypatch, capsys, tmp_pat
     from modeling_audiophi import AudioPhiForConditionalGeneration
     from processing import AudioPhiProcessor
 
-    sent = []
+    sent, cards = [], []
+    read = [AudioPhiForConditionalGeneration, AudioPhiProcessor]
+    monkeypatch.setattr(AudioPhiForConditionalGeneration, "check_components_are_public", lambda self: None)
+    monkeypatch.setattr(
+        "cli.push.publish_folder", lambda *a: cards.append((*a[::2], Path(a[1], "README.md").read_text(), len(sent)))
+    )
     for kind in (AudioPhiForConditionalGeneration, AudioPhiProcessor):
         monkeypatch.setattr(kind, "push_to_hub", lambda self, *args, **kwargs: sent.append((type(self), args, kwargs)))
     assert main(["push", checkpoint, "org/name", "--private"]) == 0
-    kinds = [AudioPhiForConditionalGeneration, AudioPhiProcessor]
-    assert sent == [(kind, ("org/name",), {"private": True}) for kind in kinds]
-    assert main(["push", str(tmp_path), "org/name"]) == 1 and len(sent) == 2
+    assert sent == [(kind, ("org/name",), {"private": True}) for kind in read]
+    ((repository, private, card, sent_before),) = cards
+    assert (repository, private, sent_before) == ("org/name", True, 0) and 'model="org/name"' in card
+    assert main(["push", str(tmp_path), "org/name"]) == 1 and len(sent) == 2 and len(cards) == 1
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    (folder / "README.md").write_text("written by hand")
+    assert main(["push", str(folder), "org/name"]) == 0 and cards[1][2] == "written by hand"
+    assert main(["card", str(folder)]) == 0 and main(["push", str(folder), "org/name"]) == 0 and len(cards) == 3
+    (folder / "README.md").write_text((folder / "README.md").read_text().replace("Nothing was measured", "All is well"))
+    capsys.readouterr()
+    assert main(["push", str(folder), "org/name"]) == 1 and len(cards) == 3 and len(sent) == 6
+    assert "-All is well" in capsys.readouterr().err
 
 
 def test_it_runs_as_a_module(checkpoint, tmp_path):

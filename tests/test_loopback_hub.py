@@ -113,6 +113,7 @@ def test_push_and_load(tiny_whisper_dir, tiny_llm_dir, waveform, tmp_path):
         }
         trained = hub.files("acme/trained")
         assert {"model.safetensors", "modeling_audiophi.py", "processing_audiophi.py", "tokenizer.json"} <= set(trained)
+        assert b'model="acme/trained"' in trained["README.md"] and commits["audio"].encode() in trained["README.md"]
         # The base components move on; what was pushed goes on with the commits that it was made of.
         hub.repositories["acme/tiny-llm"].commit({"model.safetensors": None, "config.json": None})
         script = USE + REFUSED_WITHOUT_TOKEN + HEAR_BOTH

@@ -20,7 +20,17 @@ from tests.conftest import prompts
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_SHIPPED = {"__init__.py", "wheel_components.py"}
-ALLOWED = {"huggingface_hub", "numpy", "peft", "safetensors", "soundfile", "torch", "torchaudio", "transformers"}
+ALLOWED = {
+    "huggingface_hub",
+    "numpy",
+    "peft",
+    "safetensors",
+    "soundfile",
+    "tokenizers",
+    "torch",
+    "torchaudio",
+    "transformers",
+}
 OPTIONAL = {"torchcodec"}  # said what it is for when it is missing
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
 
