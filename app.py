@@ -1,0 +1,248 @@
+"""A checkpoint in the browser (Gradio): record or upload audio, ask, and watch the answer come.
+
+    python app.py --model checkpoints/audiophi-tiny
+
+`audiophi push DIR org/name --space` publishes this very file as a Space. Nothing else of this repository is there: the
+model's code comes from the Hub with the model, whose id is in $AUDIOPHI_MODEL.
+"""
+
+import argparse
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+
+import gradio as gr
+import numpy as np
+import soundfile
+import torch
+from matplotlib.figure import Figure
+from transformers import StoppingCriteriaList, TextIteratorStreamer, pipeline
+
+try:  # a clone of AudioPhi, or its package: this tells transformers about it
+    import modeling_audiophi  # noqa: F401
+except ImportError:  # a Space
+    pass
+
+IN_CLONE = Path(__file__).resolve().parent / "checkpoints" / "audiophi-tiny"
+MAX_SECONDS = 600
+MAX_FILE_SIZE = "100mb"
+KEEP_SECONDS = 3600  # recordings on the server
+DECIBELS = 80  # below the loudest, of what the spectrogram shows
+GREY, BLUE = "#7a818c", "#2f6fb3"  # readable on light and dark pages
+CSS = "footer {display: none !important} #heading h1 {margin-bottom: 0} #status {min-height: 1.5em; opacity: 0.8}"
+# Gradio brings them along. Weight 600, which it takes by default, has few letters in 6.31.
+FONTS = (gr.themes.LocalFont("Source Sans Pro", weights=(400, 700)), "system-ui", "sans-serif")
+
+
+def load(model, device=None):
+    """The pipeline of a checkpoint: folder or Hub id. OSError, ValueError where it cannot be loaded."""
+    settings = {"dtype": torch.float32, "trust_remote_code": True}
+    return pipeline("audio-text-to-text", model=model, device=device, **settings)
+
+
+def read(pipe, path, longest=MAX_SECONDS):
+    """An uploaded file → waveform (samples,) at the processor's rate. ValueError for what cannot be heard or lasts
+    longer than `longest` seconds, naming the file as the user does."""
+    if not path:
+        raise ValueError("There is nothing to hear yet: record something or upload a file.")
+    name = Path(path).name
+
+    def refuse_longer(seconds):
+        if seconds > longest:
+            raise ValueError(
+                f"{name}: {seconds:.0f} s is too long, this demo takes {longest:.0f} s. Cut it, or use the command "
+                "line on a machine of your own."
+            )
+
+    try:
+        refuse_longer(soundfile.info(path).duration)  # hours of it need not be decoded for that
+    except soundfile.SoundFileError:
+        pass  # another container, or no audio: reading it tells
+    try:
+        waveform = pipe.processor.load_audio(path)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(path), name)) from None
+    refuse_longer(len(waveform) / pipe.processor.sampling_rate)
+    return waveform
+
+
+def picture(waveform, rate, columns=1200):
+    """Waveform (samples,) → figure: its envelope, and below it its spectrogram in dB."""
+    seconds = len(waveform) / rate
+    figure = Figure(figsize=(9, 4.2), dpi=110, layout="constrained", facecolor="none")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
+    parts = np.array_split(waveform, min(columns, len(waveform)))
+    times = np.linspace(0, seconds, len(parts))
+    top.fill_between(times, [part.min() for part in parts], [part.max() for part in parts], color=BLUE, linewidth=0.6)
+    top.set_ylim(*(np.array([-1, 1]) * max(1e-3, 1.05 * np.abs(waveform).max())))
+    top.set_yticks([])
+    size = 512 if rate <= 24_000 else 1024
+    padded = np.pad(waveform, size // 2)
+    starts = np.linspace(0, len(padded) - size, min(columns, 1 + len(waveform) // 64)).astype(int)
+    frames = np.stack([padded[start : start + size] for start in starts]) * np.hanning(size)
+    power = np.abs(np.fft.rfft(frames)) ** 2
+    level = 10 * np.log10(np.maximum(power, 1e-10)).T
+    bottom.imshow(
+        level, origin="lower", aspect="auto", cmap="magma", vmin=level.max() - DECIBELS, vmax=level.max(),
+        extent=(0, seconds, 0, rate / 2000), interpolation="nearest",
+    )  # fmt: skip
+    bottom.set(xlabel="seconds", ylabel="kHz", xlim=(0, seconds))
+    for axes in (top, bottom):
+        axes.set_facecolor("none")
+        axes.tick_params(colors=GREY, which="both")
+        axes.xaxis.label.set_color(GREY)
+        axes.yaxis.label.set_color(GREY)
+        axes.spines[:].set_visible(False)
+    top.tick_params(bottom=False)
+    return figure
+
+
+def beams(pipe):
+    """How many beams the checkpoint decodes with."""
+    return pipe.model.generation_config.num_beams or 1
+
+
+def answer(pipe, waveform, instruction, search=True):
+    """Yields (words so far, status) while they are written.
+
+    First a draft, one token after the other, because beams cannot be streamed; then, with `search` and where the
+    checkpoint decodes with beams, what these find. Ends early, also in between, when the generator is closed.
+    ValueError, OSError for what the model cannot take.
+    """
+    if not instruction or not instruction.strip():
+        raise ValueError("The instruction is empty: write one, or choose one of the examples.")
+    stopped, began, words = threading.Event(), time.monotonic(), ""
+    clip, seconds = (waveform, pipe.processor.sampling_rate), len(waveform) / pipe.processor.sampling_rate
+
+    def is_stopped(ids, scores, **_):
+        return torch.full((len(ids),), stopped.is_set(), dtype=torch.bool, device=ids.device)
+
+    settings = {"instruction": instruction.strip(), "stopping_criteria": StoppingCriteriaList([is_stopped])}
+    streamer = TextIteratorStreamer(pipe.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    yield words, "Listening …"
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            draft = thread.submit(pipe, clip, streamer=streamer, **settings)
+            for piece in streamer:
+                words += piece
+                yield words, "Draft: word by word …"
+            text, how = draft.result()["generated_text"], "greedy"
+            if search and beams(pipe) > 1:
+                how = f"{beams(pipe)} beams"
+                final = thread.submit(pipe, clip, **settings)
+                while not final.done():
+                    yield text, f"Draft complete. Searching with {how} … {time.monotonic() - began:.0f} s"
+                    wait([final], timeout=1)
+                text = final.result()["generated_text"]
+        finally:
+            stopped.set()  # leaving `with` waits for the thread
+    status = f"Done ({how}): {seconds:.1f} s of audio in {time.monotonic() - began:.1f} s."
+    yield text, status if text else f"{status} The model wrote nothing: it heard no words."
+
+
+@contextmanager
+def readable():
+    """What the input is to blame for becomes a message on the page. Anything else is the server's fault: its log has
+    the trace, the page says no more than that there was an error."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise gr.Error(str(error), duration=None, title="That did not work", print_exception=False) from error
+
+
+def explanation(pipe, longest):
+    """Markdown: what happens to a recording."""
+    lines = []
+    if beams(pipe) > 1:
+        lines.append(
+            "The words that appear at once are a **draft**: each is chosen for good as it comes (greedy). This "
+            f"checkpoint decodes with **{beams(pipe)} beams**, which change their mind until the end and so cannot be "
+            "streamed. They run after the draft and their answer replaces it; unticking the box keeps the draft."
+        )
+    else:
+        lines.append("The words appear as they are chosen (greedy): this checkpoint decodes without beams.")
+    if getattr(pipe.model.generation_config, "ctc_weight", 0):
+        lines.append("In transcripts the alignment head, which spells what it hears, votes on every word of both.")
+    if pipe.window_seconds:
+        lines.append(
+            f"Recordings longer than {pipe.window_seconds:.0f} s are transcribed piece by piece, cut at pauses; for "
+            "any other instruction the model hears them as a whole, as far as they fit."
+        )
+    lines.append(
+        f"At most {longest:.0f} s, {MAX_FILE_SIZE.upper()}. Recordings are not kept: they leave the server after "
+        f"{KEEP_SECONDS // 3600} to {2 * KEEP_SECONDS // 3600} hours."
+    )
+    return "\n\n".join(lines)
+
+
+def build(pipe, name, longest=MAX_SECONDS):
+    """The page, `gr.Blocks`, for a loaded pipeline that users know by `name`."""
+    wordings = list(dict.fromkeys(words for known in pipe.processor.instructions.values() for words in known))
+    rate = pipe.processor.sampling_rate
+
+    def show(path):
+        with readable():
+            return None if path is None else picture(read(pipe, path, longest), rate)
+
+    def ask(path, instruction, search):
+        with readable():
+            yield from answer(pipe, read(pipe, path, longest), instruction, search)
+
+    with gr.Blocks(title=f"AudioPhi: {name}", delete_cache=(KEEP_SECONDS, KEEP_SECONDS)) as page:
+        gr.Markdown(f"# AudioPhi\nA small language model that listens. Checkpoint: `{name}`", elem_id="heading")
+        with gr.Row():
+            with gr.Column():
+                audio = gr.Audio(sources=["upload", "microphone"], type="filepath", label="Audio", elem_id="audio",
+                                 buttons=["download"])  # fmt: skip
+                instruction = gr.Textbox(
+                    wordings[0], label="Instruction", lines=1, max_lines=4, elem_id="instruction",
+                )  # fmt: skip
+                gr.Examples(
+                    [[words] for words in wordings], instruction, label="Instructions it knows (others can be tried)"
+                )
+                search = gr.Checkbox(
+                    True, label=f"After the draft, search with {beams(pipe)} beams", visible=beams(pipe) > 1
+                )
+                with gr.Row():
+                    stop = gr.Button("Stop", elem_id="stop")
+                    go = gr.Button("Answer", variant="primary", elem_id="go")
+            with gr.Column():
+                words = gr.Textbox(label="Answer", lines=4, interactive=False, buttons=["copy"], elem_id="answer")
+                status = gr.Markdown(elem_id="status")
+                plot = gr.Plot(label="Waveform and spectrogram", show_label=False, elem_id="plot")
+        with gr.Accordion("How it answers", open=False):
+            gr.Markdown(explanation(pipe, longest))
+        audio.change(show, audio, plot, show_progress="hidden")
+        asked = gr.on([go.click, instruction.submit], ask, [audio, instruction, search], [words, status],
+                      api_name="ask", show_progress="hidden")  # fmt: skip
+        stop.click(lambda: "Stopped.", None, status, cancels=[asked], queue=False)
+    return page
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    model = os.environ.get("AUDIOPHI_MODEL") or (str(IN_CLONE) if IN_CLONE.is_dir() else None)
+    parser.add_argument("--model", default=model, required=not model, help="checkpoint: folder or Hub id; default: "
+                        "$AUDIOPHI_MODEL, else in a clone of AudioPhi checkpoints/audiophi-tiny")  # fmt: skip
+    parser.add_argument("--device", help="default: a GPU where there is one")
+    parser.add_argument("--port", type=int, help="default: $GRADIO_SERVER_PORT, else the first free one from 7860")
+    args = parser.parse_args(argv)
+    try:
+        pipe = load(args.model, args.device)
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"app.py: {args.model}: {error}\n")
+    name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model
+    page = build(pipe, name)
+    page.queue(default_concurrency_limit=1).launch(
+        server_port=args.port, share=False, ssr_mode=False, max_file_size=MAX_FILE_SIZE, css=CSS,
+        theme=gr.themes.Default(primary_hue="blue", font=FONTS),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
