@@ -1,0 +1,416 @@
+"""What transformers' testers (tests/alm_tester.py, tests/test_modeling_common.py) ask of every audio language model."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel, WavLMModel
+
+from modeling_audiophi import AudioPhiForConditionalGeneration, AudioPhiModel
+from modeling_audiophi.hearing_audiophi import AudioPhiAudioOutput
+from tests.conformance.cases import (
+    ENCODERS,
+    FRAMES,
+    TOLERANCE,
+    audio_of,
+    batch_of,
+    every_case,
+    every_pair,
+    labelled,
+    text_of,
+)
+from tests.conftest import prompts
+
+
+def close(one, other, atol=TOLERANCE):
+    return torch.allclose(one, other, atol=atol)
+
+
+# ---- audio and its placeholders
+
+
+@every_case
+def test_features_and_placeholders_must_agree(build, waveform, name):
+    """ValueError when audio is missing, too much, or the text is there twice; twice of both passes."""
+    model, processor = build(name)
+    inputs = prompts(processor, [[waveform(1.0)], [waveform(1.0, 1)]])
+    audio, text = audio_of(inputs), text_of(inputs)
+    again = {key: torch.cat([value, value], 1) for key, value in text.items()}
+    # Per prompt the same clip twice: rows in the order of the prompts.
+    twice = {key: value.repeat_interleave(2, 0) for key, value in audio.items()}
+    wrong = {
+        "dropped": {**text, **{key: value[-1:] for key, value in audio.items()}},
+        "added": {**text, **{key: torch.cat([value, value[:1]]) for key, value in audio.items()}},
+        "doubled": {**again, **audio},
+    }
+    with torch.no_grad():
+        for part in (model, model.model):
+            part(**inputs)
+            for kind, wrongly in wrong.items():
+                with pytest.raises(ValueError, match="audio placeholders, but the audio makes"):
+                    part(**wrongly)
+                    pytest.fail(kind)
+        output = model(**again, **twice)
+    assert output.logits.shape[:2] == again["input_ids"].shape
+    if name.split("-")[2] != "frames":
+        assert 0 < output.audio_keep.sum() < len(output.audio_keep)  # or tests on this case prove nothing
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_audio_features_as_tuple_and_by_position(build, waveform, encoder):
+    model, processor = build(f"{encoder}-llama-frames")
+    audio = audio_of(batch_of(processor, waveform))
+    key = model.model.audio_tower.feature_key
+    with torch.no_grad():
+        output = model.get_audio_features(**audio)
+        as_tuple = model.get_audio_features(**audio, return_dict=False)
+        features = audio.pop(key)
+        positional = model.get_audio_features(features, **audio)
+        audio[f"{key}_mask"] = list(audio[f"{key}_mask"])
+        listed = model.get_audio_features(features, **audio)
+    assert isinstance(output, AudioPhiAudioOutput) and isinstance(as_tuple, tuple)
+    assert torch.equal(as_tuple[0], output.last_hidden_state) and torch.equal(as_tuple[1], output.pooler_output)
+    assert torch.equal(positional.pooler_output, output.pooler_output)
+    assert torch.equal(listed.pooler_output, output.pooler_output)
+    assert output.pooler_output.shape == (int(output.tokens_mask.sum()), model.config.text_config.hidden_size)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_hidden_states_and_attentions_of_audio_features(build, waveform, encoder):
+    model, processor = build(f"{encoder}-llama-frames", fresh=True)
+    audio = audio_of(batch_of(processor, waveform))
+    layers = 2
+    norm = model.model.audio_tower.get_submodule("encoder" if encoder == "whisper" else "model.encoder").layer_norm
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        plain = model.get_audio_features(**audio)
+        output = model.get_audio_features(**audio, output_hidden_states=True, output_attentions=True)
+        model.config.output_hidden_states = model.config.text_config.output_hidden_states = True
+        by_config = model.get_audio_features(**audio)
+        forward = model(**batch_of(processor, waveform))
+    assert plain.hidden_states is None and plain.attentions is None and by_config.attentions is None
+    assert len(output.hidden_states) == len(by_config.hidden_states) == layers + 1 and len(output.attentions) == layers
+    assert [s.shape for s in output.hidden_states] == [plain.last_hidden_state.shape] * (layers + 1)
+    assert close(output.pooler_output, plain.pooler_output) and len(forward.hidden_states) == layers + 1
+    lengths = [int(processor.num_audio_tokens(int(n * 16_000))) for n in (1.3, 0.5, 0.31)]
+    assert plain.tokens_mask.sum(1).tolist() == lengths
+    windows, frames = plain.last_hidden_state.shape[:2]
+    for weights in output.attentions:
+        assert weights.shape == (windows, 4, frames, frames)
+        sums = weights.sum(-1)
+        assert torch.isclose(sums, sums.round(), atol=1e-5).all() and sums[0].min() > 0.99 and sums[2, :, -1].max() == 0
+    one = {key: value[2:3] for key, value in audio.items()}
+    with torch.no_grad():
+        alone = model.get_audio_features(**one, output_hidden_states=True).hidden_states
+        frames = alone[0].shape[1]
+        for state, padded in zip(alone, output.hidden_states, strict=True):
+            assert close(state[0], padded[2, :frames], 1e-5) and padded[2, frames:].abs().max() == 0
+        assert close(norm(output.hidden_states[-1][0]), plain.last_hidden_state[0], 1e-5)
+    with pytest.raises(ValueError, match="cached encoder states"):
+        model.get_audio_features(audio_hidden_states=plain.last_hidden_state, output_hidden_states=True)
+
+
+@pytest.mark.parametrize("folder", ["tiny_w2v_bert_dir", "tiny_wav2vec2_dir", "tiny_languagebind_dir", "tiny_ast_dir",
+                                    "tiny_clap_dir"])  # fmt: skip
+def test_every_family_tells_its_hidden_states(make_tiny_model, waveform, request, folder):
+    model, processor = make_tiny_model("mlp", audio=request.getfixturevalue(folder))
+    audio = audio_of(prompts(processor, [[waveform(0.8)], [waveform(0.5, 1)]]))
+    with torch.no_grad():
+        output = model.get_audio_features(**audio, output_hidden_states=True)
+        assert close(output.pooler_output, model.get_audio_features(**audio).pooler_output)
+    assert len(output.hidden_states) == (5 if folder == "tiny_clap_dir" else 3) and all(
+        len(state) == 2 for state in output.hidden_states
+    )
+
+
+def test_attention_weights_that_are_not_computed_are_not_invented(build, waveform):
+    model, processor = build("whisper-llama-frames")
+    assert model.config.audio_config._attn_implementation == "sdpa"
+    with pytest.raises(ValueError, match="set_attn_implementation"):
+        model.get_audio_features(**audio_of(batch_of(processor, waveform)), output_attentions=True)
+
+
+# ---- outputs
+
+
+@every_case
+def test_padding_on_either_side_and_being_alone(build, waveform, name):
+    model, processor = build(name)
+    with torch.no_grad():
+        alone = model(**prompts(processor, [[waveform(0.5, 1), waveform(0.31, 2)]])).logits[0]
+        for side in ("left", "right"):
+            inputs = batch_of(processor, waveform, side)
+            real = inputs["attention_mask"][1].bool()
+            assert not real.all() and close(model(**inputs).logits[1][real], alone)
+
+
+@every_pair
+def test_tuples_and_logits_to_keep(build, waveform, name):
+    model, processor = build(name)
+    inputs = batch_of(processor, waveform)
+    with torch.no_grad():
+        output = model(**inputs, output_hidden_states=True)
+        as_tuple = model(**inputs, output_hidden_states=True, return_dict=False)
+        base = model.model(**inputs, return_dict=False)
+        last = model(**inputs, logits_to_keep=1).logits
+        some = model(**inputs, logits_to_keep=torch.tensor([3, 5])).logits
+    assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], output.logits)
+    assert len(as_tuple) == len(output.to_tuple()) and torch.equal(base[0], output.hidden_states[-1])
+    assert close(last, output.logits[:, -1:], 1e-6) and close(some, output.logits[:, [3, 5]], 1e-6)
+    assert [state.shape[:2] for state in output.hidden_states] == [inputs["input_ids"].shape] * 3
+
+
+@every_case
+def test_embeddings_instead_of_ids(build, waveform, name):
+    """Of text alone, and of a prompt with audio, whose placeholders are then known by their embedding."""
+    model, processor = build(name)
+    inputs = batch_of(processor, waveform)
+    ids = inputs.pop("input_ids")
+    embeds = model.get_input_embeddings()(ids)
+    text = torch.arange(20, 30)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids, **inputs).logits
+        assert close(model(inputs_embeds=embeds, **inputs).logits, expected, 1e-5)
+        assert close(model(input_ids=ids, inputs_embeds=embeds, **inputs).logits, expected, 1e-5)
+        by_embeds = model(inputs_embeds=model.get_input_embeddings()(text)).logits
+        assert torch.equal(by_embeds, model(input_ids=text).logits)
+        with pytest.raises(ValueError, match="placeholders"):
+            model(inputs_embeds=model.get_input_embeddings()(text), **audio_of(inputs))
+        with pytest.raises(ValueError, match="need input_ids"):
+            model(**audio_of(inputs))
+
+
+@FRAMES
+def test_positions_given_and_found(build, waveform, name):
+    model, processor = build(name)
+    inputs = batch_of(processor, waveform)
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        assert torch.equal(model(**inputs, position_ids=positions).logits, expected)
+        assert not close(model(**inputs, position_ids=2 * positions).logits, expected)  # they are not ignored
+
+
+@every_pair
+def test_half_precision(build, waveform, name):
+    model, processor = build(name, fresh=True)
+    inputs = prompts(processor, [[waveform(0.8)]])
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        logits = model.to(torch.bfloat16)(**inputs).logits
+    assert logits.dtype == torch.bfloat16 and torch.isfinite(logits).all()
+    if name.endswith("frames"):  # elsewhere rounding may change which frames are kept
+        assert nn.functional.cosine_similarity(logits.float().flatten(), expected.flatten(), dim=0) > 0.98
+
+
+# ---- attention implementations
+
+
+@every_pair
+def test_eager_equals_sdpa(build, waveform, name):
+    model, processor = build(name, fresh=True)
+    inputs = batch_of(processor, waveform)
+    results = {}
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        model.zero_grad()
+        assert_dispatched(model, implementation if name.startswith("whisper") else "eager", implementation)
+        logits = model(**inputs).logits[inputs["attention_mask"].bool()]
+        logits.square().mean().backward()
+        results[implementation] = logits.detach(), model.model.multi_modal_projector.proj_in.weight.grad.clone()
+    (logits, gradient), (other_logits, other_gradient) = results.values()
+    assert close(logits, other_logits) and gradient.abs().max() > 0
+    assert close(gradient, other_gradient, 1e-3 * gradient.abs().max().item())
+
+
+def assert_dispatched(model, audio, text):
+    """What the attention layers read. WavLM computes attention in one way only, whatever its config says."""
+    for part, expected in ((model.model.audio_tower, audio), (model.model.language_model, text)):
+        configs = [m.config for m in part.modules() if type(m).__name__.endswith("Attention") and hasattr(m, "config")]
+        assert all(config._attn_implementation == expected for config in configs)
+        assert part.config._attn_implementation == expected
+        assert configs or part.config.model_type == "wavlm"
+
+
+@every_pair
+@pytest.mark.parametrize("slim", [True, False])
+def test_attention_reaches_the_parts_when_loading(build, tmp_path, name, slim):
+    model, _ = build(name)
+    model.save_pretrained(tmp_path, slim=slim)
+    loaded = AutoModel.from_pretrained(tmp_path, attn_implementation="eager")
+    assert_dispatched(loaded, "eager", "eager")
+    audio, text = ("sdpa", "eager") if name.startswith("whisper") else ("eager", "sdpa")
+    parts = {"": "sdpa", "text_config": text, "audio_config": audio}
+    assert_dispatched(AutoModel.from_pretrained(tmp_path, attn_implementation=parts), audio, text)
+
+
+# ---- training
+
+
+@every_pair
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_changes_no_gradient(build, waveform, name, reentrant):
+    model, processor = build(name, fresh=True)
+    inputs = batch_of(processor, waveform, "right")
+    labels = labelled(processor, inputs)
+    model.train()
+    for module in model.modules():  # two passes must be the same
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.model.audio_tower.eval()
+    gradients, recomputed = [], []
+    count_calls = model.model.language_model.layers[0].mlp.register_forward_pre_hook(lambda *_: recomputed.append(1))
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        assert model.is_activation_checkpointing == checkpointing
+        model.zero_grad()
+        model(**inputs, labels=labels).loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    count_calls.remove()
+    assert len(recomputed) == 3  # once, then once more for its backward pass
+    plain, checkpointed = gradients
+    assert plain.keys() == checkpointed.keys() and any(".language_model." in key for key in plain)
+    for key, gradient in plain.items():
+        assert close(gradient, checkpointed[key], 1e-5), key
+    model.activation_checkpointing_disable()
+    assert not model.is_activation_checkpointing
+
+
+@every_pair
+def test_every_weight_and_buffer_is_initialised(build, name):
+    """Nothing of a model that is built from the config alone is left as allocated."""
+    model, _ = build(name)
+    config = copy.deepcopy(model.config)
+    config.encoder_layer, config.align_spelling = "mix", {"entries": 20, "buckets": 8, "size": 4}
+    broken = left_as_allocated(AudioPhiForConditionalGeneration, config)
+    if name.startswith("wavlm"):  # transformers' own class does not reach its weight-normalised convolution
+        prefix = "model.audio_tower.model."
+        assert broken == [prefix + key for key in left_as_allocated(WavLMModel, copy.deepcopy(config.audio_config))]
+        broken = [key for key in broken if ".pos_conv_embed.conv.parametrizations." not in key]
+    assert not broken
+
+
+def left_as_allocated(model_class, config):
+    """Names of weights and buffers that `init_weights` does not reach."""
+    with torch.device("meta"):
+        empty = model_class(config)
+    empty.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*empty.parameters(), *empty.buffers()):
+            tensor.fill_(float("nan") if tensor.is_floating_point() else -7)
+    for module in empty.modules():
+        module._is_hf_initialized = False
+    empty.init_weights()
+    tensors = {**dict(empty.named_parameters()), **dict(empty.named_buffers())}
+    return [key for key, value in tensors.items() if not torch.isfinite(value).all() or (value == -7).any()]
+
+
+# ---- embeddings
+
+
+@every_pair
+def test_resized_embeddings(build, waveform, name):
+    model, processor = build(name, fresh=True)
+    inputs = prompts(processor, [[waveform(0.8)]])
+    rows = model.config.text_config.vocab_size
+    audio_id, vocab_ids = model.config.audio_token_id, model.model.alignment.vocab_ids.clone()
+    with torch.no_grad():
+        expected, heard = model(**inputs).logits, model.transcribe_alignment(**audio_of(inputs))
+    bias = None if model.lm_head.bias is None else model.lm_head.bias.clone()
+    table = model.resize_token_embeddings(rows + 7, pad_to_multiple_of=8)
+    size = table.num_embeddings
+    assert size >= rows + 7 and size % 8 == 0 and table is model.get_input_embeddings()
+    text = model.config.text_config
+    assert text.vocab_size == model.model.config.text_config.vocab_size == size
+    assert model.model.language_model.config.vocab_size == size
+    assert model.lm_head.weight.shape[0] == model.lm_head.out_features == size
+    assert (model.lm_head.weight is table.weight) == text.tie_word_embeddings
+    if bias is not None:
+        assert torch.equal(model.lm_head.bias[:rows], bias)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+        assert logits.shape[-1] == size and close(logits[..., :rows], expected, 1e-5)
+        model(input_ids=torch.tensor([[size - 1, 1]]))
+    assert model.config.audio_token_id == audio_id and torch.equal(model.model.alignment.vocab_ids, vocab_ids)
+    assert model.transcribe_alignment(**audio_of(inputs)) == heard
+    loss = model(**inputs, labels=labelled(processor, inputs)).loss
+    assert torch.isfinite(loss) and model.generate(**inputs, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
+    model.resize_token_embeddings(rows)  # and back
+    with torch.no_grad():
+        assert close(model(**inputs).logits, expected, 1e-5)
+    with pytest.raises(ValueError, match="audio placeholder"):
+        model.resize_token_embeddings(audio_id)
+    assert model.get_input_embeddings().num_embeddings == rows
+
+
+@every_pair
+def test_embeddings_are_got_set_and_tied(build, name):
+    model, _ = build(name, fresh=True)
+    assert model.get_input_embeddings() is model.model.get_input_embeddings()
+    assert model.get_output_embeddings() is model.lm_head
+    tied = model.config.tie_word_embeddings
+    assert tied == (name.split("-")[1] == "llama") == (model.lm_head.weight is model.get_input_embeddings().weight)
+    new = nn.Embedding(*model.get_input_embeddings().weight.shape)
+    model.set_input_embeddings(new)
+    assert model.model.language_model.get_input_embeddings() is new
+    model.tie_weights()
+    assert (model.lm_head.weight is new.weight) == tied
+
+
+# ---- configs, saving and loading
+
+
+@every_pair
+def test_parts_share_the_configs(build, name):
+    model, _ = build(name)
+    assert model.model.config is model.config
+    assert model.model.language_model.config is model.config.text_config
+    assert model.model.audio_tower.config is model.config.audio_config
+    assert model.get_decoder() is model.model.language_model and model.get_encoder("audio") is model.model.audio_tower
+    assert model.base_model is model.model and model.is_backend_compatible()
+    assert model.can_generate() and not model.model.can_generate()
+
+
+@every_pair
+@pytest.mark.parametrize("slim", [True, False])
+def test_save_and_load(build, waveform, tmp_path, name, slim):
+    model, processor = build(name)
+    model.save_pretrained(tmp_path, slim=slim)
+    inputs = batch_of(processor, waveform)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        for arguments in ({"device_map": "cpu"}, {"low_cpu_mem_usage": True}):
+            loaded, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True, **arguments)
+            assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+            assert torch.equal(loaded(**inputs).logits, expected) and not loaded.training
+            assert loaded.state_dict().keys() == model.state_dict().keys()
+    for _, tensor in model.named_parameters():
+        assert tensor.is_contiguous()
+
+
+@every_pair
+def test_base_model_of_a_full_checkpoint(build, waveform, tmp_path, name):
+    """`AudioPhiModel` is what a server loads that has its own output layer."""
+    model, processor = build(name)
+    model.save_pretrained(tmp_path, slim=False)
+    base, info = AudioPhiModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and {key.partition(".")[0] for key in info["unexpected_keys"]} <= {"lm_head"}
+    inputs = batch_of(processor, waveform)
+    with torch.no_grad():
+        hidden = base(**inputs).last_hidden_state
+        assert close(model.compute_logits(hidden), model(**inputs).logits, 1e-5)
+
+
+@every_pair
+def test_built_on_the_meta_device_and_under_another_dtype(build, name):
+    model, _ = build(name)
+    with torch.device("meta"):
+        empty = AutoModel.from_config(copy.deepcopy(model.config))
+    # WavLM allocates its mask embedding by hand.
+    assert all(value.is_meta for key, value in empty.named_parameters() if not key.endswith("masked_spec_embed"))
+    half = AutoModel.from_config(copy.deepcopy(model.config), dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    assert torch.get_default_dtype() == torch.float32
