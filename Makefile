@@ -1,5 +1,6 @@
 # make quickstart   environment, components, training on the embedded speech, evaluation: from an empty machine
 # make test         environment, linter, tests
+# make bench        all benchmarks, less than 30 minutes on two cores: benchmarks/results.json and BENCHMARKS.md
 # PYTHON=python3.12 picks the interpreter; LIBRISPEECH=DIR also evaluates on real speech (any LibriSpeech tree).
 
 PYTHON ?= python3
@@ -7,18 +8,21 @@ BIN := .venv/bin
 RUN := outputs/quickstart
 LIBRISPEECH ?=
 LIMIT ?= 200
+BENCH ?=
 
-.PHONY: quickstart test test-slow lint clean
+.PHONY: quickstart test test-slow test-faults bench lint clean
 
 quickstart: .venv/installed
 	$(BIN)/python tools/get_components.py
 	$(BIN)/python train.py recipes/quickstart.yaml --output_dir $(RUN)
 	$(BIN)/python eval.py --model $(RUN)/final --data data/synthetic_speech --split dev --output_dir $(RUN)/eval --show 8
+	$(BIN)/audiophi card $(RUN)/final --metrics $(RUN)/eval/metrics.json
 ifneq ($(LIBRISPEECH),)
 	$(BIN)/python eval.py --model $(RUN)/final --data $(LIBRISPEECH) --limit $(LIMIT) \
 		--output_dir $(RUN)/eval-librispeech --show 8
+	$(BIN)/audiophi card $(RUN)/final --metrics $(RUN)/eval/metrics.json $(RUN)/eval-librispeech/metrics.json
 endif
-	@echo "model: $(RUN)/final   curves: $(RUN)/curves.png   transcripts: $(RUN)/eval/predictions.jsonl"
+	@echo "model and model card: $(RUN)/final   curves: $(RUN)/curves.png   transcripts: $(RUN)/eval/predictions.jsonl"
 	@echo "your own file: $(BIN)/audiophi transcribe FILE --model $(RUN)/final"
 
 test: lint
@@ -27,6 +31,13 @@ test: lint
 test-slow: .venv/installed
 	$(BIN)/python tools/get_components.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
+
+test-faults: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m faults --durations=10
+
+bench: .venv/installed
+	$(BIN)/python tools/get_components.py
+	$(BIN)/python benchmarks/run_all.py $(BENCH)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
