@@ -1,4 +1,4 @@
-"""The checkpoint in the repository, with the real components: it must go on loading and listening."""
+"""The checkpoints in the repository, with the real components: they must go on loading and listening."""
 
 from pathlib import Path
 
@@ -11,14 +11,15 @@ ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = ROOT / "checkpoints" / "audiophi-tiny"
 
 
-def test_it_is_slim_and_small():
-    files = [file for file in CHECKPOINT.rglob("*") if file.is_file()]
+@pytest.mark.parametrize("name", ["audiophi-tiny", "audiophi-tiny-joint"])
+def test_they_are_slim_and_small(name):
+    files = [file for file in CHECKPOINT.with_name(name).rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 25_000_000
     assert not [file for file in files if file.suffix in (".bin", ".pt", ".pth")]
 
 
 @pytest.mark.slow
-def test_it_listens():
+def test_the_speech_model_listens():
     from modeling_audiophi import AudioPhiForConditionalGeneration
     from processing import AudioPhiProcessor
 
