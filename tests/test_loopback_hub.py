@@ -139,7 +139,7 @@ print("FOUND" + json.dumps(text))
 
 @pytest.fixture
 def speech_file(tmp_path):
-    """A recording of LibriSpeech where there is one ($LIBRISPEECH, or beside the repository), else one of this project."""
+    """A recording of LibriSpeech where there is one ($LIBRISPEECH, or beside the repository), else one of ours."""
     beside = ROOT.parent / "shared" / "data" / "librispeech_devclean_12spk" / "dev-clean"
     folder = Path(os.environ.get("LIBRISPEECH", beside)).resolve()
     clips = (path for path in folder.rglob("*") if path.suffix in (".flac", ".mp3", ".ogg", ".wav"))
