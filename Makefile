@@ -15,7 +15,7 @@ BENCH ?=
 quickstart: .venv/installed
 	$(BIN)/python tools/get_components.py
 	$(BIN)/python train.py recipes/quickstart.yaml --output_dir $(RUN)
-	$(BIN)/python eval.py --model $(RUN)/final --data data/synthetic_speech --split dev --output_dir $(RUN)/eval --show 8
+	$(BIN)/python eval.py --model $(RUN)/final --data data/synthetic_speech --split dev --limit 40 --output_dir $(RUN)/eval --show 8
 	$(BIN)/audiophi card $(RUN)/final --metrics $(RUN)/eval/metrics.json
 ifneq ($(LIBRISPEECH),)
 	$(BIN)/python eval.py --model $(RUN)/final --data $(LIBRISPEECH) --limit $(LIMIT) \

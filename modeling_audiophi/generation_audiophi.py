@@ -141,14 +141,16 @@ class AudioPhiGenerationMixin(GenerationMixin):
 
     def _shorten(self, generation_config, kwargs, removed):
         """Total lengths that count the prompt, less the `removed` columns; new-token limits stay as they are."""
-        kwargs = dict(kwargs)
-        given = generation_config if generation_config is not None else self.generation_config
-        generation_config = copy.deepcopy(given)
-        for name in ("max_length", "min_length"):
+        kwargs, given = dict(kwargs), self.generation_config
+        if generation_config is not None:
+            given = generation_config = copy.deepcopy(generation_config)
+        for name, instead in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
             total = kwargs.get(name, getattr(given, name))
-            if total:
-                target = kwargs if name in kwargs else generation_config.__dict__
-                target[name] = max(0, total - removed)
+            if not total or kwargs.get(instead, getattr(given, instead)) is not None:
+                continue
+            # A config and arguments together make `generate` warn: what the caller gave stays where it was.
+            target = kwargs if name in kwargs or generation_config is None else generation_config.__dict__
+            target[name] = max(0, total - removed)
         return generation_config, kwargs
 
     def _expand_inputs_for_generation(
