@@ -16,18 +16,10 @@ import yaml
 from safetensors.torch import load_file
 
 from tests.loopback_hub import LoopbackHub
-from tests.tiny_runs import ALIGN, LM, ROOT, largest_difference
+from tests.tiny_runs import ALIGN, ENVIRONMENT, LM, ROOT, largest_difference
 from training.checkpoints import checkpoint_damage, complete_checkpoints
 
 pytestmark = pytest.mark.faults
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "PYTHONPATH": str(ROOT),
-    "CUDA_VISIBLE_DEVICES": "",
-    "ACCELERATE_USE_CPU": "true",
-}
 PATIENCE = 180  # seconds for anything that must happen
 STAGES = (
     {**ALIGN, "steps": 30, "save_steps": 3, "eval_steps": 10, "noise": 0.2},

@@ -1,6 +1,7 @@
 """Runs of recipes on tiny random components: 16 short clips, seconds on one thread."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,15 @@ TEXTS = [
 ]
 ALIGN = {"name": "align", "loss": "align", "steps": 6, "batch_size": 4, "learning_rate": 1e-3, "warmup": 0.0}
 LM = {"name": "lm", "loss": "lm", "steps": 4, "batch_size": 4, "tune": {"llm": "lora"}, "lora": {"r": 2, "alpha": 4}}
+# Of train.py in processes of its own.
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": str(ROOT),
+    "CUDA_VISIBLE_DEVICES": "",
+    "ACCELERATE_USE_CPU": "true",
+}
 
 
 @pytest.fixture(scope="session")

@@ -4,15 +4,15 @@ Rows without text or with audio that cannot be read are listed in `bad_rows.json
 share of them the run stops, naming that list.
 """
 
+import copy
 import dataclasses
 import io
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import soundfile
-import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from processing.alignment_text import normalise_transcript
@@ -133,9 +133,16 @@ class Corpus:
 
     def prune(self) -> None:
         """Removes the rows that were dropped."""
-        self.rows = [row for row in self.rows if (self.sources[row.table].path, row.id) not in self.bad.reasons]
-        if not self.rows:
+        rows = [row for row in self.rows if (self.sources[row.table].path, row.id) not in self.bad.reasons]
+        if self.rows and not rows:
             raise ValueError(f"no usable rows are left; see {self.bad.path}")
+        self.rows = rows
+
+    def part(self, number: int, parts: int) -> "Corpus":
+        """One of `parts` equal parts, of long and short clips alike; bad rows are recorded for the whole."""
+        part = copy.copy(self)
+        part.rows = sorted(self.rows, key=lambda row: row.seconds)[number::parts]
+        return part
 
 
 def source_spec(source: Source) -> dict:
@@ -168,68 +175,6 @@ def measure_seconds(row: dict) -> float:
         except (RuntimeError, TypeError, ValueError, OSError):
             pass  # not a container of libsndfile's: decoding tells more
     return len(read_clip(row)) / 16000
-
-
-@torch.inference_mode()
-def fill_cache(
-    corpus: Corpus,
-    cache: FeatureCache,
-    processor,
-    encode: Callable,
-    speeds: list[float],
-    batch_seconds: float = 120.0,
-    report: Callable[[int, int], None] = lambda done, total: None,
-) -> int:
-    """Encodes every row at every speed that is not cached yet; returns how many were. Unreadable rows are dropped.
-
-    Args:
-        encode: (features, mask) of windows, on the CPU -> hidden (windows, frames, size), mask: `AudioPhiModel.encode`.
-        batch_seconds: padded audio encoded at a time. report: called with (done, total) clips.
-    """
-    missing = []
-    for row in corpus.rows:
-        try:
-            missing += [(row, speed) for speed in speeds if corpus.key(row, speed) not in cache]
-        except (OSError, ValueError) as error:  # ValueError: a NUL in a file's name
-            corpus.drop(row, str(error))
-    missing.sort(key=lambda item: item[0].seconds / item[1])
-    waiting: list[tuple[str, dict]] = []
-    encoded, seconds = 0, 0.0
-
-    def flush() -> None:
-        if not waiting:
-            return
-        batch = processor.pad_audio([clip for _, clip in waiting])
-        windows = batch.pop("audio_num_windows").tolist()
-        features = batch.pop(processor.feature_key)
-        hidden, mask = encode(features, next(iter(batch.values())))
-        valid = [states[real].float().cpu() for states, real in zip(hidden, mask, strict=True)]
-        for (key, _), count in zip(waiting, windows, strict=True):
-            cache.put(key, valid[:count])
-            del valid[:count]
-        waiting.clear()
-
-    for number, (row, speed) in enumerate(missing):
-        try:
-            waveform = corpus.waveform(row, speed, processor.sampling_rate)
-            clip = processor.encode_audio((waveform, processor.sampling_rate))
-        except (AudioError, OSError) as error:
-            corpus.drop(row, str(error))
-            continue
-        key = corpus.key(row, speed)
-        if key not in cache and key not in [k for k, _ in waiting]:
-            waiting.append((key, clip))
-            encoded, seconds = encoded + 1, max(seconds, row.seconds / speed)
-        if seconds * len(waiting) >= batch_seconds:
-            flush()
-            seconds = 0.0
-            report(number + 1, len(missing))
-    flush()
-    cache.flush()
-    corpus.prune()
-    if missing:
-        report(len(missing), len(missing))
-    return encoded
 
 
 class TrainingSet(Dataset):

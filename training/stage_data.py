@@ -13,8 +13,9 @@ from processing.augment import Augment
 from processing.collator import AudioPhiCollator
 
 from .batches import BatchSchedule
-from .corpus import Corpus, StreamingSet, TrainingSet, fill_cache
-from .feature_cache import FeatureCache, fingerprint_of, hash_weights
+from .cache_filling import fill_cache, open_cache, uses_cache
+from .corpus import Corpus, StreamingSet, TrainingSet
+from .feature_cache import FeatureCache
 from .plan import token_rate
 from .prompt_room import PromptRoom
 from .recipe import Recipe, RecipeError, Stage
@@ -28,46 +29,28 @@ def data_key(recipe: Recipe, stage: Stage) -> str:
     return json.dumps([asdict(source) for source in stage.data or recipe.data.train])
 
 
-def encoder_name(audio_config) -> str:
-    """The encoder's family, with what its config changes about its outputs beside the weights."""
-    pooling = getattr(audio_config, "frequency_pooling", None)
-    return audio_config.model_type + (f" {pooling}" if pooling else "")
-
-
 def stage_cache(run: "Run", stage: Stage, corpus: Corpus) -> FeatureCache | None:
     """The filled cache of a stage with a frozen encoder; None where the encoder must run: tuned, a learned layer mix,
     or no cache."""
-    recipe, model = run.recipe, run.model.model
-    if not recipe.cache or stage.tune.encoder != "frozen":
+    recipe = run.recipe
+    if not uses_cache(recipe, stage):
+        if recipe.cache and stage.tune.encoder == "frozen":
+            run.say("cache: off, a learned layer mix needs all layers of the encoder")
         return None
-    if recipe.encoder_layer == "mix":
-        run.say("cache: off, a learned layer mix needs all layers of the encoder")
-        return None
-    cache = FeatureCache(
-        recipe.cache_dir,
-        fingerprint_of(
-            weights=hash_weights(model.audio_tower),
-            encoder=encoder_name(run.model.config.audio_config),
-            layer=recipe.encoder_layer,
-            window_frames=run.processor.window_frames,
-            features=json.loads(run.processor.feature_extractor.to_json_string()),
-        ),
-        recipe.cache_dtype,
-    )
-    model.audio_tower.eval()
-    device = next(model.audio_tower.parameters()).device
-
-    def encode(features, mask):
-        return model.encode(features.to(device), mask.to(device))
+    cache, encode = open_cache(recipe, run.model, run.processor)
 
     def report(done, total):
         if done == total or done // 1000 != (done - 16) // 1000:
             run.say(f"cache: {done:,} of {total:,} clips encoded")
 
-    # One process fills it, the others find it full.
-    with PartialState().main_process_first():
+    state = PartialState()
+    if state.num_processes > 1:  # each encodes its part
+        part = corpus.part(state.process_index, state.num_processes)
+        fill_cache(part, cache, run.processor, encode, recipe.data.speeds, report=report)
+        state.wait_for_everyone()
         cache.refresh()
-        fill_cache(corpus, cache, run.processor, encode, recipe.data.speeds, report=report)
+    # All find it full, and leave out the same rows that cannot be read.
+    fill_cache(corpus, cache, run.processor, encode, recipe.data.speeds, report=report)
     run.say(f"cache: {len(cache):,} clips, {cache.nbytes / 2**20:.0f} MB in {cache.folder}")
     return cache
 
