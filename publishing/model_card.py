@@ -63,7 +63,7 @@ def make_card(folder: str | Path, inputs: Inputs) -> ModelCard:
         "summary": about.summary or summary(config, tasks),
         "example": "rain.wav" if caption_only else "speech.wav",
         "instruction": ', instruction="caption"' if caption_only else "",
-        "output": " ".join(OUTPUTS[task] for task in sorted(tasks, reverse=True)),
+        "output": " or ".join(OUTPUTS[task] for task in sorted(tasks, reverse=True)),
         "architecture": architecture(config),
         "holds": holds(config, folder),
         "components": "\n".join(component_rows(config, licences)),
@@ -129,10 +129,10 @@ def hub_ids(config, recipes: list[Recipe]) -> list[str]:
 
 
 def summary(config, tasks: set[str]) -> str:
-    what = {"transcribe": "Speech to text", "caption": "Descriptions of sounds"}
+    what = {"transcribe": "speech to text", "caption": "descriptions of sounds"}
     does = " and ".join(what[task] for task in sorted(tasks, reverse=True))
     names = [short_name(base["id"]) for base in config.base_components.values()] or ["an audio encoder", "an LLM"]
-    return f"{does} by a small language model: {' → adapter → '.join(names)}. Made with AudioPhi."
+    return f"{does[:1].upper()}{does[1:]} by a small language model: {' → adapter → '.join(names)}. Made with AudioPhi."
 
 
 def architecture(config) -> str:
