@@ -1,6 +1,7 @@
 # make quickstart   environment, components, training on the embedded speech, evaluation: from an empty machine
 # make test         environment, linter, tests
 # make bench        all benchmarks, less than 30 minutes on two cores: benchmarks/results.json and BENCHMARKS.md
+# make test-slow   tests with real weights; make test-faults: kills, full disks, thousands of broken files
 # PYTHON=python3.12 picks the interpreter; LIBRISPEECH=DIR also evaluates on real speech (any LibriSpeech tree).
 
 PYTHON ?= python3
@@ -8,6 +9,7 @@ BIN := .venv/bin
 RUN := outputs/quickstart
 LIBRISPEECH ?=
 LIMIT ?= 200
+JOBS ?= 2
 BENCH ?=
 
 .PHONY: quickstart test test-slow test-faults bench lint clean
@@ -26,7 +28,7 @@ endif
 	@echo "your own file: $(BIN)/audiophi transcribe FILE --model $(RUN)/final"
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --durations=10
 
 test-slow: .venv/installed
 	$(BIN)/python tools/get_components.py
