@@ -2,6 +2,7 @@
 development set, the history file."""
 
 import contextlib
+import itertools
 import json
 import random
 import time
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from evaluation.caption_metrics import has_metrics
@@ -53,7 +56,7 @@ class History:
 
 
 class Development:
-    """A few development clips, read once, and the model's scores on them.
+    """A few development clips, read once, and the model's scores on them. Each process transcribes its part of them.
 
     Args:
         corpus: rows with text. clips: how many of them, spread evenly over the corpus.
@@ -85,7 +88,9 @@ class Development:
             speaker = corpus.audio(row).get("speaker")
             self.rows.append((row, speaker, features))
         self.rows.sort(key=lambda item: -item[0].seconds)
-        self._hidden: list[dict] | None = None
+        self._hidden: dict[int, dict] | None = None
+        state = PartialState()
+        self.mine = range(state.process_index, len(self.rows), state.num_processes)
 
     @torch.inference_mode()
     def prepare(self, model, frozen_encoder: bool) -> None:
@@ -93,8 +98,9 @@ class Development:
         self._hidden = None
         if not frozen_encoder:
             return
-        encoded = []
-        for _, _, features in self.rows:
+        encoded = {}
+        for number in self.mine:
+            features = self.rows[number][2]
             batch = self.processor.pad_audio([features])
             batch.pop("audio_num_windows")
             values = batch.pop(self.processor.feature_key).to(model.device)
@@ -103,19 +109,25 @@ class Development:
             hidden, mask = model.model.encode(values, next(iter(batch.values())).to(model.device))
             model.train(was_training)
             tokens = features["num_audio_tokens"]
-            encoded.append({"audio_hidden_states": hidden, "audio_hidden_mask": mask, "num_audio_tokens": tokens})
+            encoded[number] = {
+                "audio_hidden_states": hidden,
+                "audio_hidden_mask": mask,
+                "num_audio_tokens": tokens,
+            }
         self._hidden = encoded
 
     def evaluate(self, model, with_lm: bool) -> tuple[dict, list[dict]]:
-        """Scores (see evaluation.scoring.summarize, plus the gap of the alignment's own reading) and the predictions.
+        """Scores (see evaluation.scoring.summarize, plus the gap of the alignment's own reading) and the predictions,
+        in every process those of all of them.
 
         The random state is left as it was, so that evaluating does not change training.
         """
-        clips = self._hidden or [features for _, _, features in self.rows]
+        clips = self._hidden or {number: self.rows[number][2] for number in self.mine}
         groups: dict[tuple[str, str], list[int]] = {}
         for number, (row, _, _) in enumerate(self.rows):
             if with_lm or row.task == "transcribe":  # without the LLM there are no captions
                 groups.setdefault((row.task, row.instruction or self.instructions[row.task]), []).append(number)
+        order = {number: place for place, number in enumerate(itertools.chain(*groups.values()))}
         predictions = []
         with preserved_random_state():
             for (task, instruction), numbers in groups.items():
@@ -123,13 +135,17 @@ class Development:
                 transcribe = AudioPhiTranscriber(
                     model, self.processor, instruction, self.max_new_tokens, None if aligned else 0.0, with_lm, aligned
                 )
-                for start in range(0, len(numbers), self.batch_size):
-                    batch = numbers[start : start + self.batch_size]
+                mine = [number for number in numbers if number in self.mine]
+                for start in range(0, len(mine), self.batch_size):
+                    batch = mine[start : start + self.batch_size]
                     before = time.perf_counter()
                     results = transcribe([clips[number] for number in batch])
                     spent = (time.perf_counter() - before) / len(results)
                     for number, result in zip(batch, results, strict=True):
                         predictions.append({**self._known(number), "compute_seconds": spent, **result})
+        if PartialState().num_processes > 1:
+            predictions = gather_object(predictions)
+        predictions.sort(key=lambda prediction: order[prediction["row"]])
         return development_scores(predictions), predictions
 
     def _known(self, number: int) -> dict:
@@ -191,7 +207,8 @@ class StageCallback(TrainerCallback):
             self.history.forget(self.stage.name, state.global_step)
         self._first_step, self._first_seconds = state.global_step, self.trainer.clock.seconds
         if self.development is not None:
-            self.development.prepare(self.trainer.model, self.stage.tune.encoder == "frozen")
+            with self.trainer.model_to_evaluate() as model:
+                self.development.prepare(model, self.stage.tune.encoder == "frozen")
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.trainer.clock.start()
@@ -236,7 +253,8 @@ class StageCallback(TrainerCallback):
     def _evaluate(self, state) -> None:
         """Every process takes part (under DDP the others would wait in vain), the first one reports."""
         before = time.perf_counter()
-        scores, predictions = self.development.evaluate(self.trainer.model, self.with_lm)
+        with self.trainer.model_to_evaluate() as model:
+            scores, predictions = self.development.evaluate(model, self.with_lm)
         shown = {name: scores[name] for name in SHOWN if scores.get(name) is not None}
         if not state.is_world_process_zero:
             return

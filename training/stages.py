@@ -10,10 +10,10 @@ import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import PartialState
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
@@ -28,35 +28,22 @@ from .build import (
 )
 from .callbacks import Development, History, StageCallback
 from .checkpoints import DamagedModel, checksums, damage, resumable_checkpoint, saving, write_atomically
+from .continuing import DONE_NAME, check_same_recipe, remember_recipe
 from .corpus import BadRows, Corpus
 from .curves import draw_curves
 from .guards import LossGuard
 from .plan import describe_stage, measure_step, steps_in_time
 from .precision import fast_precision
-from .recipe import Recipe, RecipeError, Stage, recipe_from_dict, recipe_to_dict
+from .recipe import Recipe, RecipeError, Stage
+from .sharding import check_recipe, describe_sharding, sharded_copy, take_over
 from .signals import StopSignals
 from .stage_data import StageCollator, data_key, stage_augment, stage_data
 from .trainer import AudioPhiTrainer, save_for_use, save_run_card
 from .uploads import HubUpload
 
-DONE_NAME = "stage.json"
 LIMIT_NAME = "steps_in_time"  # holds what the first process of a stage with `minutes` decided on
-# Settings that may change between a run and its continuation: they do not change what is learned.
-FREE_KEYS = {
-    "output_dir",
-    "cache",
-    "cache_dir",
-    "evaluation",
-    "generation",
-    "logging_steps",
-    "num_workers",
-    "push_stages",
-    "push_to_hub",
-    "report_to",
-    "save_dtype",
-    "stages",
-}
-FREE_STAGE_KEYS = {"eval_steps", "save_steps", "save_minutes", "max_loss_rise"}
+# For each other: while one prepares data, saves, or encodes longer clips than the others.
+PATIENCE = timedelta(hours=3)
 
 
 @dataclass
@@ -74,6 +61,7 @@ class Run:
     history: History
     signals: StopSignals
     upload: HubUpload | None  # in the main process, where the recipe names a repository
+    sharded: bool  # FSDP2
 
     def say(self, text: str) -> None:
         if PartialState().is_main_process:
@@ -91,15 +79,20 @@ def run_recipe(recipe: Recipe) -> Path:
 
 
 def run_stages(recipe: Recipe, signals: StopSignals) -> Path:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
-        PartialState(cpu=True)  # several processes on CPUs only become a group when asked to
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Several processes on CPUs only become a group when asked to.
+        PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     main = PartialState().is_main_process
+    if sharded := take_over():
+        check_recipe(recipe)
     folder = Path(recipe.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    check_same_recipe(recipe, folder / "recipe.yaml")
+    processes = PartialState().num_processes
+    check_same_recipe(recipe, folder, processes)
+    PartialState().wait_for_everyone()  # until all have read what the first one replaces
     if main:
-        write_atomically(folder / "recipe.yaml", yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False))
-    run = prepare(recipe, folder, signals)
+        remember_recipe(recipe, folder, processes)
+    run = prepare(recipe, folder, signals, sharded)
     try:
         for number, stage in enumerate(recipe.stages):
             if (folder / stage.name / DONE_NAME).exists():
@@ -138,27 +131,7 @@ def knows_captions(recipe: Recipe, corpora: Iterable[Corpus]) -> bool:
     )
 
 
-def check_same_recipe(recipe: Recipe, path: Path) -> None:
-    """RecipeError naming what differs when `path` holds the recipe of a run that cannot be continued with this one."""
-    if not path.exists():
-        return
-    # Read as a recipe: keys that did not exist when it was written have their defaults.
-    before = recipe_to_dict(recipe_from_dict(yaml.safe_load(path.read_text(encoding="utf-8"))))
-    now = recipe_to_dict(recipe)
-    different = [key for key in now if key not in FREE_KEYS and before.get(key) != now[key]]
-    folder = path.parent
-    for index, (old, new) in enumerate(zip(before["stages"], now["stages"], strict=False)):
-        started = (folder / old["name"]).exists()
-        if started:
-            different += [f"stages.{index}.{k}" for k in new if k not in FREE_STAGE_KEYS and old.get(k) != new[k]]
-    if different:
-        raise RecipeError(
-            f"{folder} holds a run with other settings of {', '.join(different)}; "
-            "choose another output_dir, or delete that folder"
-        )
-
-
-def prepare(recipe: Recipe, folder: Path, signals: StopSignals) -> Run:
+def prepare(recipe: Recipe, folder: Path, signals: StopSignals, sharded: bool = False) -> Run:
     """Reads the data, builds processor and model, encodes what the cache lacks."""
     bad = BadRows(folder / "bad_rows.jsonl", recipe.data.max_bad_rows)
     processor = build_processor(recipe)
@@ -197,7 +170,8 @@ def prepare(recipe: Recipe, folder: Path, signals: StopSignals) -> Run:
     if recipe.push_to_hub and PartialState().is_main_process:
         refuse_local_components(model)
         upload = HubUpload(recipe.push_to_hub, folder, say)
-    return Run(recipe, folder, model, processor, align_tokenizer, corpora, development, bad, history, signals, upload)
+    told = (corpora, development, bad, history, signals, upload, sharded)
+    return Run(recipe, folder, model, processor, align_tokenizer, *told)
 
 
 def refuse_local_components(model) -> None:
@@ -229,8 +203,14 @@ def train_stage(run: Run, number: int) -> None:
     live = augment is not None and cache is None and stage.tune.encoder == "frozen"
     collator = StageCollator(run, stage, None if live else augment, live)
     precision = "fp16" if training_args.fp16 else "bf16" if training_args.bf16 else "fp32"
+    model = run.model
+    if run.sharded:
+        model = sharded_copy(run.model)
+        run.model.to("cpu")
+        run.say(f"stage {stage.name}: {describe_sharding(model)}")
     trainer = AudioPhiTrainer(
-        model=run.model,
+        model=model,
+        plain=run.model if run.sharded else None,
         args=training_args,
         train_dataset=dataset,
         data_collator=collator,
@@ -248,7 +228,7 @@ def train_stage(run: Run, number: int) -> None:
     checkpoint = resumable_checkpoint(folder, run.say)
     cost = None
     if schedule is not None and checkpoint is None:
-        cost = measure_step(run.model, schedule, lambda draws: collator([dataset[draw] for draw in draws]), trainer)
+        cost = measure_step(trainer.model, schedule, lambda draws: collator([dataset[draw] for draw in draws]), trainer)
     if stage.minutes is not None:
         steps = steps_in_time(stage.minutes, steps, cost and cost[0], folder / LIMIT_NAME)
         schedule.steps = training_args.max_steps = steps
@@ -307,6 +287,7 @@ def training_arguments(recipe: Recipe, stage: Stage, number: int, folder: Path) 
 def finish_stage(run: Run, stage: Stage, trainer: AudioPhiTrainer) -> None:
     """Saves the stage's slim model, marks it finished and removes its checkpoints."""
     folder = run.folder / stage.name
+    trainer.whole_model()  # into run.model
     if PartialState().is_main_process:
         save_model(run, folder / "model")
         scores = [entry for entry in run.history.read() if entry["stage"] == stage.name and "loss" not in entry]

@@ -1,10 +1,11 @@
 """HF Trainer for AudioPhi: the batch order of a BatchSchedule, losses that add up under accumulation, small
 checkpoints."""
 
+import contextlib
 import json
-import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,11 +19,13 @@ from processing.augment import Augment
 
 from .build import PARTS, part_of
 from .checkpoints import keep_newest, read_marker, saving, seal
+from .gradients import clip_gradients, gradient_norms
 from .guards import LossGuard
 from .recipe import Stage
+from .sharding import average_gradients, collect, like, shard_optimizer_state, whole_optimizer_state
 from .signals import StopSignals, ignore_in_worker
 
-WEIGHTS_NAME = "trainable.safetensors"
+WEIGHTS_NAME, OPTIMIZER_NAME, SCHEDULER_NAME = "trainable.safetensors", "optimizer.pt", "scheduler.pt"
 
 
 def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -63,6 +66,7 @@ class AudioPhiTrainer(Trainer):
         processor: saved and pushed with the model. Not Trainer's `processing_class`, whose special tokens Trainer
             would put into the generation settings.
         guard: stops an unhealthy stage. signals: ask to stop. Both may be None.
+        plain: the model whose `sharded_copy` is trained (FSDP2); None: the model itself is.
         kwargs: Trainer's.
 
     `stop_requested`: whether any process was asked to stop, as of the current step; all processes know the same.
@@ -78,9 +82,13 @@ class AudioPhiTrainer(Trainer):
         processor=None,
         guard: LossGuard | None = None,
         signals: StopSignals | None = None,
+        plain: torch.nn.Module | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        self.plain = plain
+        if plain is not None:  # for mixed precision only; accelerate leaves a prepared model as it is
+            self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)
         self.processor = processor
         self.stage, self.schedule, self.augment = stage, schedule, augment
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole optimiser step
@@ -209,11 +217,16 @@ class AudioPhiTrainer(Trainer):
         return self.optimizer
 
     def _clip_grad_norm(self, model):
+        if self.plain is not None:
+            average_gradients(self.model)
         self._summed_steps += 1
         step = self.state.global_step + 1
         if step == 1 or step % self.args.logging_steps == 0:
             self.part_norms = gradient_norms(self.accelerator.unwrap_model(model))
-        norm = super()._clip_grad_norm(model)
+        if self.plain is None:
+            norm = super()._clip_grad_norm(model)
+        else:
+            norm = clip_gradients(self.model, self.args.max_grad_norm)
         self._agree(norm)
         return norm
 
@@ -232,7 +245,7 @@ class AudioPhiTrainer(Trainer):
         if self.guard is None:
             return
         if norm is not None:
-            norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+            norm = float(norm)
         if reason := self.guard.judge(loss / self.args.world_size, norm):
             rates = {group["part"]: group["lr"] for group in self.optimizer.param_groups}
             model = self.accelerator.unwrap_model(self.model)
@@ -264,12 +277,53 @@ class AudioPhiTrainer(Trainer):
         """Into a checkpoint to resume from, only what training changes: the frozen parts never do. Into any other
         folder, what `from_pretrained` loads."""
         folder = Path(output_dir or self.args.output_dir)
-        model = self.accelerator.unwrap_model(self.model)
+        if not self.args.should_save:  # DeepSpeed calls it in all processes
+            return
+        model = self.accelerator.unwrap_model(self.model) if self.plain is None else self.plain
         if not folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
             return save_for_use(model, self.processor, folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = trainable_state(model)
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS_NAME)
+
+    def whole_model(self) -> torch.nn.Module:
+        """The model with all of its parameters, as trained so far; every process must ask."""
+        if self.plain is None:
+            return self.accelerator.unwrap_model(self.model)
+        collect(self.model, self.plain)
+        return self.plain
+
+    @contextlib.contextmanager
+    def model_to_evaluate(self) -> Iterator[torch.nn.Module]:
+        """The whole model, on the device as long as it is needed."""
+        model = self.whole_model()
+        if self.plain is not None:
+            model.to(self.args.device)
+        try:
+            yield model
+        finally:
+            if self.plain is not None:
+                model.to("cpu")
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        self.whole_model()
+        super().save_model(output_dir, _internal_call)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        """A sharded optimiser's state is saved as one process saves it, so that any number of them can resume."""
+        if self.plain is None:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        state = whole_optimizer_state(self.optimizer.state_dict())
+        if self.args.should_save:
+            torch.save(state, os.path.join(output_dir, OPTIMIZER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if self.plain is None or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        state = torch.load(os.path.join(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True)
+        self.optimizer.load_state_dict(shard_optimizer_state(state, self.optimizer))
+        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
 
     def _save_checkpoint(self, model, trial):
         """Raises SaveError; what was saved before stays."""
@@ -331,14 +385,4 @@ def load_trainable(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> No
         )
     with torch.no_grad():
         for name, tensor in expected.items():
-            tensor.copy_(state[name])
-
-
-def gradient_norms(model: torch.nn.Module) -> dict[str, float]:
-    """L2 norm of the gradients (before clipping) per part that has any."""
-    squares: dict[str, float] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            part = part_of(name)
-            squares[part] = squares.get(part, 0.0) + float(parameter.grad.detach().float().square().sum())
-    return {part: math.sqrt(value) for part, value in squares.items()}
+            tensor.copy_(like(state[name], tensor))
