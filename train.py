@@ -2,7 +2,7 @@
 
     python train.py recipes/quickstart.yaml
     python train.py recipes/quickstart.yaml --stages.0.steps 10 --adapter.type mlp
-    accelerate launch train.py recipes/audiophi_tiny.yaml
+    accelerate launch --config_file configs/accelerate/ddp.yaml train.py recipes/audiophi_tiny.yaml
 
 The same command again resumes a run that was interrupted. Keys: training/recipe.py.
 
