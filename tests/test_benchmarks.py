@@ -13,6 +13,7 @@ import cost_vs_work
 import measuring
 import profile_step
 import run_all
+import stopwatch
 import transcribe_folder
 from stopwatch import Stopwatch
 
@@ -49,31 +50,37 @@ def test_rounds_are_interleaved_and_bounded():
     assert len(measuring.interleaved(slow, repetitions=50, seconds=0)["slow"]) == 1, "at least one round"
 
 
-def test_stopwatch_counts_every_second_once_and_leaves_no_trace():
+def test_stopwatch_counts_every_second_once_and_leaves_no_trace(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(stopwatch, "time", SimpleNamespace(perf_counter=lambda: now))
+
+    def work(seconds):
+        nonlocal now
+        now += seconds
+
     class Worker:
         def outer(self):
-            time.sleep(0.02)
+            work(2)
             self.inner()
 
         def inner(self):
-            time.sleep(0.05)
+            work(5)
 
     worker, plain = Worker(), Worker.inner
     with Stopwatch("rest") as watch:
         watch.over(worker, "outer", "outer")
         watch.over(Worker, "inner", lambda self: "inner")
         worker.outer()
-        time.sleep(0.03)
+        work(3)
         watch.lap("lap")
-    assert watch.seconds["outer"] == pytest.approx(0.02, abs=0.015)
-    assert watch.seconds["inner"] == pytest.approx(0.05, abs=0.02)
-    assert watch.seconds["lap"] == pytest.approx(0.03, abs=0.015) and watch.seconds["rest"] < 0.02
+        work(1)
+    assert watch.seconds == {"outer": 2, "inner": 5, "lap": 3, "rest": 1}
     assert Worker.inner is plain and not vars(worker)
     with Stopwatch() as watch:
         watch.over(Worker, "outer", "all of it", whole=True)
         watch.over(Worker, "inner", "inner")
         worker.outer()
-    assert "inner" not in watch.seconds and watch.seconds["all of it"] > 0.06
+    assert "inner" not in watch.seconds and watch.seconds["all of it"] == 7
 
 
 def test_results_are_replaced_section_by_section(tmp_path):

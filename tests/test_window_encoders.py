@@ -25,8 +25,8 @@ from processing import AudioPhiProcessor
 from processing.window_features import window_features, window_lengths
 from tests.conftest import prompts, random_like_trained
 from training.build import build_model, build_processor
+from training.cache_filling import encoder_name
 from training.recipe import RecipeError, recipe_from_dict
-from training.stage_data import encoder_name
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ["tiny_languagebind_dir", "tiny_ast_dir", "tiny_clap_dir"]
