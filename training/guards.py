@@ -8,6 +8,7 @@ fifth of all batches 10 times as costly as the rest, 20 in a row would come once
 """
 
 import json
+import math
 import statistics
 from collections import deque
 from collections.abc import Callable
@@ -44,9 +45,9 @@ class LossGuard:
 
     def judge(self, loss: float, gradient_norm: float | None) -> str | None:
         """Why to stop after a step with this loss and gradient norm (over all processes); None: all is well."""
-        if not is_finite(loss):
+        if not math.isfinite(loss):
             return f"the loss is {loss}"
-        if gradient_norm is not None and not is_finite(gradient_norm):
+        if gradient_norm is not None and not math.isfinite(gradient_norm):
             self._skipped += 1
             if self.precision != "fp16" or self._skipped >= FP16_SKIPPED_STEPS:
                 in_a_row = f" for {self._skipped} steps in a row" if self._skipped > 1 else ""
@@ -71,7 +72,7 @@ class LossGuard:
         Args:
             losses: of the micro-batches, here. model: with its gradients. rates: learning rates by part.
         """
-        suspects = [i for i, loss in enumerate(losses) if not is_finite(loss)] or range(len(losses))
+        suspects = [i for i, loss in enumerate(losses) if not math.isfinite(loss)] or range(len(losses))
         broken = {
             "weights": [name for name, p in model.named_parameters() if not p.detach().isfinite().all()],
             "gradients": [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()],
@@ -129,7 +130,3 @@ def likely_causes(stage: Stage, precision: str, rates: dict[str, float], bad_inp
     causes.append(f"a learning rate that is too high (now {shown}) or rises too fast (warmup: {stage.warmup:g})")
     causes.append("a row whose text does not belong to its audio")
     return f"Likely causes: {'; '.join(causes)}."
-
-
-def is_finite(value: float) -> bool:
-    return value - value == 0

@@ -64,8 +64,7 @@ class Run:
     sharded: bool  # FSDP2
 
     def say(self, text: str) -> None:
-        if PartialState().is_main_process:
-            print(text, flush=True)
+        say(text)
 
 
 def run_recipe(recipe: Recipe) -> Path:
