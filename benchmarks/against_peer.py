@@ -8,7 +8,10 @@ that costs stands in a column of its own). Side by side in one process, interlea
 
     train      one optimiser step of the adapter, encoder and LLM frozen: loss lm, collapse readout, live encoder
     (cached)   the same from the feature cache, as recipes train: not compared with anybody
-    generate   a fixed number of new tokens, greedy, by the LLM alone (`ctc_weight` 0), from features to tokens
+    generate   as many tokens as the words spoken have (`--new_tokens N`: as many as that), greedy, by the LLM alone
+               (`ctc_weight` 0), from features to tokens
+    (no draft) the same token by token: what the alignment heard is not used as a draft of the transcript. Only a
+               single clip is drafted
 
 Ratios are the peer's time over ours: above 1, we are faster. `train_ratio_7s` and the like are those against Voxtral,
 the smaller of the two batch sizes. At 30 s the larger batch is 4, because 8 take too long on two cores; for the same
@@ -30,9 +33,9 @@ from training.recipe import Stage
 # In the order in which time is spent on them: headlines first, with twice the time.
 LENGTHS = (7.0, 30.0, 3.0, 10.0)
 HEADLINE_LENGTHS = LENGTHS[:2]
-NEW_TOKENS = 32
 REPETITIONS = 5
 HEADLINE_PEER = "voxtral"
+OWN_WAYS = ("ours, cached", "ours, no draft")  # of doing the same, compared with ourselves only
 SMALL_BATCHES_ONLY = {"qwen2_audio"}
 
 
@@ -153,13 +156,13 @@ class Trainee:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def generate(model, prompt: dict, new_tokens: int) -> None:
-    """RuntimeError where another number of tokens comes out."""
+def generate(model, prompt: dict, new_tokens: int, **settings) -> None:
+    """RuntimeError where another number of tokens comes out. `settings`: more arguments of the model's `generate`."""
     config = GenerationConfig(
         max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, num_beams=1, use_cache=True,
         eos_token_id=model.config.text_config.eos_token_id, pad_token_id=model.config.text_config.pad_token_id,
     )  # fmt: skip
-    output = model.generate(**prompt, generation_config=config)
+    output = model.generate(**prompt, generation_config=config, **settings)
     made = output.shape[1] - prompt["input_ids"].shape[1]
     if made != new_tokens:
         raise RuntimeError(f"{type(model).__name__} made {made} tokens instead of {new_tokens}")
@@ -204,6 +207,10 @@ class Contest:
             work[name] = lambda name=name, theirs=theirs: self.trainees[name].step(theirs)
         return work, tokens, prepared
 
+    def tokens_spoken(self, clips) -> int:
+        """Tokens of the longest of the clips' texts."""
+        return max(len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]) for _, text in clips)
+
     def generation(self, clips, new_tokens: int) -> tuple[dict, dict, dict]:
         """As `train`."""
         self.training_mode(False)
@@ -227,6 +234,8 @@ class Contest:
         with torch.no_grad():
             tokens["ours"] = float(self.ours.get_audio_features(**audio).keep.sum()) / len(clips)
         work["ours"] = lambda: generate(self.ours, batch, new_tokens)
+        if len(clips) == 1:
+            work["ours, no draft"] = lambda: generate(self.ours, batch, new_tokens, draft_tokens=0)
         for name, theirs in self.peer_batches(clips, batch, prepared, tokens).items():
             work[name] = lambda name=name, theirs=theirs: generate(self.peers[name], theirs, new_tokens)
         return work, tokens, prepared
@@ -248,7 +257,8 @@ class Contest:
 def measure(options, save) -> dict:
     lengths = (7.0, 30.0) if options.quick else LENGTHS
     lengths = tuple(options.lengths) if options.lengths else lengths
-    new_tokens, repetitions = (4, 1) if options.quick else (NEW_TOKENS, REPETITIONS)
+    new_tokens = 4 if options.quick else options.new_tokens
+    repetitions = 1 if options.quick else REPETITIONS
     cases = [
         (task, seconds, batch)
         for seconds in lengths
@@ -259,7 +269,7 @@ def measure(options, save) -> dict:
     cases.sort(key=lambda case: (case[1] not in HEADLINE_LENGTHS, case[2]))
     weights = [2 if seconds in HEADLINE_LENGTHS else 1 for _, seconds, _ in cases]
     contest = Contest(options.weights, options.peers)
-    section = {"new_tokens": new_tokens, "cases": [], "left_out": []}
+    section = {"cases": [], "left_out": []}
     for number, (task, seconds, batch) in enumerate(cases):
         name = f"{task} {seconds:g} s, batch {batch}"
         share = options.budget.left * weights[number] / sum(weights[number:])
@@ -267,17 +277,20 @@ def measure(options, save) -> dict:
             section["left_out"].append(name)
             continue
         clips = joined_speech(batch, seconds)
-        made = contest.train(clips) if task == "train" else contest.generation(clips, new_tokens)
-        work, tokens, prepared = made
+        case = {"task": task, "seconds": seconds, "batch": batch}
+        if task == "train":
+            work, tokens, prepared = contest.train(clips)
+        else:
+            case["new_tokens"] = new_tokens or contest.tokens_spoken(clips)
+            work, tokens, prepared = contest.generation(clips, case["new_tokens"])
         if batch > 1 and not options.quick:
             work = {who: job for who, job in work.items() if who not in SMALL_BATCHES_ONLY}
         times = interleaved(work, repetitions, share)
         medians = {who: median(values) for who, values in times.items()}
         ratios = {peer: medians[peer] / medians["ours"] for peer in contest.peers if peer in medians}
         section["cases"].append(
-            {"task": task, "seconds": seconds, "batch": batch, "times": times, "medians": medians, "ratios": ratios,
-             "audio_tokens": tokens, "prepared": prepared}
-        )  # fmt: skip
+            {**case, "times": times, "medians": medians, "ratios": ratios, "audio_tokens": tokens, "prepared": prepared}
+        )
         section["headline"] = headline(section["cases"])
         print(f"{name}: " + ", ".join(f"{who} {value:.2f} s" for who, value in medians.items()), flush=True)
         save(section)
@@ -299,14 +312,14 @@ def table(section: dict) -> str:
     if not section["cases"]:
         return "nothing was measured"
     peers = max((list(case["ratios"]) for case in section["cases"]), key=len)
-    header = ["", "clip", "batch", "ours", "ours, cached", *peers, *(f"{peer} / ours" for peer in peers)]
+    header = ["", "clip", "batch", "new tokens", "ours", *OWN_WAYS, *peers, *(f"{peer} / ours" for peer in peers)]
     header += ["audio tokens: ours, " + ", ".join(peers), "features: ours, " + ", ".join(peers), "rounds"]
     rows = []
     for case in sorted(section["cases"], key=lambda c: (c["task"] != "train", c["seconds"], c["batch"])):
         seconds = {who: f"{value:.2f} s" for who, value in case["medians"].items()}
         rows.append(
-            [case["task"], f"{case['seconds']:g} s", case["batch"], seconds["ours"], seconds.get("ours, cached", "")]
-            + [seconds.get(peer, "") for peer in peers]
+            [case["task"], f"{case['seconds']:g} s", case["batch"], case.get("new_tokens", "")]
+            + [seconds.get(who, "") for who in ("ours", *OWN_WAYS, *peers)]
             + [f"{case['ratios'][peer]:.2f}" if peer in case["ratios"] else "" for peer in peers]
             + [" / ".join(f"{case['audio_tokens'][who]:.0f}" for who in ("ours", *peers))]
             + [" / ".join(f"{case['prepared'][who]:.2f}" for who in ("ours", *peers)) + " s"]
@@ -320,6 +333,7 @@ def table(section: dict) -> str:
 
 def add_options(parser) -> None:
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--new_tokens", type=int, help="that each generation makes (as many as the words spoken have)")
     parser.add_argument("--lengths", nargs="+", type=float, help="of the clips, in seconds")
 
 

@@ -6,6 +6,7 @@ import torch
 from transformers import GenerationMixin
 
 from .ctc_scoring_audiophi import CTCPrefixScorer, alignment_per_prompt
+from .drafting_audiophi import HeardDraft, may_draft
 from .kv_cache_audiophi import CACHE_NAME
 from .lm_prior_audiophi import LanguageModelPrior
 from .lora_audiophi import without_lora
@@ -27,7 +28,13 @@ AUDIO_INPUTS = (
     "audio_num_windows",
 )
 # Settings of a generation config that transformers does not know, and what they are where they are not given.
-GENERATION_SETTINGS = {"ctc_weight": 0.0, "ctc_temperature": 1.0, "lm_prior_weight": 0.0, "lm_prior_start_id": None}
+GENERATION_SETTINGS = {
+    "ctc_weight": 0.0,
+    "ctc_temperature": 1.0,
+    "lm_prior_weight": 0.0,
+    "lm_prior_start_id": None,
+    "draft_tokens": 16,
+}
 
 
 class AudioPhiGenerationMixin(GenerationMixin):
@@ -48,6 +55,8 @@ class AudioPhiGenerationMixin(GenerationMixin):
             ctc_temperature (1): of its posteriors; CTC is surer of itself than it should be, more makes it less so.
             lm_prior_weight (0): see `LanguageModelPrior`; without effect where ctc_weight is 0.
             lm_prior_start_id (the LLM's bos): token that begins a text for that prior.
+            draft_tokens (16): tokens of the alignment's transcript that the LLM checks at once where one transcript is
+                decoded greedily without these scores (`HeardDraft`): the same words, sooner. 0: one by one.
         Raises ValueError for values outside these ranges, and where there is no alignment head.
         """
         fusion = self._fusion_settings(generation_config, kwargs)
@@ -67,7 +76,9 @@ class AudioPhiGenerationMixin(GenerationMixin):
             )
         if self.config.readout == "frames":
             check_context(input_ids, self.config)
-        audio = self.get_audio_features(**audio_inputs, with_alignment=fusion["ctc_weight"] > 0, return_dict=True)
+        drafting = self._drafts(fusion, generation_config, kwargs, len(input_ids))
+        with_alignment = drafting or fusion["ctc_weight"] > 0
+        audio = self.get_audio_features(**audio_inputs, with_alignment=with_alignment, return_dict=True)
         embeds, keep = audio.pooler_output, audio.audio_keep
         check_placeholders(input_ids, embeds, self.config)
         prompt, attention_mask = input_ids, kwargs.pop("attention_mask", None)
@@ -79,6 +90,8 @@ class AudioPhiGenerationMixin(GenerationMixin):
         if fusion["ctc_weight"]:
             scorers = self._scorers(audio, prompt, input_ids.shape[1], fusion, generation_config, kwargs)
             kwargs["logits_processor"] = [*(kwargs.get("logits_processor") or []), *scorers]
+        if drafting:
+            generation_config, kwargs = self._with_draft(audio, prompt, fusion, generation_config, kwargs)
         output = super().generate(
             input_ids, generation_config, attention_mask=attention_mask, audio_embeds=embeds, **kwargs
         )
@@ -104,6 +117,7 @@ class AudioPhiGenerationMixin(GenerationMixin):
         if not 0 <= weight <= 1:
             raise ValueError(f"ctc_weight={weight} is not between 0 and 1")
         for name, allowed in (("lm_prior_weight", settings["lm_prior_weight"] >= 0),
+                              ("draft_tokens", settings["draft_tokens"] >= 0),
                               ("ctc_temperature", settings["ctc_temperature"] > 0)):  # fmt: skip
             if not allowed:
                 raise ValueError(f"{name}={settings[name]} is too small")
@@ -111,16 +125,55 @@ class AudioPhiGenerationMixin(GenerationMixin):
             raise ValueError(f"ctc_weight={weight} needs an alignment head, which this model does not have")
         return settings
 
-    def _scorers(self, audio, prompt, prompt_length, fusion, generation_config, kwargs):
-        """What judges a continuation beside the LLM that hears: the alignment, and the LLM that does not."""
+    def _drafts(self, fusion, generation_config, kwargs, batch_size):
+        """Whether the alignment's transcript may be the draft of what is generated."""
         given = generation_config if generation_config is not None else self.generation_config
-        ends = kwargs.get("eos_token_id", given.eos_token_id)
-        ends = ends if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
+        wanted = fusion["draft_tokens"] and not fusion["ctc_weight"] and self.model.alignment is not None
+        return bool(wanted) and may_draft(self, given, kwargs, batch_size)
+
+    def _with_draft(self, audio, prompt, fusion, generation_config, kwargs):
+        """The same settings, and the alignment's transcript as a draft where it heard anything."""
+        log_probs, lengths = self._posteriors(audio, prompt)
+        heard = self.model.alignment.greedy(log_probs, torch.arange(log_probs.shape[1]) < lengths[:, None].cpu())[0]
+        if not heard:
+            return generation_config, kwargs
+        kwargs = {**kwargs, "audio_draft": [*heard, *self._end_ids(generation_config, kwargs)[:1]]}
+        # By its lookup in the prompt transformers knows that there are drafts without another model.
+        if generation_config is None:
+            return None, {**kwargs, "prompt_lookup_num_tokens": fusion["draft_tokens"]}
+        generation_config = copy.deepcopy(generation_config)
+        generation_config.prompt_lookup_num_tokens = fusion["draft_tokens"]
+        return generation_config, kwargs
+
+    def _get_candidate_generator(self, generation_config, input_ids, *args, model_kwargs, **kwargs):
+        draft = model_kwargs.get("audio_draft")
+        if draft is not None:
+            size = generation_config.prompt_lookup_num_tokens
+            return HeardDraft(draft, input_ids.shape[1], size, generation_config.max_length)
+        return super()._get_candidate_generator(
+            generation_config, input_ids, *args, model_kwargs=model_kwargs, **kwargs
+        )
+
+    def _posteriors(self, audio, prompt, temperature=1.0):
+        """The alignment's log probabilities (B, T, V' + 1) per prompt, and lengths (B,): 0 where no transcript is asked
+        for."""
         log_probs, lengths = alignment_per_prompt(
-            audio.align_logits / fusion["ctc_temperature"], audio.tokens_mask, prompt, self.config.audio_token_id
+            audio.align_logits / temperature, audio.tokens_mask, prompt, self.config.audio_token_id
         )
         if self.config.transcribe_endings is not None:
             lengths = lengths * ends_with(prompt, self.config.transcribe_endings)
+        return log_probs, lengths
+
+    def _end_ids(self, generation_config, kwargs):
+        """Token ids that end a text, as a list."""
+        given = generation_config if generation_config is not None else self.generation_config
+        ends = kwargs.get("eos_token_id", given.eos_token_id)
+        return list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
+
+    def _scorers(self, audio, prompt, prompt_length, fusion, generation_config, kwargs):
+        """What judges a continuation beside the LLM that hears: the alignment, and the LLM that does not."""
+        ends = self._end_ids(generation_config, kwargs)
+        log_probs, lengths = self._posteriors(audio, prompt, fusion["ctc_temperature"])
         vocab_ids = self.model.alignment.vocab_ids
         scorers = [CTCPrefixScorer(log_probs, lengths, vocab_ids, ends, prompt_length, fusion["ctc_weight"])]
         if not fusion["lm_prior_weight"]:
@@ -167,7 +220,7 @@ class AudioPhiGenerationMixin(GenerationMixin):
         return input_ids, model_kwargs
 
     def prepare_inputs_for_generation(
-        self, input_ids, audio_embeds=None, inputs_embeds=None, is_first_iteration=False, **kwargs
+        self, input_ids, audio_embeds=None, inputs_embeds=None, is_first_iteration=False, audio_draft=None, **kwargs
     ):
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs

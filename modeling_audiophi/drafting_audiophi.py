@@ -1,0 +1,89 @@
+"""Speculative decoding with what the alignment heard: it drafts, the language model checks several words at once.
+
+Decoding one sequence reads all the LLM's weights per token; several tokens at once cost far less than as many passes.
+The alignment's transcript is there before the LLM has begun, so nothing has to be run for the draft. What the LLM would
+not have written itself is thrown away: the words are those of greedy decoding. Leviathan et al. 2023, "Fast inference
+from transformers via speculative decoding" (https://arxiv.org/abs/2211.17192); the loop is transformers' own
+(`_assisted_decoding`).
+"""
+
+import copy
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.generation import CandidateGenerator, GenerationMode
+
+from .kv_cache_audiophi import CACHE_NAME
+
+# Of `generate`: whatever may look beyond a prefix, remember earlier calls or stop in the middle of a draft.
+NOT_WITH_A_DRAFT = ("assistant_model", "custom_generate", "logits_processor", "stopping_criteria", "inputs_embeds")
+CONFIG_NOT_WITH_A_DRAFT = ("stop_strings", "guidance_scale", "max_time", "cache_implementation")
+
+
+class HeardDraft(CandidateGenerator):
+    """Proposes the next words of the alignment's transcript.
+
+    Where in it the LLM is, is the end of the part that resembles most what it has written (edit distance), so that a
+    word that it writes otherwise, or leaves out, costs one rejected draft and not all the rest.
+
+    Args:
+        heard: LLM token ids of the transcript, with the token that ends a text behind them.
+        prompt_length: columns of the prompt, after which the transcript begins.
+        size: tokens proposed at once.
+        max_length: of prompt and transcript.
+    """
+
+    def __init__(self, heard, prompt_length, size, max_length):
+        self.heard, self.size = np.asarray(heard, dtype=np.int64), size
+        self.prompt_length, self.max_length = prompt_length, max_length
+        self.written = 0
+        self.distance = np.arange(len(self.heard) + 1)  # of what is written from the transcript's first j tokens
+
+    def get_candidates(self, input_ids, **kwargs):
+        """`input_ids` (1, L) -> the same and up to `size` more (1, L + n), and no probabilities."""
+        new = input_ids[0, self.prompt_length + self.written :].tolist()
+        for token in new:
+            self._write(token)
+        # Of equally good places the last: a word written otherwise is likelier than one put in.
+        place = len(self.heard) - int(self.distance[::-1].argmin())
+        size = min(self.size, self.max_length - input_ids.shape[1] - 1)
+        draft = torch.as_tensor(self.heard[place : place + max(size, 0)], device=input_ids.device)
+        return torch.cat([input_ids, draft[None]], 1), None
+
+    def _write(self, token):
+        """Distances after one more token: a row of the table of edit distances (Wagner and Fischer 1974)."""
+        self.written += 1
+        places = np.arange(len(self.distance))
+        row = self.distance + 1
+        row[1:] = np.minimum(row[1:], self.distance[:-1] + (self.heard != token))
+        self.distance = np.minimum.accumulate(row - places) + places
+
+    def update_candidate_strategy(self, input_ids, scores, num_matches):
+        """Nothing: the draft is there, a longer one costs little."""
+
+
+def may_draft(model, generation_config, kwargs, batch_size):
+    """Whether `generate` with these settings writes the same words with a draft as without: one sequence, greedily,
+    with a cache that forgets rejected words, and nothing beside the LLM's scores that depends on earlier calls."""
+    config = copy.deepcopy(generation_config)
+    config.update(**{name: value for name, value in kwargs.items() if value is not None})
+    cache = kwargs.get(CACHE_NAME)
+    return (
+        batch_size == 1
+        and config.get_generation_mode() == GenerationMode.GREEDY_SEARCH
+        and (config.num_return_sequences or 1) == 1
+        and config.use_cache is not False
+        # transformers' loop reads the whole prompt first: not what a cache of earlier turns holds already.
+        and (cache is None or (type(cache) is DynamicCache and not cache.get_seq_length()))
+        and can_forget(model.model.language_model)
+        and not any(kwargs.get(name) for name in NOT_WITH_A_DRAFT)
+        and not any(getattr(config, name, None) for name in CONFIG_NOT_WITH_A_DRAFT)
+    )
+
+
+def can_forget(language_model):
+    """Whether its cache can drop the last positions again: sliding windows and recurrent states cannot."""
+    layers = DynamicCache(config=language_model.config).layers
+    return not language_model._is_stateful and all(type(layer) is DynamicLayer for layer in layers)
