@@ -127,12 +127,13 @@ def answer(pipe, waveform, instruction, search=True):
     yield words, "Listening …"
     with ThreadPoolExecutor(1) as thread:
         try:
+            search = search and beams(pipe) > 1
             draft = thread.submit(pipe, clip, streamer=streamer, **settings)
             for piece in streamer:
                 words += piece
-                yield words, "Draft: word by word …"
+                yield words, "Draft: word by word …" if search else "Word by word …"
             text, how = draft.result()["generated_text"], "greedy"
-            if search and beams(pipe) > 1:
+            if search:
                 how = f"{beams(pipe)} beams"
                 final = thread.submit(pipe, clip, **settings)
                 while not final.done():

@@ -6,8 +6,12 @@ replacing unlikely words. Watanabe et al. 2017, "Hybrid CTC/attention architectu
 (https://www.merl.com/publications/docs/TR2017-190.pdf), section IV-B.
 """
 
+from collections import deque
+
 import torch
 from transformers import LogitsProcessor
+
+NEVER = -1e3  # log probability of a token that a frame certainly is not
 
 
 class CTCPrefixScorer(LogitsProcessor):
@@ -23,16 +27,19 @@ class CTCPrefixScorer(LogitsProcessor):
         end_ids: token ids that end a sequence.
         prompt_length: columns of the prompt, after which the transcript begins.
         weight: of CTC, between 0 and 1.
+        remember: calls of which a row may be the continuation: 1 for beams, which continue the last, more where
+            drafted words are taken back.
     """
 
-    def __init__(self, log_probs, lengths, vocab_ids, end_ids, prompt_length, weight):
+    def __init__(self, log_probs, lengths, vocab_ids, end_ids, prompt_length, weight, remember=1):
         real = torch.arange(log_probs.shape[1], device=log_probs.device) < lengths[:, None]
         # Beyond its end a clip is certainly blank: the last frame then holds the score of the whole clip.
         self.blank = log_probs[..., 0].masked_fill(~real, 0.0)
         self.probs = log_probs[..., 1:].exp() * real[..., None]
         self.lengths, self.vocab_ids, self.end_ids = lengths, vocab_ids, list(end_ids)
         self.prompt_length, self.weight = prompt_length, weight
-        self.rows, self.gamma, self.heard = {}, None, None  # of the last step, by (prompt, what it has written)
+        # Of the last calls: {(prompt, what it has written): row}, and the rows' gamma and heard.
+        self.steps = deque(maxlen=remember)
 
     def __call__(self, input_ids, scores):
         """`input_ids` (N, L), `scores` (N, V), N a multiple of B with the rows of a prompt together -> (N, V)."""
@@ -63,8 +70,10 @@ class CTCPrefixScorer(LogitsProcessor):
             gamma, heard = gamma[batch], self.blank.new_zeros(len(batch))
         else:
             # Beams were reordered since the last step: every row finds its parent by what it has written.
-            parents = torch.tensor([self.rows[row, prefix[:-1]] for row, prefix in rows], device=batch.device)
-            gamma, heard = self.gamma[parents], self.heard[parents]
+            parents = [(row, prefix[:-1]) for row, prefix in rows]
+            known, gamma, heard = next(step for step in reversed(self.steps) if parents[0] in step[0])
+            parents = torch.tensor([known[parent] for parent in parents], device=batch.device)
+            gamma, heard = gamma[parents], heard[parents]
             tokens = torch.tensor([prefix[-1] for _, prefix in rows], device=batch.device)
             before = torch.tensor([prefix[-2] if len(prefix) > 1 else -1 for _, prefix in rows], device=batch.device)
             classes = torch.searchsorted(self.vocab_ids, tokens).clamp(max=len(self.vocab_ids) - 1)
@@ -72,22 +81,17 @@ class CTCPrefixScorer(LogitsProcessor):
             extended, score = self._extend(gamma, classes, tokens == before, batch)
             gamma = torch.where(known[:, None, None], extended, gamma)
             heard = torch.where(known, score, heard)
-        self.rows = {row: index for index, row in enumerate(rows)}
-        self.gamma, self.heard = gamma, heard
+        self.steps.append(({row: index for index, row in enumerate(rows)}, gamma, heard))
         return gamma, heard
 
     def _extend(self, gamma, classes, repeated, batch):
         """Forward variables (N, T, 2) after one more token, and its prefix score (N,)."""
         emit = self.probs[batch, :, classes].log()
-        blank = self.blank[batch]
         before = self._before(torch.where(repeated[:, None], gamma[..., 1], gamma.logsumexp(-1)), gamma)
-        token = torch.full_like(emit[:, 0], -torch.inf)
-        pause, steps = token, []
-        for t in range(emit.shape[1]):
-            pause = torch.logaddexp(pause, token) + blank[:, t]
-            token = torch.logaddexp(token, before[:, t]) + emit[:, t]
-            steps.append(torch.stack([token, pause], -1))
-        return torch.stack(steps, 1), (before + emit).logsumexp(1)
+        token = recurrence(before, emit)
+        later = torch.cat([torch.full_like(token[:, :1], -torch.inf), token[:, :-1]], 1)
+        pause = recurrence(later, self.blank[batch])
+        return torch.stack([token, pause], -1), (before + emit).logsumexp(1)
 
     def _before(self, total, gamma):
         """`total` (N, T) one frame earlier. Before the first frame only the empty prefix has been read."""
@@ -115,6 +119,17 @@ class CTCPrefixScorer(LogitsProcessor):
         per_prompt = len(batch) // len(self.probs)
         sums = torch.bmm(weights.view(len(self.probs), per_prompt, -1), self.probs)
         return sums.flatten(0, 1).log() + peak
+
+
+def recurrence(into, stay):
+    """x[t] = logaddexp(x[t - 1], into[t]) + stay[t] over the frames of `into` and `stay` (N, T), from x[-1] = -inf.
+
+    Without a loop over frames: x[t] = S[t] + logsumexp over s <= t of (into[s] - S[s - 1]), S the cumulated sum of
+    `stay`. In float64, where S may be large against what it is subtracted from.
+    """
+    stay = stay.double().clamp(min=NEVER)
+    total = stay.cumsum(1)
+    return (total + torch.logcumsumexp(into.double() - (total - stay), 1)).to(into.dtype)
 
 
 def alignment_per_prompt(align_logits, tokens_mask, input_ids, audio_token_id):

@@ -8,6 +8,7 @@ from transformers via speculative decoding" (https://arxiv.org/abs/2211.17192); 
 """
 
 import copy
+import os
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation import CandidateGenerator, GenerationMode
 
 from .kv_cache_audiophi import CACHE_NAME
+from .lm_prior_audiophi import LanguageModelPrior
 
 # Of `generate`: whatever may look beyond a prefix, remember earlier calls or stop in the middle of a draft.
 NOT_WITH_A_DRAFT = ("assistant_model", "custom_generate", "logits_processor", "stopping_criteria", "inputs_embeds")
@@ -32,13 +34,13 @@ class HeardDraft(CandidateGenerator):
         heard: LLM token ids of the transcript, with the token that ends a text behind them.
         prompt_length: columns of the prompt, after which the transcript begins.
         size: tokens proposed at once.
-        max_length: of prompt and transcript.
+    `max_length`, of prompt and transcript, is known only when transformers' loop begins.
     """
 
-    def __init__(self, heard, prompt_length, size, max_length):
+    def __init__(self, heard, prompt_length, size):
         self.heard, self.size = np.asarray(heard, dtype=np.int64), size
-        self.prompt_length, self.max_length = prompt_length, max_length
-        self.written = 0
+        self.prompt_length, self.max_length = prompt_length, None
+        self.written, self.proposed = 0, []
         self.distance = np.arange(len(self.heard) + 1)  # of what is written from the transcript's first j tokens
 
     def get_candidates(self, input_ids, **kwargs):
@@ -49,8 +51,9 @@ class HeardDraft(CandidateGenerator):
         # Of equally good places the last: a word written otherwise is likelier than one put in.
         place = len(self.heard) - int(self.distance[::-1].argmin())
         size = min(self.size, self.max_length - input_ids.shape[1] - 1)
-        draft = torch.as_tensor(self.heard[place : place + max(size, 0)], device=input_ids.device)
-        return torch.cat([input_ids, draft[None]], 1), None
+        self.proposed = self.heard[place : place + max(size, 0)].tolist()
+        draft = torch.tensor([self.proposed], dtype=input_ids.dtype, device=input_ids.device)
+        return torch.cat([input_ids, draft], 1), None
 
     def _write(self, token):
         """Distances after one more token: a row of the table of edit distances (Wagner and Fischer 1974)."""
@@ -62,6 +65,28 @@ class HeardDraft(CandidateGenerator):
 
     def update_candidate_strategy(self, input_ids, scores, num_matches):
         """Nothing: the draft is there, a longer one costs little."""
+
+
+class DraftedPrior(LanguageModelPrior):
+    """The prior of one row, in one pass of its own over a whole draft (`HeardDraft`, its first argument)."""
+
+    def __init__(self, draft, *args):
+        super().__init__(*args)
+        self.draft, self.cache = draft, DynamicCache()
+        self.read, self.found = [], {}  # tokens in the cache; logits by what has been written
+
+    def _logits(self, written):
+        words = written[0].tolist()
+        if tuple(words) not in self.found:
+            tokens = [self.start_id, *words, *self.draft.proposed]
+            # Of what was read before, as much as still holds; the last word is read in any case, for what follows it.
+            same = min(len(os.path.commonprefix([self.read, tokens])), len(words))
+            if same < len(self.read):
+                self.cache.crop(same - len(self.read))
+            logits = self.predict(torch.tensor([tokens[same:]], device=written.device), self.cache)[0]
+            self.found = {tuple(tokens[1 : same + i + 1]): row for i, row in enumerate(logits)}
+            self.read = tokens
+        return self.found[tuple(words)][None]
 
 
 def may_draft(model, generation_config, kwargs, batch_size):

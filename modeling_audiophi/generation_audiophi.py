@@ -6,7 +6,7 @@ import torch
 from transformers import GenerationMixin
 
 from .ctc_scoring_audiophi import CTCPrefixScorer, alignment_per_prompt
-from .drafting_audiophi import HeardDraft, may_draft
+from .drafting_audiophi import DraftedPrior, HeardDraft, may_draft
 from .kv_cache_audiophi import CACHE_NAME
 from .lm_prior_audiophi import LanguageModelPrior
 from .lora_audiophi import without_lora
@@ -56,7 +56,7 @@ class AudioPhiGenerationMixin(GenerationMixin):
             lm_prior_weight (0): see `LanguageModelPrior`; without effect where ctc_weight is 0.
             lm_prior_start_id (the LLM's bos): token that begins a text for that prior.
             draft_tokens (16): tokens of the alignment's transcript that the LLM checks at once where one transcript is
-                decoded greedily without these scores (`HeardDraft`): the same words, sooner. 0: one by one.
+                decoded greedily (`HeardDraft`): the same words, sooner. 0: one by one.
         Raises ValueError for values outside these ranges, and where there is no alignment head.
         """
         fusion = self._fusion_settings(generation_config, kwargs)
@@ -87,11 +87,14 @@ class AudioPhiGenerationMixin(GenerationMixin):
             input_ids, attention_mask, embeds = compact.input_ids, compact.attention_mask, embeds[keep]
             check_context(input_ids, self.config)
             generation_config, kwargs = self._shorten(generation_config, kwargs, prompt.shape[1] - input_ids.shape[1])
-        if fusion["ctc_weight"]:
-            scorers = self._scorers(audio, prompt, input_ids.shape[1], fusion, generation_config, kwargs)
-            kwargs["logits_processor"] = [*(kwargs.get("logits_processor") or []), *scorers]
+        draft = None
         if drafting:
-            generation_config, kwargs = self._with_draft(audio, prompt, fusion, generation_config, kwargs)
+            draft = self._draft(audio, prompt, input_ids.shape[1], fusion, generation_config, kwargs)
+        if fusion["ctc_weight"]:
+            scorers = self._scorers(audio, prompt, input_ids.shape[1], fusion, generation_config, kwargs, draft)
+            kwargs["logits_processor"] = [*(kwargs.get("logits_processor") or []), *scorers]
+        if draft is not None:
+            generation_config, kwargs = self._with_draft(draft, generation_config, kwargs)
         output = super().generate(
             input_ids, generation_config, attention_mask=attention_mask, audio_embeds=embeds, **kwargs
         )
@@ -128,28 +131,32 @@ class AudioPhiGenerationMixin(GenerationMixin):
     def _drafts(self, fusion, generation_config, kwargs, batch_size):
         """Whether the alignment's transcript may be the draft of what is generated."""
         given = generation_config if generation_config is not None else self.generation_config
-        wanted = fusion["draft_tokens"] and not fusion["ctc_weight"] and self.model.alignment is not None
+        wanted = fusion["draft_tokens"] and self.model.alignment is not None
         return bool(wanted) and may_draft(self, given, kwargs, batch_size)
 
-    def _with_draft(self, audio, prompt, fusion, generation_config, kwargs):
-        """The same settings, and the alignment's transcript as a draft where it heard anything."""
+    def _draft(self, audio, prompt, prompt_length, fusion, generation_config, kwargs):
+        """The alignment's transcript as a draft; None where it heard nothing or no transcript is asked for."""
         log_probs, lengths = self._posteriors(audio, prompt)
-        heard = self.model.alignment.greedy(log_probs, torch.arange(log_probs.shape[1]) < lengths[:, None].cpu())[0]
-        if not heard:
-            return generation_config, kwargs
-        kwargs = {**kwargs, "audio_draft": [*heard, *self._end_ids(generation_config, kwargs)[:1]]}
+        mask = torch.arange(log_probs.shape[1], device=lengths.device) < lengths[:, None]
+        heard = self.model.alignment.greedy(log_probs, mask)[0]
+        ends = self._end_ids(generation_config, kwargs)
+        return HeardDraft([*heard, *ends[:1]], prompt_length, fusion["draft_tokens"]) if heard else None
+
+    def _with_draft(self, draft, generation_config, kwargs):
+        """The same settings, and `draft`."""
+        kwargs = {**kwargs, "audio_draft": draft}
         # By its lookup in the prompt transformers knows that there are drafts without another model.
         if generation_config is None:
-            return None, {**kwargs, "prompt_lookup_num_tokens": fusion["draft_tokens"]}
+            return None, {**kwargs, "prompt_lookup_num_tokens": draft.size}
         generation_config = copy.deepcopy(generation_config)
-        generation_config.prompt_lookup_num_tokens = fusion["draft_tokens"]
+        generation_config.prompt_lookup_num_tokens = draft.size
         return generation_config, kwargs
 
     def _get_candidate_generator(self, generation_config, input_ids, *args, model_kwargs, **kwargs):
         draft = model_kwargs.get("audio_draft")
         if draft is not None:
-            size = generation_config.prompt_lookup_num_tokens
-            return HeardDraft(draft, input_ids.shape[1], size, generation_config.max_length)
+            draft.max_length = generation_config.max_length
+            return draft
         return super()._get_candidate_generator(
             generation_config, input_ids, *args, model_kwargs=model_kwargs, **kwargs
         )
@@ -170,12 +177,14 @@ class AudioPhiGenerationMixin(GenerationMixin):
         ends = kwargs.get("eos_token_id", given.eos_token_id)
         return list(ends) if isinstance(ends, (list, tuple)) else [] if ends is None else [ends]
 
-    def _scorers(self, audio, prompt, prompt_length, fusion, generation_config, kwargs):
+    def _scorers(self, audio, prompt, prompt_length, fusion, generation_config, kwargs, draft):
         """What judges a continuation beside the LLM that hears: the alignment, and the LLM that does not."""
         ends = self._end_ids(generation_config, kwargs)
         log_probs, lengths = self._posteriors(audio, prompt, fusion["ctc_temperature"])
         vocab_ids = self.model.alignment.vocab_ids
-        scorers = [CTCPrefixScorer(log_probs, lengths, vocab_ids, ends, prompt_length, fusion["ctc_weight"])]
+        remember = 1 if draft is None else draft.size + 1
+        weight = fusion["ctc_weight"]
+        scorers = [CTCPrefixScorer(log_probs, lengths, vocab_ids, ends, prompt_length, weight, remember)]
         if not fusion["lm_prior_weight"]:
             return scorers
         start = fusion["lm_prior_start_id"]
@@ -187,10 +196,10 @@ class AudioPhiGenerationMixin(GenerationMixin):
         def predict(tokens, cache):
             with without_lora(self.model.language_model):
                 hidden = self.model.language_model(input_ids=tokens, use_cache=True, **{CACHE_NAME: cache})
-                return self.compute_logits(hidden.last_hidden_state[:, -1])
+                return self.compute_logits(hidden.last_hidden_state)
 
-        weight = fusion["lm_prior_weight"]
-        return [*scorers, LanguageModelPrior(predict, vocab_ids, lengths > 0, start, prompt_length, weight)]
+        prior = (predict, vocab_ids, lengths > 0, start, prompt_length, fusion["lm_prior_weight"])
+        return [*scorers, LanguageModelPrior(*prior) if draft is None else DraftedPrior(draft, *prior)]
 
     def _shorten(self, generation_config, kwargs, removed):
         """Total lengths that count the prompt, less the `removed` columns; new-token limits stay as they are."""

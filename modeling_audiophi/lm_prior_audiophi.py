@@ -13,7 +13,7 @@ class LanguageModelPrior(LogitsProcessor):
     """Adds weight * log p(token | what has been written) to the scores of the alignment's tokens.
 
     Args:
-        predict: (token ids (N, 1), cache) -> logits (N, V) of the next token, without audio.
+        predict: (token ids (N, L), cache) -> logits (N, L, V) of the token after each, without audio.
         vocab_ids: (V',) LLM token ids that are scored; the probabilities are normalised over them, so that ending the
             transcript, which only hearing can tell, is neither favoured nor disfavoured by the prior's other words.
         with_audio: (B,) bool, the prompts that have audio; the others are left as they are.
@@ -30,19 +30,22 @@ class LanguageModelPrior(LogitsProcessor):
 
     def __call__(self, input_ids, scores):
         """`input_ids` (N, L), `scores` (N, V), a prompt's rows together -> (N, V)."""
-        written = input_ids[:, self.prompt_length :]
-        if not written.shape[1]:
-            self.cache = DynamicCache()
-            tokens = torch.full_like(input_ids[:, :1], self.start_id)
-        else:
-            # Rows of one prompt were reordered since the last step. Two prompts may have written the same, and then
-            # share what follows from it.
-            parents = [self.rows[tuple(prefix)] for prefix in written[:, :-1].tolist()]
-            self.cache.reorder_cache(torch.tensor(parents, device=input_ids.device))
-            tokens = written[:, -1:]
-        self.rows = {tuple(prefix): row for row, prefix in enumerate(written.tolist())}
-        prior = self.predict(tokens, self.cache)[:, self.vocab_ids].float().log_softmax(-1)
+        prior = self._logits(input_ids[:, self.prompt_length :])[:, self.vocab_ids].float().log_softmax(-1)
         fused = scores.clone()
         rows = self.with_audio.repeat_interleave(len(scores) // len(self.with_audio))
         fused[:, self.vocab_ids] += (self.weight * prior * rows[:, None]).to(scores.dtype)
         return fused
+
+    def _logits(self, written):
+        """`written` (N, L), one token more than at the last call -> logits (N, V) of the next one."""
+        if not written.shape[1]:
+            self.cache = DynamicCache()
+            tokens = torch.full((len(written), 1), self.start_id, device=written.device)
+        else:
+            # Rows of one prompt were reordered since the last step. Two prompts may have written the same, and then
+            # share what follows from it.
+            parents = [self.rows[tuple(prefix)] for prefix in written[:, :-1].tolist()]
+            self.cache.reorder_cache(torch.tensor(parents, device=written.device))
+            tokens = written[:, -1:]
+        self.rows = {tuple(prefix): row for row, prefix in enumerate(written.tolist())}
+        return self.predict(tokens, self.cache)[:, -1]

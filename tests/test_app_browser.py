@@ -134,8 +134,8 @@ def test_upload_ask_and_see_the_words_come(browse, speech):
     browse.wait(lambda: browse.find("#plot img").get_property("naturalWidth") > 500)
     browse.wait(lambda: browse.find("#go").is_enabled())
     browse.find("#go").click()
-    draft = browse.wait(lambda: browse.status().startswith("Draft") and browse.answer(), SECONDS)
-    browse.wait(lambda: browse.status().startswith("Done (3 beams)"), SECONDS)
+    draft = browse.wait(lambda: browse.status().startswith("Word by word") and browse.answer(), SECONDS)
+    browse.wait(lambda: browse.status().startswith("Done (greedy)"), SECONDS)
     words = browse.answer()
     assert len(draft.split()) <= len(words.split())
     if path := os.environ.get("DEMO_SCREENSHOT"):
@@ -148,13 +148,13 @@ def test_upload_ask_and_see_the_words_come(browse, speech):
     assert len(loaded) > 10 and [name for name in loaded if not name.startswith((here, "data:", "blob:"))] == []
 
 
-def test_stop_while_the_beams_search(browse, speech, served):
+def test_stop_while_it_writes(browse, speech, served):
     """The words stay, the model rests, and the next one is answered."""
     browse.upload(speech)
     browse.wait(lambda: browse.find("#plot img").get_property("naturalWidth") > 500)
     for _ in range(2):
         browse.find("#go").click()
-        browse.wait(lambda: browse.status().startswith("Draft complete"), SECONDS)
+        browse.wait(lambda: browse.status().startswith("Word by word") and browse.answer(), SECONDS)
         browse.find("#stop").click()
         browse.wait(lambda: browse.status() == "Stopped.")
 
@@ -164,8 +164,7 @@ def test_stop_while_the_beams_search(browse, speech, served):
             return cpu_seconds(served[1]) - before < 0.2
 
         browse.wait(idle, 15)
-        # The greedy draft is worse than what the beams would have found; its last bits depend on the CPU.
-        assert browse.status() == "Stopped." and {*browse.answer().split()} & {*SPOKEN.lower().split()}
+        assert browse.status() == "Stopped." and browse.answer()
 
 
 def test_record_and_ask(browse, speech):

@@ -167,14 +167,14 @@ def test_profiles_name_all_parts(tmp_path):
     assert profile_step.main(["--weights", "tiny", "--quick", "--output", str(path)]) == 0
     section = json.loads(path.read_text())["profile_step"]
     assert len(section["profiles"]) == 4 and not section["left_out"]
-    lm, align, beams, greedy = section["profiles"].values()
+    lm, align, together, alone = section["profiles"].values()
     both = {"features", "prompts and padding", "augmentation", "encoder", "adapter", "alignment's scores", "optimizer"}
     both |= {"backward: readout, alignment, CTC", "backward: adapter"}
     assert both <= set(lm) and both <= set(align)
     assert {"LLM on the prompt", "LLM's head and loss", "backward: LLM", "backward: LLM's head and loss"} <= set(lm)
     assert "CTC loss" in align and not any("LLM" in part for part in align)
-    assert {"LLM, token by token", "CTC's share in the scores", "LLM without audio"} <= set(beams)
-    assert "LLM, token by token" in greedy and "LLM without audio" not in greedy
+    decoding = {"LLM on the prompt", "CTC's share in the scores", "LLM without audio"}
+    assert decoding <= set(alone) and {*decoding, "LLM, token by token"} <= set(together)
     assert "| all |" in profile_step.table(section)
 
 
@@ -244,7 +244,7 @@ def test_a_folder_is_transcribed_by_command_and_by_whisper(tmp_path, checkpoint,
         transcribe_folder.summary([{**heard, "all": 9.0}], 3.0, words)
     for name in ("0001.flac", "0002.flac"):
         (tmp_path / name).unlink()
-    ours = transcribe_folder.hear_in_this_process("greedy", tmp_path, checkpoint, 2)
+    ours = transcribe_folder.hear_in_this_process("one by one", tmp_path, checkpoint, 2)
     assert set(ours["texts"]) == {"0000.flac"} and ours["load"] > 0 and ours["work"] > 0
 
 

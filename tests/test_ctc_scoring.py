@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_audiophi.ctc_scoring_audiophi import CTCPrefixScorer, alignment_per_prompt
+from modeling_audiophi.ctc_scoring_audiophi import CTCPrefixScorer, alignment_per_prompt, recurrence
 from processing.chat_templates import AUDIO_PLACEHOLDER, TEMPLATES
 from tests.conftest import message, prompts
 
@@ -194,3 +194,36 @@ def test_a_prompt_ends_as_the_processor_says(make_tiny_model, waveform, template
     )["input_ids"][0].tolist()
     ending = processor.prompt_ending("What is said?")
     assert prompt[-len(ending) :] == ending and prompt[-len(ending) - 1] == processor.audio_token_id
+
+
+@given(
+    frames=st.integers(1, 60),
+    seed=st.integers(0, 1000),
+    sharpness=st.sampled_from([1.0, 30.0]),
+    impossible=st.sampled_from([0.0, 0.5, 1.0]),
+)
+def test_the_recurrence_equals_a_loop_over_frames(frames, seed, sharpness, impossible):
+    random = torch.Generator().manual_seed(seed)
+    into, stay = -sharpness * torch.rand(2, 3, frames, generator=random)
+    into[torch.rand(into.shape, generator=random) < impossible] = -torch.inf
+    x, expected = torch.full((3,), -torch.inf), []
+    for t in range(frames):
+        x = torch.logaddexp(x, into[:, t]) + stay[:, t]
+        expected.append(x)
+    assert torch.allclose(recurrence(into, stay), torch.stack(expected, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_token_that_no_frame_can_be_stays_impossible():
+    found = recurrence(torch.zeros(1, 3), torch.tensor([[-torch.inf, -1.0, -torch.inf]]))
+    assert found[0, 0] < -900 and found[0, 2] < -900 and torch.isfinite(found[0, 1])
+
+
+def test_words_may_be_taken_back():
+    """As drafts are: `remember` calls ago."""
+    log_probs = random_log_probs(6, 4)
+    scorer = CTCPrefixScorer(log_probs, torch.tensor([6]), VOCAB_IDS, [END], 0, 1.0, remember=4)
+    run_scorer(scorer, [3, 7, 8], prompt=())
+    for prefix in ([3, 8], [3, 8, 7]):
+        again = scorer(torch.tensor([prefix]), torch.zeros(1, 10))[0]
+        alone = CTCPrefixScorer(log_probs, torch.tensor([6]), VOCAB_IDS, [END], 0, 1.0)
+        assert torch.allclose(again, run_scorer(alone, prefix, prompt=()), atol=1e-4)

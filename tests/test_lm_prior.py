@@ -13,7 +13,7 @@ START = 7
 def prior_of(model, vocab_ids, weight=0.5):
     def predict(tokens, cache):
         hidden = model.model.language_model(input_ids=tokens, use_cache=True, **{CACHE_NAME: cache})
-        return model.compute_logits(hidden.last_hidden_state[:, -1])
+        return model.compute_logits(hidden.last_hidden_state)
 
     return LanguageModelPrior(predict, vocab_ids, torch.tensor([True, False]), START, prompt_length=2, weight=weight)
 
