@@ -2,9 +2,9 @@
 
 Decoding one sequence reads all the LLM's weights per token; several tokens at once cost far less than as many passes.
 The alignment's transcript is there before the LLM has begun, so nothing has to be run for the draft. What the LLM would
-not have written itself is thrown away: the words are those of greedy decoding. Leviathan et al. 2023, "Fast inference
-from transformers via speculative decoding" (https://arxiv.org/abs/2211.17192); the loop is transformers' own
-(`_assisted_decoding`).
+not have written itself is thrown away: the words are those of greedy decoding, up to the rounding of larger matrices.
+Leviathan et al. 2023, "Fast inference from transformers via speculative decoding" (https://arxiv.org/abs/2211.17192);
+the loop is transformers' own (`_assisted_decoding`).
 """
 
 import copy

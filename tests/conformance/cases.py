@@ -40,3 +40,7 @@ def labelled(processor, inputs):
         labels[row, places] = ids[places]
     assert not (labels == processor.audio_token_id).any()
     return labels
+
+
+def close(one, other, atol=TOLERANCE):
+    return torch.allclose(one, other, atol=atol)
