@@ -157,7 +157,7 @@ def measure(options, save) -> dict:
     batch, repetitions, new_tokens = (2, 1, 4) if options.quick else (8, 3, 64)
     model, processor = make_model(options.weights)
     clips = joined_speech(batch, SECONDS)
-    section = {"clip_seconds": SECONDS, "batch": batch, "max_new_tokens": new_tokens, "profiles": {}, "left_out": []}
+    section = {"max_new_tokens": new_tokens, "profiles": {}, "left_out": []}
     pipe = pipeline("audio-text-to-text", model=model, processor=processor)
 
     def training(loss):
@@ -168,11 +168,12 @@ def measure(options, save) -> dict:
             model.model.alignment.logits = steady
         return found
 
+    together = f"{batch} x {SECONDS:g} s"
     jobs = {
-        "training step, loss lm": lambda: training("lm"),
-        "training step, loss align": lambda: training("align"),
-        "pipeline, together": lambda: profile_pipeline(pipe, clips, repetitions, new_tokens),
-        "pipeline, the first alone": lambda: profile_pipeline(pipe, clips[:1], repetitions, new_tokens),
+        f"training step, loss lm ({together})": lambda: training("lm"),
+        f"training step, loss align ({together})": lambda: training("align"),
+        f"pipeline ({together})": lambda: profile_pipeline(pipe, clips, repetitions, new_tokens),
+        f"pipeline (1 x {SECONDS:g} s)": lambda: profile_pipeline(pipe, clips[:1], repetitions, new_tokens),
     }
     for name, job in jobs.items():
         if options.budget.left <= 0:
@@ -191,9 +192,7 @@ def table(section: dict) -> str:
         total = sum(profile.values())
         rows = [[part, f"{seconds:.3f}", f"{100 * seconds / total:.1f} %"] for part, seconds in profile.items()]
         rows.append(["all", f"{total:.3f}", "100 %"])
-        parts.append(
-            markdown([f"{name} ({section['batch']} x {section['clip_seconds']:g} s)", "seconds", "share"], rows)
-        )
+        parts.append(markdown([name, "seconds", "share"], rows))
     if section["left_out"]:
         parts.append(f"No time was left for: {'; '.join(section['left_out'])}.")
     return "\n\n".join(parts)
