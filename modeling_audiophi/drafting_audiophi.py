@@ -33,12 +33,13 @@ class HeardDraft(CandidateGenerator):
     Args:
         heard: LLM token ids of the transcript, with the token that ends a text behind them.
         prompt_length: columns of the prompt, after which the transcript begins.
-        size: tokens proposed at once.
+        size: tokens proposed at once, at most: fewer where the last were rejected.
     `max_length`, of prompt and transcript, is known only when transformers' loop begins.
     """
 
     def __init__(self, heard, prompt_length, size):
-        self.heard, self.size = np.asarray(heard, dtype=np.int64), size
+        self.heard = np.asarray(heard, dtype=np.int64)
+        self.size = self.most = size
         self.prompt_length, self.max_length = prompt_length, None
         self.written, self.proposed = 0, []
         self.distance = np.arange(len(self.heard) + 1)  # of what is written from the transcript's first j tokens
@@ -64,7 +65,8 @@ class HeardDraft(CandidateGenerator):
         self.distance = np.minimum.accumulate(row - places) + places
 
     def update_candidate_strategy(self, input_ids, scores, num_matches):
-        """Nothing: the draft is there, a longer one costs little."""
+        """Twice as many tokens as were right at last: where the LLM often disagrees, checking many is in vain."""
+        self.size = min(self.most, 2 * (int(num_matches) + 1))
 
 
 class DraftedPrior(LanguageModelPrior):

@@ -147,9 +147,9 @@ class AudioPhiGenerationMixin(GenerationMixin):
         kwargs = {**kwargs, "audio_draft": draft}
         # By its lookup in the prompt transformers knows that there are drafts without another model.
         if generation_config is None:
-            return None, {**kwargs, "prompt_lookup_num_tokens": draft.size}
+            return None, {**kwargs, "prompt_lookup_num_tokens": draft.most}
         generation_config = copy.deepcopy(generation_config)
-        generation_config.prompt_lookup_num_tokens = draft.size
+        generation_config.prompt_lookup_num_tokens = draft.most
         return generation_config, kwargs
 
     def _get_candidate_generator(self, generation_config, input_ids, *args, model_kwargs, **kwargs):
@@ -182,7 +182,7 @@ class AudioPhiGenerationMixin(GenerationMixin):
         ends = self._end_ids(generation_config, kwargs)
         log_probs, lengths = self._posteriors(audio, prompt, fusion["ctc_temperature"])
         vocab_ids = self.model.alignment.vocab_ids
-        remember = 1 if draft is None else draft.size + 1
+        remember = 1 if draft is None else draft.most + 1
         weight = fusion["ctc_weight"]
         scorers = [CTCPrefixScorer(log_probs, lengths, vocab_ids, ends, prompt_length, weight, remember)]
         if not fusion["lm_prior_weight"]:

@@ -70,6 +70,16 @@ def test_the_draft_leaves_room_for_the_token_that_follows(max_length, expected):
     assert len(drafted([10, 11, 12, 13, 14], [], max_length=max_length)) == expected
 
 
+def test_after_a_rejection_less_is_proposed():
+    draft = HeardDraft(range(10, 100), 1, 16)
+    draft.max_length, ids = 1000, torch.tensor([[1]])
+    sizes = []
+    for matches in (16, 0, 2, 6, 16):
+        sizes.append(draft.get_candidates(ids)[0].shape[1] - ids.shape[1])
+        draft.update_candidate_strategy(ids, None, torch.tensor(matches))
+    assert sizes == [16, 16, 2, 6, 14]
+
+
 # ---- generate
 
 
