@@ -76,7 +76,7 @@ class AudioPhiGenerationMixin(GenerationMixin):
             )
         if self.config.readout == "frames":
             check_context(input_ids, self.config)
-        drafting = self._drafts(fusion, generation_config, kwargs, len(input_ids))
+        drafting = self._drafts(input_ids, fusion, generation_config, kwargs)
         with_alignment = drafting or fusion["ctc_weight"] > 0
         audio = self.get_audio_features(**audio_inputs, with_alignment=with_alignment, return_dict=True)
         embeds, keep = audio.pooler_output, audio.audio_keep
@@ -128,14 +128,19 @@ class AudioPhiGenerationMixin(GenerationMixin):
             raise ValueError(f"ctc_weight={weight} needs an alignment head, which this model does not have")
         return settings
 
-    def _drafts(self, fusion, generation_config, kwargs, batch_size):
+    def _drafts(self, prompt, fusion, generation_config, kwargs):
         """Whether the alignment's transcript may be the draft of what is generated."""
         given = generation_config if generation_config is not None else self.generation_config
-        wanted = fusion["draft_tokens"] and self.model.alignment is not None
-        return bool(wanted) and may_draft(self, given, kwargs, batch_size)
+        endings = self.config.transcribe_endings
+        return (
+            fusion["draft_tokens"] > 0
+            and self.model.alignment is not None
+            and may_draft(self, given, kwargs, len(prompt))
+            and (endings is None or bool(ends_with(prompt, endings).all()))
+        )
 
     def _draft(self, audio, prompt, prompt_length, fusion, generation_config, kwargs):
-        """The alignment's transcript as a draft; None where it heard nothing or no transcript is asked for."""
+        """The alignment's transcript as a draft; None where it heard nothing."""
         log_probs, lengths = self._posteriors(audio, prompt)
         mask = torch.arange(log_probs.shape[1], device=lengths.device) < lengths[:, None]
         heard = self.model.alignment.greedy(log_probs, mask)[0]
