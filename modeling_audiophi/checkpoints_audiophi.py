@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import AutoModel, GenerationConfig, PreTrainedConfig
 from transformers.utils import is_bitsandbytes_available
 
 from .components_audiophi import is_own_key, resolve_component
 from .encoders import warn_of_licence, weights_licence
 from .lora_audiophi import PARTS, merged_state_dict
+from .quantization_audiophi import matrices_for_4bit
 
 # Arguments of from_pretrained that say where and how to look on the Hub; base components are fetched with the same,
 # but for the revision.
@@ -47,11 +48,14 @@ class CheckpointsMixin:
             return super().from_pretrained(path, *args, config=config, **kwargs)
         if kwargs.get("quantization_config") is not None:
             kwargs["quantization_config"] = of_language_model(kwargs["quantization_config"])
+        quantization = kwargs.get("quantization_config")
         hub = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         revision = kwargs.get("_commit_hash") or kwargs.get("revision")
         known = config
         if not isinstance(config, PreTrainedConfig):
             known = cls.config_class.from_pretrained(config or path, revision=revision, **hub)
+        if quantization is not None:
+            leave_misfits(quantization, known.text_config)
         if not known.slim:
             return super().from_pretrained(path, *args, config=config, **kwargs)
         config = copy.deepcopy(known)
@@ -198,6 +202,24 @@ def of_language_model(quantization_config):
         elif hasattr(settings, name):
             setattr(settings, name, list(UNQUANTIZED))
     return settings
+
+
+def leave_misfits(settings, text_config):
+    """Adds to what 4-bit `settings` of bitsandbytes leave alone: the language model's matrices that do not fit.
+
+    Raises ValueError where none does; says which are left.
+    """
+    is_dict = isinstance(settings, dict)
+    if not (settings.get("load_in_4bit") if is_dict else getattr(settings, "load_in_4bit", False)):
+        return
+    with torch.device("meta"):
+        language_model = AutoModel.from_config(text_config)
+    misfits = ["model.language_model." + name for name in matrices_for_4bit(language_model)[1]]
+    left = (settings.get("llm_int8_skip_modules") if is_dict else settings.llm_int8_skip_modules) or []
+    if is_dict:
+        settings["llm_int8_skip_modules"] = [*left, *misfits]
+    else:
+        settings.llm_int8_skip_modules = [*left, *misfits]
 
 
 def read_safetensors(folder):

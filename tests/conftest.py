@@ -101,15 +101,12 @@ def prompts(processor, clips, side="left"):
     )
 
 
-@pytest.fixture(scope="session")
-def tiny_llm_dir(tmp_path_factory):
+def save_llama(path, **sizes):
     """Llama with 2 layers, width 32, context 512, and a byte-level BPE tokenizer with ChatML's tokens."""
-    path = tmp_path_factory.mktemp("tiny-llm")
     tokenizer = tiny_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
+        **{"hidden_size": 32, "intermediate_size": 64, **sizes},
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -122,6 +119,11 @@ def tiny_llm_dir(tmp_path_factory):
     random_like_trained(LlamaForCausalLM(config)).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_llm_dir(tmp_path_factory):
+    return save_llama(tmp_path_factory.mktemp("tiny-llm"))
 
 
 @pytest.fixture(scope="session")

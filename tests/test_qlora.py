@@ -6,8 +6,9 @@ from transformers import BitsAndBytesConfig
 
 from modeling_audiophi import AudioPhiForConditionalGeneration
 from processing import AudioPhiProcessor
-from tests.conftest import prompts
+from tests.conftest import prompts, save_llama
 from tests.tiny_runs import ALIGN, LM, train
+from training.recipe import RecipeError
 
 bnb = pytest.importorskip("bitsandbytes", reason="no bitsandbytes: pip install -e '.[qlora]'")
 
@@ -16,8 +17,17 @@ def linear4bit(model):
     return [name for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)]
 
 
-def test_lora_is_trained_on_4_bit_weights(settings, tiny_whisper_dir, tiny_llm_dir, waveform, tmp_path):
-    components = {"audio": tiny_whisper_dir, "text": tiny_llm_dir, "quantize_text": "4bit"}
+NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def even_llm_dir(tmp_path_factory):
+    """64 wide: the smallest that fits 4 bits on every CPU."""
+    return save_llama(tmp_path_factory.mktemp("even-llm"), hidden_size=64, intermediate_size=128, head_dim=16)
+
+
+def test_lora_is_trained_on_4_bit_weights(settings, tiny_whisper_dir, even_llm_dir, waveform, tmp_path):
+    components = {"audio": tiny_whisper_dir, "text": even_llm_dir, "quantize_text": "4bit"}
     weights = train(settings(ALIGN, LM, components=components))
     trained = [value for name, value in weights.items() if "lora_B" in name]
     assert trained and all(value.abs().max() > 0 and torch.isfinite(value).all() for value in trained)
@@ -26,8 +36,7 @@ def test_lora_is_trained_on_4_bit_weights(settings, tiny_whisper_dir, tiny_llm_d
     final, processor = tmp_path / "out" / "final", AudioPhiProcessor.from_pretrained(tmp_path / "out" / "final")
     inputs = prompts(processor, [[waveform(0.8)]])
     plain = AudioPhiForConditionalGeneration.from_pretrained(final).eval()
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    small = AudioPhiForConditionalGeneration.from_pretrained(final, quantization_config=config).eval()
+    small = AudioPhiForConditionalGeneration.from_pretrained(final, quantization_config=NF4).eval()
     assert not linear4bit(plain) and linear4bit(small)
     assert all(name.startswith("model.language_model.layers.") for name in linear4bit(small))
     with torch.no_grad():
@@ -38,3 +47,26 @@ def test_lora_is_trained_on_4_bit_weights(settings, tiny_whisper_dir, tiny_llm_d
     assert 0.8 < similarity < 1
     written = small.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert written.shape[1] <= inputs["input_ids"].shape[1] + 3
+
+
+def test_matrices_of_odd_size_keep_their_precision(settings, tiny_whisper_dir, tmp_path, waveform):
+    """Inputs of 64 fit, those of the MLP's 72 do not: trained, saved and read on, whatever the CPU."""
+    text = save_llama(tmp_path / "odd-llm", hidden_size=64, intermediate_size=72, head_dim=16)
+    train(settings(ALIGN, LM, components={"audio": tiny_whisper_dir, "text": text, "quantize_text": "4bit"}))
+    final, processor = tmp_path / "out" / "final", AudioPhiProcessor.from_pretrained(tmp_path / "out" / "final")
+    small = AudioPhiForConditionalGeneration.from_pretrained(final, quantization_config=NF4).eval()
+    names = linear4bit(small)
+    assert any("q_proj" in name for name in names) and not any("_proj" in n and ".mlp." in n for n in names)
+    inputs = prompts(processor, [[waveform(0.8)]])
+    with torch.no_grad():
+        assert torch.isfinite(small(**inputs).logits.float()).all()
+
+
+def test_an_llm_without_a_fitting_matrix_is_refused_with_its_sizes(settings, make_tiny_model, tiny_whisper_dir, tmp_path):
+    text = save_llama(tmp_path / "odd-llm", intermediate_size=48)
+    components = {"audio": tiny_whisper_dir, "text": text, "quantize_text": "4bit"}
+    with pytest.raises(RecipeError, match="quantize_text.*multiples of 64.*32 x 32"):
+        train(settings(ALIGN, LM, components=components))
+    with pytest.raises(ValueError, match="multiples of 64.*32 x 32"):
+        make_tiny_model(text=text)[0].save_pretrained(tmp_path / "model")
+        AudioPhiForConditionalGeneration.from_pretrained(tmp_path / "model", quantization_config=NF4)

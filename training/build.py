@@ -7,6 +7,7 @@ import torch
 
 from modeling_audiophi import AudioPhiAdapterConfig, AudioPhiConfig, AudioPhiForConditionalGeneration, resolve_component
 from modeling_audiophi.generation_audiophi import GENERATION_SETTINGS
+from modeling_audiophi.quantization_audiophi import matrices_for_4bit
 from modeling_audiophi.readouts import READOUTS
 from processing import AudioPhiProcessor
 from processing.alignment_text import AlignmentTokenizer
@@ -135,7 +136,7 @@ def full_align_vocab(tokenizer, merges: int | None) -> list[int]:
 def quantize_text(model: AudioPhiForConditionalGeneration) -> None:
     """NF4 weights in the LLM's linear layers (QLoRA, Dettmers et al. 2023); LoRA is then trained on top of them.
 
-    Raises RecipeError without bitsandbytes.
+    Raises RecipeError without bitsandbytes, or for an LLM none of whose matrices fits.
     """
     try:
         import bitsandbytes as bnb
@@ -144,8 +145,12 @@ def quantize_text(model: AudioPhiForConditionalGeneration) -> None:
             "components.quantize_text: 4bit needs bitsandbytes: pip install bitsandbytes, or set it to none"
         ) from None
     language_model = model.model.language_model
-    linear = [(name, module) for name, module in language_model.named_modules() if type(module) is torch.nn.Linear]
-    for name, module in linear:
+    try:
+        names, _ = matrices_for_4bit(language_model)
+    except ValueError as error:
+        raise RecipeError(f"components.quantize_text: {error}") from None
+    for name in names:
+        module = language_model.get_submodule(name)
         has_bias = module.bias is not None
         small = bnb.nn.Linear4bit(
             module.in_features, module.out_features, has_bias, compute_dtype=torch.bfloat16, quant_type="nf4"
