@@ -24,11 +24,11 @@ import sys
 import torch
 from transformers import GenerationConfig
 
+from audiophi.data.collator import IGNORED, AudioPhiCollator
+from audiophi.training.build import apply_tuning
+from audiophi.training.recipe import Stage
 from measuring import RATE, interleaved, joined_speech, make_model, markdown, median, script, seconds_of
-from processing.collator import IGNORED, AudioPhiCollator
 from processing.prompts import TRANSCRIBE
-from training.build import apply_tuning
-from training.recipe import Stage
 
 # In the order in which time is spent on them: headlines first, with twice the time.
 LENGTHS = (7.0, 30.0, 3.0, 10.0)

@@ -17,10 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training.callbacks import History  # noqa: E402  (the repository's root is not on a script's path)
-from training.curves import WER_LIMIT  # noqa: E402
-from training.recipe import load_recipe, recipe_from_dict, recipe_to_dict  # noqa: E402
-from training.stages import DONE_NAME, run_recipe  # noqa: E402
+from audiophi.training.callbacks import History  # noqa: E402  (the repository's root is not on a script's path)
+from audiophi.training.curves import WER_LIMIT  # noqa: E402
+from audiophi.training.recipe import load_recipe, recipe_from_dict, recipe_to_dict  # noqa: E402
+from audiophi.training.stages import DONE_NAME, run_recipe  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = {"align_then_lm": ROOT / "recipes" / "quickstart.yaml", "lm": ROOT / "recipes" / "lm_only.yaml"}

@@ -105,15 +105,15 @@ def write_manifest(folder: Path, rows: int, with_seconds: bool) -> Path:
 def prepare_rows(manifest: Path) -> dict[str, dict]:
     """What training does before its first step, by part, and for comparison the first batch of a stream: seconds and
     memory of each. The first three are `stages.prepare`, the others `stage_data`."""
+    from audiophi.data.alignment_text import AlignmentTokenizer
+    from audiophi.data.collator import AudioPhiCollator
+    from audiophi.training import corpus as corpora
+    from audiophi.training.bad_rows import BadRows
+    from audiophi.training.batches import BatchSchedule
+    from audiophi.training.plan import token_rate
+    from audiophi.training.recipe import Source, Stage, recipe_from_dict
     from modeling_audiophi import AudioPhiConfig
     from processing import AudioPhiProcessor
-    from processing.alignment_text import AlignmentTokenizer
-    from processing.collator import AudioPhiCollator
-    from training import corpus as corpora
-    from training.bad_rows import BadRows
-    from training.batches import BatchSchedule
-    from training.plan import token_rate
-    from training.recipe import Source, Stage, recipe_from_dict
 
     processor = AudioPhiProcessor.from_pretrained(CHECKPOINT)
     tokenizer = AlignmentTokenizer(processor.tokenizer)

@@ -38,8 +38,8 @@ VOCAB_IDS, NGRAMS, STARTS = (f"model.alignment.{name}" for name in ("vocab_ids",
 @functools.cache
 def spoken_clips() -> list[tuple[np.ndarray, str]]:
     """The development clips of this repository's synthetic speech: (waveform at 16 kHz, normalised transcript)."""
-    from processing.alignment_text import normalise_transcript
-    from processing.datasets import load_audio_dataset, read_clip
+    from audiophi.data.alignment_text import normalise_transcript
+    from audiophi.data.datasets import load_audio_dataset, read_clip
 
     rows = load_audio_dataset({"path": str(SPEECH), "split": "dev"})
     return [(read_clip(row, RATE), normalise_transcript(row["text"])) for row in rows]
@@ -68,7 +68,7 @@ def joined_speech(count: int, seconds: float) -> list[tuple[np.ndarray, str]]:
 
 def components_are_here() -> bool:
     """Whether the checkpoint's base components lie on this machine; nothing is downloaded for a benchmark."""
-    from modeling_audiophi.component_cache import components_dir
+    from audiophi.components.cache import components_dir
 
     bases = json.loads((CHECKPOINT / "config.json").read_text())["base_components"]
     return all((components_dir() / base["id"].replace("/", "--")).is_dir() for base in bases.values())

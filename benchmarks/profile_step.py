@@ -13,16 +13,16 @@ import sys
 
 import torch
 
+from audiophi.data.alignment_text import AlignmentTokenizer
+from audiophi.data.augment import Augment
+from audiophi.data.collator import AudioPhiCollator
+from audiophi.training.build import apply_tuning
+from audiophi.training.recipe import Stage, load_recipe
 from measuring import RATE, ROOT, joined_speech, make_model, markdown, median, script
 from modeling_audiophi.ctc_scoring_audiophi import CTCPrefixScorer
 from modeling_audiophi.kv_cache_audiophi import CACHE_NAME
 from modeling_audiophi.lm_prior_audiophi import LanguageModelPrior
-from processing.alignment_text import AlignmentTokenizer
-from processing.augment import Augment
-from processing.collator import AudioPhiCollator
 from stopwatch import Stopwatch
-from training.build import apply_tuning
-from training.recipe import Stage, load_recipe
 
 SECONDS = 7.0
 

@@ -52,8 +52,8 @@ def audio_seconds(files: list[str]) -> float:
 
 def hear_with_command(folder: Path, model: str, batch_size: int) -> dict:
     """`audiophi transcribe FOLDER` -> {"load": seconds, "texts": {name: words}}."""
-    from cli import hear
-    from cli.main import main
+    from audiophi.cli import hear
+    from audiophi.cli.main import main
 
     load_pipeline, loading = hear.load_pipeline, []
 
@@ -80,8 +80,8 @@ def hear_with_command(folder: Path, model: str, batch_size: int) -> dict:
 
 def hear_with_whisper(folder: Path, model: str, batch_size: int) -> dict:
     """As `hear_with_command`."""
-    from cli.hear import find_files
-    from evaluation.baseline import BaselineTranscriber
+    from audiophi.cli.hear import find_files
+    from audiophi.evaluation.baseline import BaselineTranscriber
     from processing.audio_io import load_audio
 
     start = time.perf_counter()
@@ -128,7 +128,7 @@ def hear(who: str, folder: Path, model: str, batch_size: int) -> dict:
 
 
 def measure(options, save) -> dict:
-    from cli.hear import find_files
+    from audiophi.cli.hear import find_files
 
     section = {"batch_size": options.batch_size, "rounds": 0, "contestants": {}}
     if options.weights != "checkpoint":
@@ -161,7 +161,7 @@ def measure(options, save) -> dict:
 
 def summary(runs: list[dict], seconds: float, words: dict[str, str] | None) -> dict:
     """Medians over the rounds; word error rate in percent, None where the words are not known."""
-    from evaluation.metrics import count_errors, word_error_rate
+    from audiophi.evaluation.metrics import count_errors, word_error_rate
 
     work, everything = (median([run[name] for run in runs]) for name in ("work", "all"))
     wer = None

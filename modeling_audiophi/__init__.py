@@ -1,13 +1,10 @@
 """AudioPhi's model. Importing this package registers it with transformers' Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from processing.processing_audiophi import AudioPhiProcessor
-
-from . import wheel_components  # noqa: F401  (registers the PyPI fallback for base components)
 from .adapters import ADAPTERS
-from .components_audiophi import FALLBACKS, resolve_component
+from .components_audiophi import resolve_component
 from .configuration_audiophi import AudioPhiAdapterConfig, AudioPhiConfig
 from .configuration_languagebind_audio import LanguageBindAudioConfig
 from .configuration_xeus import XeusConfig
@@ -21,7 +18,6 @@ AutoConfig.register("audiophi", AudioPhiConfig, exist_ok=True)
 AutoConfig.register("audiophi_adapter", AudioPhiAdapterConfig, exist_ok=True)
 AutoModel.register(AudioPhiConfig, AudioPhiForConditionalGeneration, exist_ok=True)
 AutoModelForMultimodalLM.register(AudioPhiConfig, AudioPhiForConditionalGeneration, exist_ok=True)
-AutoProcessor.register(AudioPhiConfig, AudioPhiProcessor, exist_ok=True)
 if "audio-text-to-text" not in PIPELINE_REGISTRY.get_supported_tasks():  # should transformers have one of its own
     PIPELINE_REGISTRY.register_pipeline(
         "audio-text-to-text", AudioTextToTextPipeline, pt_model=AutoModelForMultimodalLM, type="multimodal"
@@ -31,7 +27,6 @@ AudioPhiConfig.pipeline_is_registered = True
 __all__ = [
     "ADAPTERS",
     "ENCODERS",
-    "FALLBACKS",
     "AudioPhiAdapterConfig",
     "AudioPhiConfig",
     "AudioPhiForConditionalGeneration",

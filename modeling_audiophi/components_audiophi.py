@@ -12,8 +12,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging
 
 from .configuration_audiophi import AudioPhiAdapterConfig, AudioPhiConfig
-from .convert_languagebind_audio import converted_component
-from .convert_xeus import xeus_component
 from .encoders import change_settings, encoder_class
 from .lengths_audiophi import output_length
 from .lora_audiophi import is_lora_key, with_base_layers
@@ -21,11 +19,11 @@ from .spelling_audiophi import spell
 
 logger = logging.get_logger(__name__)
 
-# Functions (id, revision, **hub) -> folder or None, for components whose files on the Hub are not transformers' own;
-# tried before the Hub is.
-CONVERTERS = [xeus_component]
-# Functions id -> folder or None, tried last; `wheel_components.py` adds one.
-FALLBACKS = []
+# What the installed package knows about components that transformers cannot load as they are released
+# (audiophi/components); shipped with a checkpoint this file is alone. Functions (id, revision, **hub) -> folder or
+# None, tried before the Hub is; (folder, id, revision, **hub) -> folder, of whatever was found; id -> folder or None,
+# tried last.
+SOURCES, CONVERTERS, FALLBACKS = [], [], []
 
 SAMPLING_RATE = 16_000
 AUDIO_PREFIX = "model.audio_tower."
@@ -35,18 +33,21 @@ TEXT_PREFIX = "model.language_model."
 def resolve_component(component, revision=None, weights=True, **hub):
     """Local folder of a base component; a checkpoint in a format of its own is converted once.
 
-    Arguments and errors: see `find_component`, `converted_component`.
+    Arguments and errors: see `find_component`.
     """
-    return converted_component(find_component(component, revision, weights, **hub), component, revision, **hub)
+    folder = find_component(component, revision, weights, **hub)
+    for convert in CONVERTERS:
+        folder = convert(folder, component, revision, **hub)
+    return folder
 
 
 def find_component(component, revision=None, weights=True, **hub):
     """Local folder of a base component as it was released.
 
     Looks, in this order, at: a local folder of that name; `$AUDIOPHI_COMPONENTS/<org>--<name>`;
-    `~/.cache/audiophi/components/<org>--<name>`; the CONVERTERS (XEUS: from the Hub or a local `.pth`); the Hub; the
-    registered FALLBACKS. `weights=False` downloads only the small files, where nothing has to be converted; `hub`
-    (cache_dir, token, local_files_only, force_download) is for downloads. Raises OSError that lists what was tried,
+    `~/.cache/audiophi/components/<org>--<name>`; the SOURCES (XEUS: from the Hub or a local `.pth`); the Hub; the
+    FALLBACKS.
+    `weights=False` downloads only the small files, where nothing has to be converted; `hub` (cache_dir, token, local_files_only, force_download) is for downloads. Raises OSError that lists what was tried,
     ValueError for a checkpoint that cannot be converted.
     """
     if Path(component).is_dir():
@@ -58,8 +59,8 @@ def find_component(component, revision=None, weights=True, **hub):
             tried.append(str(Path(root) / folder))
             if Path(tried[-1], "config.json").is_file():
                 return tried[-1]
-    for convert in CONVERTERS:
-        if (path := convert(str(component), revision, **hub)) is not None:
+    for source in SOURCES:
+        if (path := source(str(component), revision, **hub)) is not None:
             return path
     patterns = ["*.json", "*.txt", "*.jinja", "*.model"] + (["*.safetensors"] if weights else [])
     try:

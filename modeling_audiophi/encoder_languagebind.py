@@ -1,6 +1,5 @@
 """LanguageBind-Audio as AudioPhi's encoder: 74 tokens of 140 ms per window of 10.36 s."""
 
-from .convert_languagebind_audio import PREFIX  # noqa: F401  (the converter ships with the encoder)
 from .encoder_layers import LayerChoice
 from .encoder_windows import WindowEncoder
 from .frequency_pooling import pooled_size

@@ -2,7 +2,7 @@
 
 Written from ESPnet's modules (Apache-2.0, release 202511: espnet2/asr/frontend/cnn.py, preencoder/linear.py,
 encoder/e_branchformer_encoder.py, layers/cgmlp.py) and compared with them in tests/test_xeus.py; ESPnet itself is not
-needed. Modules inside a block have ESPnet's names, see `convert_xeus.py` for the rest.
+needed. Modules inside a block have ESPnet's names, see `audiophi/components/convert_xeus.py` for the rest.
 """
 
 import math

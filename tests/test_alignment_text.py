@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from processing import AlignmentTokenizer, normalise_transcript
+from audiophi.data.alignment_text import AlignmentTokenizer, normalise_transcript
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 import soundfile as sf
 from transformers import pipeline
 
-import app
+from audiophi import app
 
 ROOT = Path(__file__).resolve().parents[1]
 RATE = 16_000

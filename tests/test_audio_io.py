@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from processing import AudioError, load_audio, speed_perturb
+from audiophi.data.augment import speed_perturb
+from processing import AudioError, load_audio
 
 RATE = 16_000
 

@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from processing import Augment
-from processing.augment import seeded_generator
+from audiophi.data.augment import Augment, seeded_generator
 
 
 def features(frames=200, size=16):
@@ -30,7 +29,7 @@ def test_same_key_same_result_other_key_another():
 
 def test_same_in_another_process():
     """Python's hash() of strings differs between processes; a resumed run must not."""
-    code = "from processing.augment import seeded_generator as g; print(g(0, 'clip', 3).initial_seed())"
+    code = "from audiophi.data.augment import seeded_generator as g; print(g(0, 'clip', 3).initial_seed())"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert int(output.split()[-1]) == seeded_generator(0, "clip", 3).initial_seed()
 

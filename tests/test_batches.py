@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.batches import BatchSchedule
+from audiophi.training.batches import BatchSchedule
 
 SECONDS = list(np.random.default_rng(0).uniform(1, 20, size=203))
 

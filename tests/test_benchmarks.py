@@ -224,7 +224,7 @@ def test_a_folder_is_transcribed_by_command_and_by_whisper(tmp_path, checkpoint,
     words = transcribe_folder.write_folder(tmp_path, 3)
     assert sorted(words) == ["0000.flac", "0001.flac", "0002.flac"] and all(words.values())
     assert transcribe_folder.audio_seconds([str(path) for path in tmp_path.iterdir()]) > 3
-    monkeypatch.setattr("cli.hear.DEFAULT_MODEL", tmp_path)
+    monkeypatch.setattr("audiophi.cli.hear.DEFAULT_MODEL", tmp_path)
 
     class Stub:
         sampling_rate = 16_000
@@ -235,7 +235,7 @@ def test_a_folder_is_transcribed_by_command_and_by_whisper(tmp_path, checkpoint,
         def __call__(self, clips):
             return [{"hypothesis": f"{len(clip)} samples"} for clip in clips]
 
-    monkeypatch.setattr("evaluation.baseline.BaselineTranscriber", Stub)
+    monkeypatch.setattr("audiophi.evaluation.baseline.BaselineTranscriber", Stub)
     heard = transcribe_folder.hear_in_this_process("whisper", tmp_path, transcribe_folder.WHISPER, 2)
     assert set(heard["texts"]) == set(words) and all("samples" in text for text in heard["texts"].values())
     assert transcribe_folder.summary([{**heard, "all": 9.0}], 3.0, words)["rtf_all"] == 3.0

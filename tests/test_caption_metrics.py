@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from evaluation.caption_metrics import (
+from audiophi.evaluation.caption_metrics import (
     MetricsMissing,
     caption_scores,
     label_accuracy,
@@ -14,7 +14,7 @@ from evaluation.caption_metrics import (
     stem,
     tokenize,
 )
-from evaluation.caption_scoring import summarize_captions
+from audiophi.evaluation.caption_scoring import summarize_captions
 
 CLASSES = ["dog bark", "rain", "sea waves", "engine idling", "violin or fiddle"]
 

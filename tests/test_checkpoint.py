@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.scoring import AudioPhiTranscriber, summarize, transcribe_dataset
-from processing.datasets import load_audio_dataset
+from audiophi.data.datasets import load_audio_dataset
+from audiophi.evaluation.scoring import AudioPhiTranscriber, summarize, transcribe_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = ROOT / "checkpoints" / "audiophi-tiny"

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import soundfile as sf
 
-from cli.hear import clock
-from cli.main import main
+from audiophi.cli.hear import clock
+from audiophi.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 TIME = r"(\d\d):(\d\d):(\d\d),(\d\d\d)"
@@ -93,7 +93,7 @@ def test_results_are_written_as_they_come_and_continued(audiophi, clips, tmp_pat
     lines = out.read_bytes().splitlines(keepends=True)
     out.write_bytes(lines[0] + lines[1] + lines[2][:30])
     heard = []
-    monkeypatch.setattr("cli.hear.as_result", spy(heard))
+    monkeypatch.setattr("audiophi.cli.hear.as_result", spy(heard))
     assert audiophi("transcribe", clips, "--output", out) == 1
     assert [Path(file).name for file in heard] == ["bad.wav", "b.FLAC", "z.wav"]  # an error is tried again
     assert lines_of(out.read_text()) == complete
@@ -106,7 +106,7 @@ def test_results_are_written_as_they_come_and_continued(audiophi, clips, tmp_pat
 
 
 def spy(heard):
-    from cli.hear import as_result
+    from audiophi.cli.hear import as_result
 
     def spied(file, answer):
         heard.append(file)
@@ -168,7 +168,8 @@ def test_push_sends_model_and_processor(checkpoint, monkeypatch, capsys, tmp_pat
     read = [AudioPhiForConditionalGeneration, AudioPhiProcessor]
     monkeypatch.setattr(AudioPhiForConditionalGeneration, "check_components_are_public", lambda self: None)
     monkeypatch.setattr(
-        "cli.push.publish_folder", lambda *a: cards.append((*a[::2], Path(a[1], "README.md").read_text(), len(sent)))
+        "audiophi.cli.push.publish_folder",
+        lambda *a: cards.append((*a[::2], Path(a[1], "README.md").read_text(), len(sent))),
     )
     for kind in (AudioPhiForConditionalGeneration, AudioPhiProcessor):
         monkeypatch.setattr(kind, "push_to_hub", lambda self, *args, **kwargs: sent.append((type(self), args, kwargs)))

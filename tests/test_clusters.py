@@ -25,15 +25,15 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from audiophi.training import sharding
+from audiophi.training.batches import BatchSchedule
+from audiophi.training.build import build_model, build_processor
+from audiophi.training.checkpoints import complete_checkpoints
+from audiophi.training.continuing import check_same_recipe, remember_recipe
+from audiophi.training.corpus import BadRows, StreamingSet
+from audiophi.training.recipe import RecipeError, recipe_from_dict
+from audiophi.training.stages import training_arguments
 from tests.tiny_runs import ALIGN, ENVIRONMENT, LM, ROOT, largest_difference, train
-from training import sharding
-from training.batches import BatchSchedule
-from training.build import build_model, build_processor
-from training.checkpoints import complete_checkpoints
-from training.continuing import check_same_recipe, remember_recipe
-from training.corpus import BadRows, StreamingSet
-from training.recipe import RecipeError, recipe_from_dict
-from training.stages import training_arguments
 
 CONFIGS = ROOT / "configs" / "accelerate"
 KINDS = {
@@ -325,7 +325,7 @@ WITHOUT_DROPOUT = """
 import sys
 import torch
 torch.nn.Dropout.forward = lambda self, values: values
-import train
+from audiophi.cli import train
 sys.exit(train.main(sys.argv[1:]))
 """
 GATHER = """
@@ -333,10 +333,10 @@ import json, sys
 from pathlib import Path
 from accelerate import PartialState
 rank = PartialState(cpu=True).process_index
-from training import callbacks
-from training.cache_filling import encoder_of
-from training.corpus import BadRows, Corpus
-from training.recipe import load_recipe, recipe_to_dict
+from audiophi.training import callbacks
+from audiophi.training.cache_filling import encoder_of
+from audiophi.training.corpus import BadRows, Corpus
+from audiophi.training.recipe import load_recipe, recipe_to_dict
 
 class Transcriber:
     def __init__(self, *arguments):

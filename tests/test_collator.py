@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from processing import AlignmentTokenizer, AudioPhiCollator, Augment
+from audiophi.data.alignment_text import AlignmentTokenizer
+from audiophi.data.augment import Augment
+from audiophi.data.collator import AudioPhiCollator
 
 RATE = 16_000
 STACK = [[4, 4, 3, 1]]

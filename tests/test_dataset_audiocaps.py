@@ -4,11 +4,12 @@ import json
 
 import pytest
 
-from processing import AudioError, load_audio_dataset, read_clip
+from audiophi.data.datasets import load_audio_dataset, read_clip
+from audiophi.training.bad_rows import BadRows, TooManyBadRows
+from audiophi.training.corpus import Corpus
+from audiophi.training.recipe import Source
+from processing import AudioError
 from tests.layouts import tone, write_csv
-from training.bad_rows import BadRows, TooManyBadRows
-from training.corpus import Corpus
-from training.recipe import Source
 
 
 @pytest.fixture

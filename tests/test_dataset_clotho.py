@@ -2,7 +2,7 @@
 
 import pytest
 
-from processing import load_audio_dataset, read_clip
+from audiophi.data.datasets import load_audio_dataset, read_clip
 from tests.layouts import CLOTHO_SOUNDS, clotho_captions, write_clotho
 
 

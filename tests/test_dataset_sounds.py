@@ -5,9 +5,9 @@ import json
 import datasets
 import pytest
 
-from evaluation.caption_metrics import names_class
-from processing import load_audio_dataset, read_clip
-from processing.captions import PHRASES, class_captions, class_name
+from audiophi.data.captions import PHRASES, class_captions, class_name
+from audiophi.data.datasets import load_audio_dataset, read_clip
+from audiophi.evaluation.caption_metrics import names_class
 from tests.layouts import tone, write_csv
 
 ESC50 = list(PHRASES)[:50]

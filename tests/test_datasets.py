@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from processing import AudioError, load_audio_dataset, read_clip
+from audiophi.data.datasets import load_audio_dataset, read_clip
+from processing import AudioError
 
 COLUMNS = ["audio", "text", "id", "speaker", "seconds"]
 ROWS = [("a", "one", "s1"), ("b", "two", "s1"), ("c", "three", "s2"), ("d", "four", "s3")]

@@ -9,10 +9,10 @@ import pytest
 import soundfile as sf
 import torch
 
-import eval as eval_script
-from evaluation.predictions import PredictionFile, fingerprint
-from evaluation.scoring import AudioPhiTranscriber, transcribe_dataset, transcribe_silence
-from processing.datasets import load_audio_dataset
+from audiophi.cli import eval as eval_script
+from audiophi.data.datasets import load_audio_dataset
+from audiophi.evaluation.predictions import PredictionFile, fingerprint
+from audiophi.evaluation.scoring import AudioPhiTranscriber, transcribe_dataset, transcribe_silence
 
 METRICS = {
     "wer", "wer_ci95", "cer", "substitutions", "deletions", "insertions", "words", "utterances", "normalizer",

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-import eval as eval_script
+from audiophi.cli import eval as eval_script
 from tests.layouts import clotho_captions, tone, write_clotho, write_csv
 
 SCORES = {

@@ -15,9 +15,9 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from audiophi.training.checkpoints import checkpoint_damage, complete_checkpoints
 from tests.loopback_hub import LoopbackHub
 from tests.tiny_runs import ALIGN, ENVIRONMENT, LM, ROOT, largest_difference
-from training.checkpoints import checkpoint_damage, complete_checkpoints
 
 pytestmark = pytest.mark.faults
 PATIENCE = 180  # seconds for anything that must happen
@@ -234,7 +234,7 @@ def test_the_hub_goes_away_and_comes_back(settings, tmp_path, tiny_whisper_dir, 
     keys = {"components": components, "push_to_hub": "acme/tiny", "push_stages": True, "logging_steps": 1}
     job = Job(tmp_path / "job", settings(*STAGES, **keys))
     # Pauses of the length that a test can wait for.
-    job.train = ["-c", "import sys, training.uploads as u; u.FIRST_PAUSE = 0.5; import train\n"] + job.train
+    job.train = ["-c", "import sys, audiophi.training.uploads as u; u.FIRST_PAUSE = 0.5; import train\n"] + job.train
     job.train[1] += "sys.exit(train.main(sys.argv[2:]))"
     with hub:
         environment = {

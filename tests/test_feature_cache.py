@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.feature_cache import FeatureCache, clip_key, fingerprint_of, hash_audio, hash_weights
+from audiophi.training.feature_cache import FeatureCache, clip_key, fingerprint_of, hash_audio, hash_weights
 
 
 def clip(seed, *lengths, dim=6):

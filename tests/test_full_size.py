@@ -7,7 +7,7 @@ import torch
 
 import full_size
 import plan_gpus
-from training.recipe import RecipeError
+from audiophi.training.recipe import RecipeError
 
 
 @pytest.mark.parametrize("encoder", ["xeus", "languagebind"])

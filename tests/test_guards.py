@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from audiophi.training.checkpoints import checkpoint_damage, complete_checkpoints
+from audiophi.training.guards import FP16_SKIPPED_STEPS, LossGuard, UnhealthyLoss
+from audiophi.training.recipe import Stage
 from tests.tiny_runs import ALIGN, LM, train
-from training.checkpoints import checkpoint_damage, complete_checkpoints
-from training.guards import FP16_SKIPPED_STEPS, LossGuard, UnhealthyLoss
-from training.recipe import Stage
 
 
 def guard(tmp_path, precision="fp32", **stage):

@@ -15,15 +15,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import pipeline
 
-import eval as eval_script
-from cli.main import main as audiophi
+from audiophi.cli import eval as eval_script
+from audiophi.cli.main import main as audiophi
+from audiophi.training.recipe import recipe_from_dict
+from audiophi.training.stages import run_recipe
 from modeling_audiophi import AudioPhiForConditionalGeneration
 from processing import AudioError, AudioPhiProcessor
 from processing.plain_text import whole_characters
 from tests.conftest import message
 from tests.hostile import RATE, TEXTS, noise, time_limit, write_clips
-from training.recipe import recipe_from_dict
-from training.stages import run_recipe
 
 PER_CLIP = 10  # seconds: far more than a clip takes, far less than a test run
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
 
 import make_languagebind_reference as reference_maker
+from audiophi.components import convert_languagebind_audio as converter
 from modeling_audiophi import LanguageBindAudioConfig, LanguageBindAudioModel, components_audiophi, resolve_component
-from modeling_audiophi import convert_languagebind_audio as converter
 from processing.feature_extraction_languagebind_audio import LanguageBindAudioFeatureExtractor
 
 REFERENCE = reference_maker.REFERENCE

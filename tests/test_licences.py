@@ -2,7 +2,7 @@
 
 import pytest
 
-from publishing.licences import binding_licence, parse_licence
+from audiophi.publishing.licences import binding_licence, parse_licence
 
 
 def licensed(*texts):

@@ -19,8 +19,8 @@ import json, numpy, torch
 from transformers import TrainingArguments
 from modeling_audiophi import AudioPhiForConditionalGeneration
 from processing import AudioPhiProcessor
-from training.recipe import Stage
-from training.trainer import AudioPhiTrainer
+from audiophi.training.recipe import Stage
+from audiophi.training.trainer import AudioPhiTrainer
 
 names = ("acme/tiny-whisper", "acme/tiny-llm")
 processor = AudioPhiProcessor.from_components(*names)

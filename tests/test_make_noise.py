@@ -7,7 +7,7 @@ import pytest
 import soundfile as sf
 
 import make_noise as maker
-from processing.datasets import load_audio_dataset
+from audiophi.data.datasets import load_audio_dataset
 
 
 def test_clips_are_what_their_rows_say(tmp_path, capsys):

@@ -10,7 +10,7 @@ import pytest
 import soundfile as sf
 
 import make_synthetic_speech as maker
-from processing.datasets import load_audio_dataset, read_clip
+from audiophi.data.datasets import load_audio_dataset, read_clip
 
 
 @pytest.fixture

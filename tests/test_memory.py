@@ -10,13 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, LlamaConfig, PhiConfig
 
 import full_size
-from training.build import apply_tuning
-from training.configs import RELEASED, skeleton
-from training.flops import encoder_flops, hours, stage_flops
-from training.memory import Load, Memory, fixed_memory, saved_by_layer, sizes, training_memory
-from training.plan import parameter_table
-from training.recipe import Stage
-from training.recipe_values import build
+from audiophi.training.build import apply_tuning
+from audiophi.training.configs import RELEASED, skeleton
+from audiophi.training.flops import encoder_flops, hours, stage_flops
+from audiophi.training.memory import Load, Memory, fixed_memory, saved_by_layer, sizes, training_memory
+from audiophi.training.plan import parameter_table
+from audiophi.training.recipe import Stage
+from audiophi.training.recipe_values import build
 
 SECONDS = 0.8  # less than a tiny LanguageBind's window
 LORA = {"r": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj"]}

@@ -6,15 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluation.metrics import (
+from audiophi.evaluation.metrics import (
     bootstrap_interval,
     character_error_rate,
     count_errors,
     derangement,
     word_error_rate,
 )
-from evaluation.scoring import errors_of, silence_length, summarize
-from evaluation.text_normalization import NORMALIZER_NAME, normalize
+from audiophi.evaluation.scoring import errors_of, silence_length, summarize
+from audiophi.evaluation.text_normalization import NORMALIZER_NAME, normalize
 
 WORDS = st.sampled_from("red green blue yellow black white".split())
 SENTENCES = st.lists(WORDS, max_size=6).map(" ".join)

@@ -13,15 +13,15 @@ import soundfile as sf
 import yaml
 from huggingface_hub import ModelCard
 
-import eval as eval_script
-from cli.main import main
-from publishing import model_card, template
-from publishing.card_files import collect, shorten
-from publishing.data_sources import About, describe_data
-from publishing.licences import COMPONENTS, HubAnswers, component_licence
-from publishing.model_card import make_card
-from publishing.results import CAPTION, SPEECH
-from publishing.template import CardError
+from audiophi.cli import eval as eval_script
+from audiophi.cli.main import main
+from audiophi.publishing import model_card, template
+from audiophi.publishing.card_files import collect, shorten
+from audiophi.publishing.data_sources import About, describe_data
+from audiophi.publishing.licences import COMPONENTS, HubAnswers, component_licence
+from audiophi.publishing.model_card import make_card
+from audiophi.publishing.results import CAPTION, SPEECH
+from audiophi.publishing.template import CardError
 from tests.loopback_hub import LoopbackHub
 from tests.stranger import run_stranger
 
@@ -300,7 +300,7 @@ def test_data_sets_are_recognised_by_name(path, title, licence):
 VALIDATE = """
 import sys
 from huggingface_hub import ModelCard
-from publishing.licences import HubAnswers, component_licence
+from audiophi.publishing.licences import HubAnswers, component_licence
 
 card = ModelCard.load("generated/README.md")
 card.validate()
@@ -320,7 +320,7 @@ assert answers.dataset("acme/stated") == "cc-by-nc-4.0" and answers.models == {"
 
 from modeling_audiophi import AudioPhiForConditionalGeneration
 from processing import AudioPhiProcessor
-from cli.main import main
+from audiophi.cli.main import main
 
 names = ("acme/tiny-whisper", "acme/tiny-llm")
 processor = AudioPhiProcessor.from_components(*names)

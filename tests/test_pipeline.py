@@ -13,12 +13,12 @@ from transformers import GenerationConfig, TextIteratorStreamer, pipeline
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 from transformers.pipelines.pt_utils import KeyDataset
 
+from audiophi.training.build import build_model, build_processor
+from audiophi.training.recipe import recipe_from_dict
 from modeling_audiophi import AudioTextToTextPipeline
 from modeling_audiophi.chunks_audiophi import split_at_pauses
 from modeling_audiophi.pipeline_rows_audiophi import is_one_input
 from processing.prompts import INSTRUCTIONS, TRANSCRIBE_PARAPHRASES
-from training.build import build_model, build_processor
-from training.recipe import recipe_from_dict
 
 RATE = 16_000
 SHORT = {"max_new_tokens": 5}
@@ -292,7 +292,7 @@ def test_the_checkpoint_hears_real_speech():
     clips = sorted(ROOT.parent.glob("shared/data/librispeech_devclean_12spk/dev-clean/84/121550/*.mp3"))
     if not clips:
         pytest.skip("no LibriSpeech beside the repository")
-    from evaluation.metrics import count_errors, word_error_rate
+    from audiophi.evaluation.metrics import count_errors, word_error_rate
 
     said = dict(line.split(" ", 1) for line in next(clips[0].parent.glob("*.trans.txt")).read_text().splitlines())
     pipe = pipeline("audio-text-to-text", model=str(ROOT / "checkpoints" / "audiophi-tiny"), max_new_tokens=160)

@@ -8,9 +8,9 @@ import torch
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, pipeline
 
+from audiophi.data.alignment_text import AlignmentTokenizer
+from audiophi.data.collator import AudioPhiCollator
 from processing import AudioPhiProcessor
-from processing.alignment_text import AlignmentTokenizer
-from processing.collator import AudioPhiCollator
 from tests.conftest import message
 
 EVIL = [

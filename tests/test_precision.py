@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from training import precision
+from audiophi.training import precision
 
 
 @pytest.mark.parametrize("wanted", ["fp32", "fp16"])

@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import BitsAndBytesConfig
 
+from audiophi.training.recipe import RecipeError
 from modeling_audiophi import AudioPhiForConditionalGeneration
 from processing import AudioPhiProcessor
 from tests.conftest import prompts, save_llama
 from tests.tiny_runs import ALIGN, LM, train
-from training.recipe import RecipeError
 
 bnb = pytest.importorskip("bitsandbytes", reason="no bitsandbytes: pip install -e '.[qlora]'")
 
@@ -62,7 +62,7 @@ def test_matrices_of_odd_size_keep_their_precision(settings, tiny_whisper_dir, t
         assert torch.isfinite(small(**inputs).logits.float()).all()
 
 
-def test_an_llm_without_a_fitting_matrix_is_refused_with_its_sizes(settings, make_tiny_model, tiny_whisper_dir, tmp_path):
+def test_an_llm_without_a_fitting_matrix_is_refused(settings, make_tiny_model, tiny_whisper_dir, tmp_path):
     text = save_llama(tmp_path / "odd-llm", intermediate_size=48)
     components = {"audio": tiny_whisper_dir, "text": text, "quantize_text": "4bit"}
     with pytest.raises(RecipeError, match="quantize_text.*multiples of 64.*32 x 32"):

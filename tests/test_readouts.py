@@ -5,14 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from audiophi.training.build import apply_tuning
+from audiophi.training.recipe import Stage, Tune
 from modeling_audiophi.lengths_audiophi import length_mask
 from modeling_audiophi.readout_collapse import SHARPNESS, CollapseReadout
 from modeling_audiophi.readout_mixed import SOUND_FRAMES, MixedReadout, clip_statistics
 from modeling_audiophi.readouts import READOUTS
 from tests.conftest import prompts
 from tests.test_alignment import TABLE, VOCAB_IDS, build_head, path_logits
-from training.build import apply_tuning
-from training.recipe import Stage, Tune
 
 
 def zero_readout():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from training.recipe import RecipeError, load_recipe, parse_overrides, recipe_from_dict, recipe_to_dict
+from audiophi.training.recipe import RecipeError, load_recipe, parse_overrides, recipe_from_dict, recipe_to_dict
 
 MINIMAL = """
 name: tiny

@@ -9,9 +9,8 @@ import signal
 import pytest
 import torch
 
-from tests.tiny_runs import ALIGN, LM, largest_difference, train
-from training.callbacks import StageCallback
-from training.checkpoints import (
+from audiophi.training.callbacks import StageCallback
+from audiophi.training.checkpoints import (
     DamagedModel,
     SaveError,
     checkpoint_damage,
@@ -19,7 +18,8 @@ from training.checkpoints import (
     read_marker,
     seal,
 )
-from training.signals import Interrupted
+from audiophi.training.signals import Interrupted
+from tests.tiny_runs import ALIGN, LM, largest_difference, train
 
 STAGES = (
     {**ALIGN, "steps": 6, "save_steps": 2, "noise": 0.2},
@@ -78,7 +78,7 @@ def test_a_schedulers_signal_saves_and_the_run_continues_bit_for_bit(settings, t
 
 
 def test_a_signal_before_the_training_stops_at_once(settings, monkeypatch):
-    from training import stages
+    from audiophi.training import stages
 
     def prepare(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -191,7 +191,7 @@ def test_the_same_seed_gives_the_same_weights(settings, tmp_path):
 @pytest.mark.parametrize("loss", [pytest.param("align", marks=pytest.mark.faults), "both"])
 def test_gradients_do_not_depend_on_how_a_step_is_split(settings, tmp_path, monkeypatch, loss):
     """Batch size x accumulation of 8: the first step's gradients differ by float32 rounding, 1e-5 of their norm."""
-    from training.trainer import AudioPhiTrainer
+    from audiophi.training.trainer import AudioPhiTrainer
 
     gradients = {}
     judge = AudioPhiTrainer._agree

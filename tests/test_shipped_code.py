@@ -19,7 +19,7 @@ from processing import AudioPhiProcessor
 from tests.conftest import prompts
 
 ROOT = Path(__file__).resolve().parents[1]
-NOT_SHIPPED = {"__init__.py", "wheel_components.py"}
+NOT_SHIPPED = {"__init__.py"}
 ALLOWED = {
     "huggingface_hub",
     "numpy",

@@ -13,8 +13,8 @@ import soundfile as sf
 from huggingface_hub import SpaceCard
 from packaging.requirements import Requirement
 
-from cli.main import main
-from cli.space import GRADIO_VERSION, REQUIREMENTS
+from audiophi.cli.main import main
+from audiophi.cli.space import GRADIO_VERSION, REQUIREMENTS
 from tests.loopback_hub import LoopbackHub
 from tests.stranger import HIDDEN_IN_A_SPACE, preamble_hiding, run_stranger
 
@@ -25,7 +25,7 @@ TOKEN = "hf_writer"
 RUN = """
 import json, os, sys
 sys.path.insert(0, "space")
-import app
+import audiophi.app
 assert app.__file__ == os.path.abspath("space/app.py"), app.__file__
 made = {}
 app.gr.Blocks.launch = lambda page, **settings: made.update(page=page, **settings)
@@ -59,7 +59,7 @@ processor.match_model(model.config)
 model.generation_config.max_new_tokens = 8
 model.save_pretrained("made")
 processor.save_pretrained("made")
-from cli.main import main
+from audiophi.cli.main import main
 for more in ([], ["acme/other-demo"]):
     assert main(["push", "made", "acme/audio-phi", "--space", *more]) == 0
 from transformers import pipeline

@@ -17,11 +17,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from audiophi.training.corpus import TooManyBadRows
+from audiophi.training.recipe import RecipeError
 from modeling_audiophi import AudioPhiForConditionalGeneration
 from processing import AudioPhiProcessor
 from tests.tiny_runs import ALIGN, LM, ROOT, largest_difference, train
-from training.corpus import TooManyBadRows
-from training.recipe import RecipeError
 
 
 def test_both_stages_end_in_a_model_that_transcribes(settings, speech, capsys, waveform):
@@ -176,7 +176,7 @@ def test_killed_and_resumed_is_uninterrupted(settings, tmp_path):
 
 
 def test_checkpoints_hold_only_what_is_trained(settings, monkeypatch):
-    from training import stages
+    from audiophi.training import stages
 
     monkeypatch.setattr(stages.shutil, "rmtree", lambda *args, **kwargs: None)
     train(settings({**ALIGN, "save_steps": 3}))
@@ -319,7 +319,7 @@ def test_benchmark_writes_both_curves(settings, speech, tmp_path, monkeypatch):
 
 
 def test_minutes_cut_the_steps_and_a_resumed_run_keeps_to_them(settings, speech, tmp_path, monkeypatch, capsys):
-    from training import stages
+    from audiophi.training import stages
 
     monkeypatch.setattr(stages, "measure_step", lambda *arguments: (6.0, 0))
     data = {"train": [{"path": str(speech)}]}

@@ -10,18 +10,18 @@ import torch
 import yaml
 from transformers import AutoTokenizer
 
+from audiophi.data.alignment_text import AlignmentTokenizer, normalise_transcript
+from audiophi.data.captions import TEMPLATES
+from audiophi.data.collator import AudioPhiCollator
+from audiophi.training.bad_rows import BadRows
+from audiophi.training.batches import Draw
+from audiophi.training.corpus import Corpus, TrainingSet, draw_words
+from audiophi.training.recipe import RecipeError, Source, load_recipe, recipe_from_dict
+from audiophi.training.stage_data import with_transcripts
+from audiophi.training.stages import run_recipe
 from modeling_audiophi import AudioPhiForConditionalGeneration
 from modeling_audiophi.adapters import ADAPTERS
-from processing import AudioPhiCollator
-from processing.alignment_text import AlignmentTokenizer, normalise_transcript
-from processing.captions import TEMPLATES
 from tests.layouts import clotho_captions, tone, write_clotho, write_csv, write_librispeech
-from training.bad_rows import BadRows
-from training.batches import Draw
-from training.corpus import Corpus, TrainingSet, draw_words
-from training.recipe import RecipeError, Source, load_recipe, recipe_from_dict
-from training.stage_data import with_transcripts
-from training.stages import run_recipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 INSTRUCTIONS = {"transcribe": ["Transcribe the speech."], "caption": ["Describe the sound.", "What is that?"]}

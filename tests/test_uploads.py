@@ -2,12 +2,12 @@
 
 import pytest
 
+from audiophi.training import uploads
+from audiophi.training.recipe import RecipeError, recipe_from_dict
+from audiophi.training.stages import run_recipe
+from audiophi.training.uploads import HubUpload
 from tests.loopback_hub import LoopbackHub
 from tests.tiny_runs import ALIGN
-from training import uploads
-from training.recipe import RecipeError, recipe_from_dict
-from training.stages import run_recipe
-from training.uploads import HubUpload
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ import torch
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 import get_components
-from modeling_audiophi import resolve_component, wheel_components
-from modeling_audiophi.wheel_components import ComponentUnavailable, Wheel, component_from_wheel
+from audiophi.components import wheels as wheel_components
+from audiophi.components.wheels import ComponentUnavailable, Wheel, component_from_wheel
+from modeling_audiophi import resolve_component
 
 
 @pytest.fixture

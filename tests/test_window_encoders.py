@@ -18,15 +18,15 @@ from transformers import (
     ClapConfig,
 )
 
+from audiophi.training.build import build_model, build_processor
+from audiophi.training.cache_filling import encoder_name
+from audiophi.training.recipe import RecipeError, recipe_from_dict
 from modeling_audiophi import ADAPTERS, AudioPhiForConditionalGeneration
 from modeling_audiophi.encoders import encoder_class
 from modeling_audiophi.lengths_audiophi import output_length
 from processing import AudioPhiProcessor
 from processing.window_features import window_features, window_lengths
 from tests.conftest import prompts, random_like_trained
-from training.build import build_model, build_processor
-from training.cache_filling import encoder_name
-from training.recipe import RecipeError, recipe_from_dict
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ["tiny_languagebind_dir", "tiny_ast_dir", "tiny_clap_dir"]

@@ -12,14 +12,14 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 import get_components
+from audiophi.components import convert_xeus
+from audiophi.components.convert_xeus import XeusCheckpointError, convert_checkpoint, our_name
 from modeling_audiophi import (
     AudioPhiForConditionalGeneration,
     XeusConfig,
     XeusModel,
-    convert_xeus,
     resolve_component,
 )
-from modeling_audiophi.convert_xeus import XeusCheckpointError, convert_checkpoint, our_name
 from tests.xeus_reference import REFERENCE, tiny
 
 # Renamings that releases of the checkpoint and of torch differ in.

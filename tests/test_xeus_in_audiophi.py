@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
+from audiophi.components.convert_xeus import convert_checkpoint
 from modeling_audiophi import AudioPhiForConditionalGeneration, XeusConfig
-from modeling_audiophi.convert_xeus import convert_checkpoint
 from tests.conftest import prompts
 from tests.xeus_reference import tiny
 

@@ -9,8 +9,8 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
-from training.recipe import recipe_from_dict
-from training.stages import run_recipe
+from audiophi.training.recipe import recipe_from_dict
+from audiophi.training.stages import run_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = [

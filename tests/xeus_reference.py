@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from audiophi.components.convert_xeus import xeus_state_dict
 from modeling_audiophi import XeusConfig, XeusModel
-from modeling_audiophi.convert_xeus import xeus_state_dict
 from modeling_audiophi.lengths_audiophi import length_mask
 
 REFERENCE = Path(__file__).parent / "reference"

@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training.cache_filling import build_cache  # noqa: E402
-from training.recipe import RecipeError, load_recipe  # noqa: E402
+from audiophi.training.cache_filling import build_cache  # noqa: E402
+from audiophi.training.recipe import RecipeError, load_recipe  # noqa: E402
 
 
 def take(arguments: list[str], name: str, default: str) -> str:

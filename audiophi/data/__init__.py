@@ -1,0 +1,1 @@
+"""Data sets of every kind as examples, and examples as training batches."""

@@ -1,0 +1,242 @@
+"""Makes the model card of a checkpoint from `model_card.md`, and tells when one says something else than its sources.
+
+inputs = collect(folder, metrics=["OUT/metrics.json"])      card_files.py
+write_card(make_card(folder, inputs), inputs, folder / "README.md")
+check_card(folder)                                          what somebody has changed in it since
+"""
+
+import difflib
+from dataclasses import asdict
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+
+from audiophi.training.recipe import Recipe
+
+from .architecture import describe_parts, millions, parameters_by_part, read_config, stored
+from .card_files import CARD_NAME, CURVES_NAME, Inputs, collect, read_recipe
+from .data_sources import About, Described, describe_data, read_about, tasks_of, training_sources
+from .licences import HubAnswers, Licence, binding_licence, component_licence, is_hub_id, parse_licence, short_name
+from .results import check_metrics, eval_command, eval_results, results_section
+from .template import CardError, fill, template_path
+
+
+def make_card(folder: str | Path, inputs: Inputs) -> ModelCard:
+    """The card of the checkpoint in `folder`.
+
+    CardError, ValueError or OSError for a folder without a checkpoint, metrics that are incomplete or were measured on
+    other weights, a licence that allows more than a part's, and a template that asks for what nobody fills in.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    about = read_about(inputs.about, "about")
+    recipes = [read_recipe(text, f"recipe {number}") for number, text in enumerate(inputs.recipes, 1)]
+    name = about.name or (inputs.repository or "").rpartition("/")[2]
+    name = name or (recipes[-1].name if recipes else folder.resolve().name)
+    evaluations = [(metrics, check_metrics(metrics, path, folder)) for path, metrics in inputs.metrics.items()]
+    sources = described_sources(recipes, about, inputs.answers)
+    licences = part_licences(config, recipes, sources, about, inputs.answers)
+    tasks = tasks_of(recipes) or ({"transcribe"} if config.transcribe_endings is None else {"transcribe", "caption"})
+
+    card = ModelCard(template_path().read_text(encoding="utf-8"))
+    header = card.data
+    header.license, header.license_name = None, None
+    for key, value in binding_licence(licences, about.licence).items():
+        setattr(header, key, value)
+    header.language = about.language or sorted({code for source in sources for code in source.languages}) or None
+    header.base_model = hub_ids(config, recipes) or None
+    header.datasets = list(dict.fromkeys(source.hub_id for source in sources if source.hub_id)) or None
+    header.tags += [tag for task, tag in TAGS.items() if task in tasks] + about.tags
+    header.model_name = name
+    results = [eval_results(metrics, task, about, inputs.answers) for metrics, task in evaluations]
+    if len({found[0].unique_identifier for found in results}) < len(results):
+        raise CardError("two of the metrics.json files are of the same data and split: a card names each once")
+    header.eval_results = [result for found in results for result in found] or None
+    if header.eval_results is None:
+        header.model_name = None
+
+    caption_only = tasks == {"caption"}
+    sections = [results_section(m, task, name, about, inputs.answers) for m, task in evaluations]
+    values = {
+        "name": name,
+        "repository": inputs.repository or name,
+        "summary": about.summary or summary(config, tasks),
+        "example": "rain.wav" if caption_only else "speech.wav",
+        "instruction": ', instruction="caption"' if caption_only else "",
+        "output": " or ".join(OUTPUTS[task] for task in sorted(tasks, reverse=True)),
+        "architecture": architecture(config),
+        "holds": holds(config, folder),
+        "components": "\n".join(component_rows(config, licences)),
+        "training": training_section(inputs, recipes, sources, about),
+        "results": "\n\n".join([*sections, GAP]) if sections else not_measured(tasks),
+        "limits": limits_section(about, sources, bool(evaluations)),
+        "licences": licence_section(licences, header),
+    }
+    card.text = fill(card.text, values)
+    return ModelCard(str(card))  # as it is read from a file, so that writing it again changes nothing
+
+
+TAGS = {"transcribe": "automatic-speech-recognition", "caption": "audio-captioning"}
+OUTPUTS = {
+    "transcribe": "the words that were said",
+    "caption": 'a description of the sound (`instruction="caption"`)',
+}
+GAP = (
+    "The *listening gap* is what another clip's audio costs: the score with the wrong audio against the score with the "
+    "right one. A model that writes likely words without listening has a gap of 0."
+)
+
+
+def described_sources(recipes: list[Recipe], about: About, answers: HubAnswers) -> list[Described]:
+    """The data sets of the recipes, each once."""
+    paths = dict.fromkeys(source.path for source in training_sources(recipes))
+    return [describe_data(path, about, answers) for path in paths]
+
+
+def started_from(recipes: list[Recipe]) -> list[str]:
+    """Checkpoints that training started from and that none of the recipes made."""
+    made = [recipe.output_dir.rstrip("/") for recipe in recipes]
+    return [
+        recipe.init_from
+        for recipe in recipes
+        if recipe.init_from and not any(recipe.init_from.startswith(f"{folder}/") for folder in made)
+    ]
+
+
+def part_licences(config, recipes, sources, about: About, answers: HubAnswers) -> dict[str, Licence]:
+    """Name -> licence of everything that the model was made of."""
+    found = {}
+    for base in config.base_components.values():
+        name = short_name(base["id"])
+        stated = about.components.get(name)
+        found[name] = parse_licence(stated) if stated else component_licence(base["id"], base["revision"], answers)
+    for checkpoint in started_from(recipes):
+        stated = about.components.get(short_name(checkpoint))
+        found[short_name(checkpoint)] = (
+            parse_licence(stated) if stated else component_licence(checkpoint, answers=answers)
+        )
+    for source in sources:
+        found.setdefault(source.title, source.licence)
+    if not recipes:
+        found["training data"] = Licence(None, "unknown", "no recipe was given")
+    return found
+
+
+def hub_ids(config, recipes: list[Recipe]) -> list[str]:
+    """Base components and starting points that others can find on the Hub."""
+    names = [*(base["id"] for base in config.base_components.values()), *started_from(recipes)]
+    return [name for name in names if is_hub_id(name)]
+
+
+def summary(config, tasks: set[str]) -> str:
+    what = {"transcribe": "speech to text", "caption": "descriptions of sounds"}
+    does = " and ".join(what[task] for task in sorted(tasks, reverse=True))
+    names = [short_name(base["id"]) for base in config.base_components.values()] or ["an audio encoder", "an LLM"]
+    return f"{does[:1].upper()}{does[1:]} by a small language model: {' → adapter → '.join(names)}. Made with AudioPhi."
+
+
+def architecture(config) -> str:
+    rows = [f"| {part} | {what} | {count} |" for part, what, count in describe_parts(config)]
+    rate = f"{config.audio_tokens_per_second:.2f}"
+    fewer = "" if config.readout == "frames" else " at most, fewer after the collapse"
+    return "\n".join(
+        [
+            "| part | what | parameters |",
+            "|---|---|---|",
+            *rows,
+            "",
+            f"One second of audio becomes {rate} tokens of the LLM{fewer}.",
+        ]
+    )
+
+
+def holds(config, folder: Path) -> str:
+    """What the checkpoint's files hold."""
+    files, total = stored(folder), sum(parameters_by_part(config).values())
+    if not config.slim:
+        return f"*Full*: it holds all {millions(total)} parameters and needs no other repository."
+    return (
+        f"*Slim*: it holds what was trained, {millions(files.numbers)} numbers, and names its base components, which "
+        f"are loaded with it ({millions(total)} parameters together)."
+    )
+
+
+def component_rows(config, licences: dict[str, Licence]) -> list[str]:
+    rows = []
+    for base in config.base_components.values():
+        name = short_name(base["id"])
+        where = "a folder on the machine that made it" if name != base["id"] else base["revision"] or "not recorded"
+        rows.append(f"| {name} | {where} | {licences[name]} |")
+    return rows or ["| none is named | – | – |"]
+
+
+def training_section(inputs: Inputs, recipes: list[Recipe], sources: list[Described], about: About) -> str:
+    if not recipes:
+        return about.training or "No recipe was given: how it was trained is not recorded here."
+    parts = [about.training] if about.training else []
+    for name in started_from(recipes):
+        parts.append(f"It goes on from `{short_name(name)}`; what that was trained on is not in the tables below.")
+    rows = ["| data | folder or id | licence | how that is known |", "|---|---|---|---|"]
+    rows += [f"| {s.title} | `{s.path}` | {s.licence} | {s.by} |" for s in sources]
+    parts.append("\n".join(rows))
+    for number, (text, recipe) in enumerate(zip(inputs.recipes, recipes, strict=True), 1):
+        parts.append(stages_table(recipe))
+        parts.append(
+            f"<details><summary>Recipe {number}: {recipe.name} (`python train.py RECIPE.yaml`)</summary>\n\n"
+            f"```yaml\n{text.rstrip()}\n```\n\n</details>"
+        )
+    if inputs.curves:
+        parts.append(f"![Losses and error rates over the training time]({CURVES_NAME})")
+    return "\n\n".join(parts)
+
+
+def stages_table(recipe: Recipe) -> str:
+    rows = [f"| stage of {recipe.name} | loss | trained | length |", "|---|---|---|---|"]
+    for stage in recipe.stages:
+        tuned = [f"{part} ({how})" for part, how in asdict(stage.tune).items() if how not in (None, "frozen")]
+        length = f"{stage.steps:,} steps" if stage.steps else f"{stage.epochs:g} epochs"
+        rows.append(f"| {stage.name} | {stage.loss} | {', '.join(tuned)} | {length} |")
+    return "\n".join(rows)
+
+
+def not_measured(tasks: set[str]) -> str:
+    commands = [eval_command({}, "CHECKPOINT", task == "caption") for task in sorted(tasks, reverse=True)]
+    lines = "\n".join(f"{command} --output_dir OUT" for command in commands)
+    return (
+        f"Nothing was measured. What measures it, and puts it here:\n\n```sh\n{lines}\n"
+        "audiophi card CHECKPOINT --metrics OUT/metrics.json\n```"
+    )
+
+
+def limits_section(about: About, sources: list[Described], measured: bool) -> str:
+    languages = sorted({code for source in sources for code in source.languages})
+    heard = f" ({', '.join(languages)})" if languages else ""
+    lines = [
+        f"It was trained on the data above{heard}: on other languages, accents, noise, telephone lines and music "
+        "it may write words that nobody said.",
+        "Its figures hold for the data named above, not for yours." if measured else "How good it is, is not known.",
+        "Not for decisions about people.",
+        *about.limits,
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def licence_section(licences: dict[str, Licence], header) -> str:
+    chosen = header.license if header.license != "other" else f"other ({header.license_name})"
+    missing = [name for name, licence in licences.items() if licence.kind == "unknown"]
+    lines = [f"This checkpoint: **{chosen}**. The most demanding licence of a part holds for the whole."]
+    if missing:
+        lines.append(f"Not known is that of {', '.join(missing)}: who uses the model has to find it out.")
+    rows = [f"| {name} | {licence} |" for name, licence in licences.items()]
+    return "\n".join([" ".join(lines), "", "| part | licence |", "|---|---|", *rows])
+
+
+def check_card(folder: str | Path, path: str | Path | None = None, inputs: Inputs | None = None) -> list[str]:
+    """Lines in which the card at `path` differs from what its sources make, as a diff; none where it says the same."""
+    folder = Path(folder)
+    path = Path(path or folder / CARD_NAME)
+    inputs = inputs or collect(folder, beside=path.parent)
+    wanted = str(make_card(folder, inputs)).splitlines()
+    return list(
+        difflib.unified_diff(path.read_text(encoding="utf-8").splitlines(), wanted, str(path), "sources", lineterm="")
+    )

@@ -1,0 +1,205 @@
+"""Recipe -> model and processor that fit each other, and which parameters a stage trains."""
+
+import json
+from functools import partial
+
+import torch
+
+from audiophi.data.alignment_text import AlignmentTokenizer
+from modeling_audiophi import AudioPhiAdapterConfig, AudioPhiConfig, AudioPhiForConditionalGeneration, resolve_component
+from modeling_audiophi.generation_audiophi import GENERATION_SETTINGS
+from modeling_audiophi.quantization_audiophi import matrices_for_4bit
+from modeling_audiophi.readouts import READOUTS
+from processing import AudioPhiProcessor
+
+from .recipe import Lora, Recipe, RecipeError, Stage
+
+PARTS = ("encoder", "adapter", "llm")
+
+
+def build_processor(recipe: Recipe) -> AudioPhiProcessor:
+    """The processor alone: enough to read the texts that decide the alignment vocabulary."""
+    if recipe.init_from is not None:
+        return AudioPhiProcessor.from_pretrained(recipe.init_from)
+    components = recipe.components
+    return AudioPhiProcessor.from_components(
+        resolve_component(components.audio, components.audio_revision),
+        resolve_component(components.text, components.text_revision),
+        chat_template=components.chat_template,
+    )
+
+
+def learns_captions(recipe: Recipe) -> bool:
+    """Whether the recipe's readout learns from captions in the loss `align`, so that the alignment must know their
+    words."""
+    name = recipe.readout
+    if name is None:
+        config = None if recipe.init_from is None else AudioPhiConfig.from_pretrained(recipe.init_from)
+        name = "frames" if config is None else config.readout
+    return READOUTS[name].learns_captions
+
+
+def build_align_tokenizer(recipe: Recipe, processor: AudioPhiProcessor) -> AlignmentTokenizer | None:
+    """Tokenises the CTC targets; None for a recipe without an alignment head."""
+    return AlignmentTokenizer(processor.tokenizer, recipe.alignment.merges) if recipe.alignment else None
+
+
+def build_model(
+    recipe: Recipe, processor: AudioPhiProcessor, align_vocab_ids: list[int] | None
+) -> AudioPhiForConditionalGeneration:
+    """An untrained model of the recipe's components, or the checkpoint `init_from`; the processor learns its length
+    rule.
+
+    Raises RecipeError for adapter settings that do not exist, ValueError for components that do not fit.
+    """
+    torch.manual_seed(recipe.seed)
+    if recipe.init_from is not None:
+        model = AudioPhiForConditionalGeneration.from_pretrained(recipe.init_from, dtype=torch.float32)
+        if recipe.readout not in (None, model.config.readout):
+            model.set_readout(recipe.readout)
+        if align_vocab_ids is not None:
+            model.extend_alignment(align_vocab_ids, partial(decode_token, processor.tokenizer))
+    else:
+        components = recipe.components
+        try:
+            check_adapter_keys(recipe.adapter)
+            adapter = AudioPhiAdapterConfig(**recipe.adapter)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"adapter: {error}") from None
+        model = AudioPhiForConditionalGeneration.from_components(
+            audio=components.audio,
+            text=components.text,
+            adapter=adapter,
+            audio_token_id=processor.audio_token_id,
+            readout=recipe.readout or "frames",
+            encoder_layer=recipe.encoder_layer,
+            align_vocab_ids=align_vocab_ids,
+            align_spelling=align_spelling(recipe, processor, align_vocab_ids),
+            audio_revision=components.audio_revision,
+            text_revision=components.text_revision,
+            audio_settings=components.audio_settings,
+        )
+    if recipe.components.quantize_text == "4bit":
+        quantize_text(model)
+    set_generation(model, recipe)
+    processor.match_model(model.config)
+    # The pipeline asks as the model was asked; other usual wordings are known to mean the same.
+    for task, asked in (("transcribe", recipe.instructions), ("caption", recipe.caption_instructions)):
+        processor.instructions[task] = list(dict.fromkeys([*asked, *processor.instructions[task]]))
+    return model
+
+
+def set_generation(model: AudioPhiForConditionalGeneration, recipe: Recipe) -> None:
+    """The recipe's `generation` as defaults of generate(). RecipeError for an unknown key."""
+    settings = model.generation_config
+    unknown = [key for key in recipe.generation if not hasattr(settings, key) and key not in GENERATION_SETTINGS]
+    if unknown:
+        raise RecipeError(f"generation: {', '.join(unknown)} is not a setting of transformers' GenerationConfig")
+    for key, value in recipe.generation.items():
+        setattr(settings, key, value)
+
+
+def check_adapter_keys(adapter: dict) -> None:
+    """ValueError for a key that AudioPhiAdapterConfig does not declare (configs swallow unknown keys)."""
+    known = [key for key in AudioPhiAdapterConfig.__annotations__ if key not in ("model_type", "base_config_key")]
+    for key in adapter:
+        if key not in known:
+            raise ValueError(f"unknown key {key!r}; valid keys: {', '.join(known)}")
+
+
+def align_spelling(recipe: Recipe, processor: AudioPhiProcessor, align_vocab_ids: list[int] | None) -> dict | None:
+    """What `from_components` needs to score spelling; None for a recipe that does not want it."""
+    if align_vocab_ids is None or not recipe.alignment.spelling:
+        return None
+    texts = [decode_token(processor.tokenizer, index) for index in align_vocab_ids]
+    return {"texts": texts, "buckets": recipe.alignment.ngrams, "size": recipe.alignment.spelling}
+
+
+def decode_token(tokenizer, index: int) -> str:
+    """One token's text, with its leading space."""
+    return tokenizer.decode([index], clean_up_tokenization_spaces=False)
+
+
+def full_align_vocab(tokenizer, merges: int | None) -> list[int]:
+    """Every id that the first `merges` merges of a BPE can produce, for streams whose texts are not known beforehand.
+
+    Raises RecipeError for `merges: null`: the head would span the whole vocabulary.
+    """
+    if merges is None:
+        raise RecipeError("alignment.merges: a stream's texts are not known beforehand, so give a number, e.g. 400")
+    bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in bpe["merges"][:merges]]
+    units = {unit for unit in bpe["vocab"] if len(unit) == 1} | {"".join(pair) for pair in pairs}
+    return sorted(bpe["vocab"][unit] for unit in units)
+
+
+def quantize_text(model: AudioPhiForConditionalGeneration) -> None:
+    """NF4 weights in the LLM's linear layers (QLoRA, Dettmers et al. 2023); LoRA is then trained on top of them.
+
+    Raises RecipeError without bitsandbytes, or for an LLM none of whose matrices fits.
+    """
+    try:
+        import bitsandbytes as bnb
+    except ImportError:
+        raise RecipeError(
+            "components.quantize_text: 4bit needs bitsandbytes: pip install bitsandbytes, or set it to none"
+        ) from None
+    language_model = model.model.language_model
+    try:
+        names, _ = matrices_for_4bit(language_model)
+    except ValueError as error:
+        raise RecipeError(f"components.quantize_text: {error}") from None
+    for name in names:
+        module = language_model.get_submodule(name)
+        has_bias = module.bias is not None
+        small = bnb.nn.Linear4bit(
+            module.in_features, module.out_features, has_bias, compute_dtype=torch.bfloat16, quant_type="nf4"
+        )
+        small.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
+        small.bias = module.bias
+        parent, _, child = name.rpartition(".")
+        setattr(language_model.get_submodule(parent), child, small)
+    language_model.is_loaded_in_4bit = True  # peft then picks its 4-bit LoRA layers
+
+
+def part_of(name: str) -> str:
+    """Which part a parameter belongs to: "encoder", "adapter" (with alignment, readout and layer mix) or "llm"."""
+    if ".layer_choice." in name:
+        return "adapter"
+    if name.startswith("model.audio_tower."):
+        return "encoder"
+    return "llm" if name.startswith(("model.language_model.", "lm_head.")) else "adapter"
+
+
+def apply_tuning(model: AudioPhiForConditionalGeneration, stage: Stage) -> None:
+    """Sets `requires_grad` for a stage, adding LoRA layers where it asks for them and there are none yet."""
+    for part, how in (("audio", stage.tune.encoder), ("text", stage.tune.llm)):
+        if how == "lora" and model.config.lora.get(part) is None:
+            model.add_lora(part, lora_arguments(stage.lora))
+        model.tune(part, how)
+    unused = unused_parameters(model, stage)
+    for name, parameter in model.named_parameters():
+        if part_of(name) == "adapter":
+            readout = name.startswith("model.readout.") and stage.tune.readout
+            parameter.requires_grad_((readout or stage.tune.adapter) == "full" and not name.startswith(unused))
+
+
+def unused_parameters(model: AudioPhiForConditionalGeneration, stage: Stage) -> tuple[str, ...]:
+    """Prefixes of adapter parameters that a stage's loss does not reach."""
+    readout = model.model.readout
+    if stage.loss == "align" and not readout.learns_captions:
+        return ("model.readout.",)
+    if stage.loss == "lm" and readout.learns_captions:
+        return ("model.readout.captions.",)
+    if stage.loss == "lm" and model.config.readout == "frames":
+        return ("model.alignment.",)
+    return ()
+
+
+def lora_arguments(lora: Lora) -> dict:
+    return {
+        "r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": lora.target_modules,
+    }

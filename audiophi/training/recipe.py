@@ -1,0 +1,369 @@
+"""Recipes: a short YAML file becomes typed dataclasses; every key can be overridden on the command line.
+
+    load_recipe("recipes/quickstart.yaml", ["--stages.0.steps", "10", "--adapter.type=mlp"])
+
+Every key is declared once, as a field below, with its type and default. A key that is not declared, a value of the
+wrong type and settings that contradict each other are `RecipeError`s which name the key (and the nearest valid one).
+"""
+
+import dataclasses
+import difflib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from .recipe_values import RecipeError, build
+
+POSITIVE_STAGE_KEYS = (
+    *("steps", "epochs", "minutes", "batch_size", "batch_seconds", "grad_accum"),
+    *("eval_steps", "save_steps", "save_minutes", "max_grad_norm", "max_loss_rise"),
+)
+
+
+@dataclass
+class Components:
+    """The two pretrained parts: Hub ids or local folders, with optional Hub revisions."""
+
+    audio: str
+    text: str
+    audio_revision: str | None = None
+    text_revision: str | None = None
+    audio_settings: dict[str, Any] | None = None  # changes to the encoder's config: {frequency_pooling: concat}
+    chat_template: str | None = None  # chatml, llama3, plain, phi, or Jinja; null: by the LLM's chat format
+    quantize_text: Literal["none", "4bit"] = "none"  # "4bit": NF4 weights in the frozen LLM (QLoRA), needs bitsandbytes
+
+
+@dataclass
+class Alignment:
+    """CTC head over the LLM's embedding table. `merges`: how many of the LLM's BPE merges are kept; null: all.
+
+    `spelling`: size of the classes' spelling vectors, of `ngrams` character n-grams; 0: their embeddings only.
+    """
+
+    merges: int | None = None
+    spelling: int = 0
+    ngrams: int = 6144
+
+
+@dataclass
+class Source:
+    """One data set of a mixture. `path`: Hub id, folder, LibriSpeech tree, or a jsonl/csv/parquet manifest.
+
+    `weight`: the source's share of an epoch's draws is its weight over the sum of weights (no weights: every row once).
+    `filter` keeps and `exclude` drops rows by the values of a column, e.g. `{speaker: ["1272"]}`. `limit` keeps the
+    first rows. Rows longer than `max_seconds` are left out (not counted as bad). `task`: transcribe; no_speech for
+    audio in which nobody speaks, whose transcript is empty; caption for sounds (the default of Clotho, AudioCaps,
+    ESC-50, UrbanSound8K, which may be given as `clotho:FOLDER` ...), with captions of the source or by templates from
+    `label_column`. The task decides what the user asks, unless the source has its own `instruction`. `audio_folder`:
+    where the audio of such a set is, if not beside its CSVs. `allow_urls`: fetch what its rows name by URL.
+    """
+
+    path: str
+    split: str | None = None
+    weight: float | None = None
+    audio_column: str | None = None
+    text_column: str | None = None
+    label_column: str | None = None
+    audio_folder: str | None = None
+    task: Literal["transcribe", "caption", "no_speech"] | None = None
+    instruction: str | None = None
+    filter: dict[str, list] | None = None
+    exclude: dict[str, list] | None = None
+    limit: int | None = None
+    max_seconds: float | None = None
+    allow_urls: bool | None = None
+
+
+@dataclass
+class Data:
+    """Training mixture, development set, and what to do with rows that cannot be used."""
+
+    train: list[Source]
+    eval: list[Source] = field(default_factory=list)
+    # Speed perturbation: one factor is drawn per clip and epoch.
+    speeds: list[float] = field(default_factory=lambda: [1.0])
+    max_bad_rows: float = 0.05  # share of rows without text or with unreadable audio above which the run stops
+    streaming: bool = False  # read rows as they come (no feature cache, no length grouping over the whole set)
+
+
+@dataclass
+class Evaluation:
+    """The small development evaluation during training (WER, listening gap)."""
+
+    clips: int = 64
+    batch_size: int = 16
+    max_new_tokens: int = 96
+
+
+@dataclass
+class Tune:
+    """What a stage trains. `adapter` covers the adapter, the alignment head, the readout and a learned layer mix;
+    `readout` says otherwise of the readout alone."""
+
+    encoder: Literal["frozen", "full", "lora"] = "frozen"
+    adapter: Literal["frozen", "full"] = "full"
+    readout: Literal["frozen", "full"] | None = None
+    llm: Literal["frozen", "full", "lora"] = "frozen"
+
+
+@dataclass
+class Lora:
+    """Low-rank updates (Hu et al. 2021) for every part that a stage tunes with "lora"."""
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.05
+    target_modules: str | list[str] = "all-linear"
+
+
+@dataclass
+class SpecAugment:
+    """Masks on encoder outputs: `time_masks` per 100 frames, up to `time_width` long; channels by `feature_prob`."""
+
+    time_masks: float = 1.0
+    time_width: int = 15
+    feature_prob: float = 0.05
+
+
+@dataclass
+class Stage:
+    """One stage of training: a loss, what it tunes, and how long."""
+
+    name: str
+    loss: Literal["align", "lm", "both"]
+    tune: Tune = field(default_factory=Tune)
+    lora: Lora = field(default_factory=Lora)
+    steps: int | None = None  # optimiser steps; or
+    epochs: float | None = None  # passes over the mixture
+    minutes: float | None = None  # at most: fewer steps on a machine that, timed at the start, is too slow for all
+    batch_size: int | None = None  # clips per device and micro-batch; or
+    batch_seconds: float | None = None  # padded seconds of audio per device and micro-batch
+    grad_accum: int = 1
+    learning_rate: float = 1e-3  # adapter, alignment head, readout, layer mix
+    llm_learning_rate: float = 2e-4
+    encoder_learning_rate: float = 1e-5
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    warmup: float = 0.05  # share of the steps, or a number of steps from 1 up
+    weight_decay: float = 0.02
+    beta2: float = 0.98
+    max_grad_norm: float = 1.0
+    align_weight: float = 1.0  # weight of the alignment loss beside the LM loss when loss is "both"
+    noise: float = 0.0  # Gaussian noise on the encoder's output, in standard deviations of each frame
+    spec_augment: SpecAugment | None = None
+    time_stretch: float = 0.0  # tempo drawn from 1 - x to 1 + x per clip and epoch, on cached encoder outputs
+    eval_steps: int | None = None
+    save_steps: int | None = None  # checkpoints to resume from; and
+    save_minutes: float | None = 30.0  # when the last one is this old
+    max_loss_rise: float | None = 10.0  # stops a stage whose loss has risen to this multiple (guards.py)
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # bf16 becomes fp32 where the machine has none
+    gradient_checkpointing: bool = False
+    data: list[Source] | None = None  # replaces data.train for this stage
+
+
+@dataclass
+class Recipe:
+    """A whole training run. `output_dir` gets one folder per stage, `final/`, logs, curves and the list of bad rows."""
+
+    name: str
+    components: Components
+    data: Data
+    stages: list[Stage]
+    init_from: str | None = None  # an AudioPhi checkpoint to start from instead of an untrained adapter
+    adapter: dict[str, Any] = field(default_factory=lambda: {"type": "mlp"})
+    encoder_layer: str | int = "last"
+    readout: Literal["frames", "collapse", "mixed"] | None = None  # null: frames, or what `init_from` has
+    alignment: Alignment | None = None
+    text_case: Literal["lower", "keep"] = "lower"
+    instructions: list[str] = field(default_factory=lambda: ["Transcribe the speech."])
+    caption_instructions: list[str] = field(default_factory=lambda: ["Describe the sound."])
+    cache: bool = True  # keep the frozen encoder's outputs on disk
+    cache_dir: str = "cache"
+    cache_dtype: Literal["float16", "float32"] = "float16"
+    output_dir: str = "outputs/{name}"
+    save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights in final/
+    push_to_hub: str | None = None  # org/name: final/ is uploaded there (made private if it is new), later if need be
+    push_stages: bool = False  # upload each finished stage's model, too
+    generation: dict[str, Any] = field(
+        default_factory=dict
+    )  # defaults of generate(), saved with the model: num_beams, ...
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    seed: int = 0
+    logging_steps: int = 10
+    num_workers: int = 0
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+
+    def __post_init__(self):
+        self.output_dir = self.output_dir.replace("{name}", self.name)
+
+
+def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
+    """Reads a recipe and applies command line overrides (`--a.b value`, `--a.b=value`, list items by index).
+
+    Raises RecipeError for a missing file, unknown keys, wrong types and contradictions.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = difflib.get_close_matches(path.stem, [p.stem for p in path.parent.glob("*.yaml")], n=1)
+        raise RecipeError(
+            f"no recipe at {path}" + (f"; did you mean {path.with_name(near[0] + '.yaml')}?" if near else "")
+        )
+    data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path} is not a recipe: it must be a YAML mapping, got {type(data).__name__}")
+    for dotted, value in parse_overrides(overrides):
+        _apply(data, dotted, value)
+    return recipe_from_dict(data)
+
+
+def recipe_from_dict(data: dict) -> Recipe:
+    """Builds and checks a Recipe from plain data (as YAML gives it)."""
+    recipe = build(Recipe, data, "")
+    _check(recipe)
+    return recipe
+
+
+def recipe_to_dict(recipe: Recipe) -> dict:
+    """The resolved recipe as plain data, every default filled in; recipe_from_dict() reads it back."""
+    return dataclasses.asdict(recipe)
+
+
+def parse_overrides(arguments: list[str]) -> list[tuple[str, Any]]:
+    """["--a.b", "1", "--c=x"] -> [("a.b", 1), ("c", "x")]; values are read as YAML, a flag without one means true."""
+    pairs, rest = [], list(arguments)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--") or flag == "--":
+            raise RecipeError(f"expected --key value, got {flag!r}")
+        key, equals, text = flag[2:].partition("=")
+        if not equals:
+            text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        try:
+            pairs.append((key, yaml.safe_load(text)))
+        except yaml.YAMLError:
+            pairs.append((key, text))
+    return pairs
+
+
+def _apply(data: dict, dotted: str, value: Any) -> None:
+    """Sets data["a"]["b"] for "a.b"; existing lists are indexed by number. Which keys exist is checked by `build`."""
+    keys = dotted.split(".")
+    node: Any = data
+    for depth, key in enumerate(keys):
+        last, where = depth == len(keys) - 1, ".".join(keys[: depth + 1])
+        if isinstance(node, list):
+            if not key.isdigit() or int(key) >= len(node):
+                raise RecipeError(f"--{dotted}: {where} is not an item of a list of {len(node)} (0 to {len(node) - 1})")
+            key = int(key)
+        elif not isinstance(node, dict):
+            raise RecipeError(f"--{dotted}: {'.'.join(keys[:depth])} is a plain value, it has no key {key!r}")
+        if last:
+            node[key] = value
+        elif isinstance(node, dict):
+            if node.get(key) is None:
+                node[key] = {}
+            node = node[key]
+        else:
+            node = node[key]
+
+
+def _check(recipe: Recipe) -> None:
+    """Contradictions that types cannot express."""
+
+    def refuse(condition: bool, message: str) -> None:
+        if condition:
+            raise RecipeError(message)
+
+    refuse(not recipe.stages, "stages: a recipe needs at least one stage")
+    for key in ("instructions", "caption_instructions"):
+        refuse(not getattr(recipe, key), f"{key}: give at least one instruction, it is the user's turn in every prompt")
+    refuse(not 0 <= recipe.data.max_bad_rows <= 1, "data.max_bad_rows is a share between 0 and 1")
+    refuse(not recipe.data.speeds or min(recipe.data.speeds) <= 0, "data.speeds: give one or more factors above 0")
+    refuse(recipe.logging_steps < 1, "logging_steps must be 1 or more")
+    refuse(
+        recipe.push_to_hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.push_to_hub),
+        f"push_to_hub: {recipe.push_to_hub!r} is not a repository's name, org/name",
+    )
+    refuse(recipe.push_stages and not recipe.push_to_hub, "push_stages: name the repository with push_to_hub")
+    refuse(
+        recipe.readout in ("collapse", "mixed") and recipe.alignment is None and recipe.init_from is None,
+        f"readout: {recipe.readout} needs the alignment head; add `alignment: {{merges: null}}`",
+    )
+    refuse(
+        any(source.task == "no_speech" for source in recipe.data.eval),
+        "data.eval: task no_speech is for training only, without words there is no error rate",
+    )
+    # Readout mixed learns from captions, too; which readout a checkpoint has is not known yet.
+    captions = recipe.readout == "mixed" or (recipe.readout is None and recipe.init_from is not None)
+    names = [stage.name for stage in recipe.stages]
+    refuse(len(set(names)) < len(names), f"stages: names must differ, got {', '.join(names)}")
+    for i, stage in enumerate(recipe.stages):
+        at = f"stages.{i}"
+        refuse(not re.fullmatch(r"[A-Za-z0-9][\w.-]*", stage.name), f"{at}.name: {stage.name!r} cannot name a folder")
+        refuse(
+            stage.name in ("final", "logs"), f"{at}.name: {stage.name!r} is taken by the run's own folder of that name"
+        )
+        refuse((stage.steps is None) == (stage.epochs is None), f"{at}: give either steps or epochs")
+        refuse(
+            stage.minutes is not None and recipe.data.streaming,
+            f"{at}.minutes: a stream's steps cannot be timed beforehand; give steps",
+        )
+        refuse(
+            (stage.batch_size is None) == (stage.batch_seconds is None),
+            f"{at}: give either batch_size or batch_seconds",
+        )
+        for key in POSITIVE_STAGE_KEYS:
+            value = getattr(stage, key)
+            refuse(value is not None and value <= 0, f"{at}.{key} must be above 0, got {value}")
+        refuse(
+            {stage.tune.encoder, stage.tune.adapter, stage.tune.llm, stage.tune.readout or "frozen"} == {"frozen"},
+            f"{at}.tune: everything is frozen, there is nothing to train",
+        )
+        refuse(
+            stage.loss != "lm" and recipe.alignment is None and recipe.init_from is None,
+            f"{at}.loss: {stage.loss} needs the alignment head; add `alignment: {{merges: null}}`",
+        )
+        refuse(
+            stage.loss == "align" and stage.tune.llm != "frozen",
+            f"{at}.tune.llm: the align loss does not run the LLM, so it cannot tune it; use frozen, or loss: both",
+        )
+        refuse(
+            stage.loss == "align"
+            and {stage.tune.encoder, stage.tune.adapter, (stage.tune.readout if captions else None) or "frozen"}
+            == {"frozen"},
+            f"{at}.tune: the align loss reaches encoder and adapter only (and readout mixed), and they are frozen",
+        )
+        refuse(
+            stage.tune.llm == "full" and recipe.components.quantize_text != "none",
+            f"{at}.tune.llm: quantised weights cannot be trained in full; use lora",
+        )
+        refuse(
+            not 0 <= stage.time_stretch < 0.5,
+            f"{at}.time_stretch must be 0 or more and below 0.5, got {stage.time_stretch:g}",
+        )
+        refuse(
+            stage.time_stretch > 0
+            and (
+                not recipe.cache
+                or recipe.data.streaming
+                or stage.tune.encoder != "frozen"
+                or recipe.encoder_layer == "mix"
+            ),
+            f"{at}.time_stretch works on cached encoder outputs; use data.speeds where the encoder runs in every step",
+        )
+        refuse(
+            recipe.data.streaming and stage.steps is None, f"{at}: a stream has no known length; give steps, not epochs"
+        )
+        refuse(
+            stage.loss == "align"
+            and not captions
+            and all(source.task == "caption" for source in stage.data or recipe.data.train),
+            f"{at}.loss: align needs transcripts, words in the order in which they are heard; train captions with lm, "
+            "or with readout: mixed",
+        )
+        for source in stage.data or recipe.data.train:
+            refuse(
+                source.weight is not None and source.weight <= 0, f"{at}: the weight of {source.path} must be above 0"
+            )
