@@ -1,13 +1,10 @@
 """AudioPhiProcessor: chat messages with audio → the tensors that AudioPhi takes.
 
 A clip's way through this file: `load_audio` (file → waveform) → `_windows` (cut to what the encoder can take at once) →
-`window_features.py` (features and mask of one window) → `count_tokens` (how many placeholders) → the chat template's
-text with that many placeholders → token ids. The counting rule is data copied from the model's config (`match_model`),
-because files that ship to the Hub cannot import each other across folders; a test compares it with the model's real
-outputs.
+`window_features.py` (features and mask of one window) → `pad_audio` (a batch of windows). In the prompt a clip is one
+placeholder token; the model puts as many embeddings there as its readout keeps, which nobody knows before it heard the
+clip.
 """
-
-import math
 
 import numpy as np
 import torch
@@ -19,7 +16,6 @@ from .audio_io import load_audio
 from .chat_templates import AUDIO_PLACEHOLDER, named_template, training_template
 from .feature_extraction_languagebind_audio import LanguageBindAudioFeatureExtractor  # noqa: F401  (registers itself)
 from .plain_text import forget_marks, mark_conversation
-from .prompts import WORDINGS
 from .window_features import WindowFeatures, window_features, window_lengths
 
 # Special tokens that LLM makers left unused; one of them serves as placeholder where the vocabulary has no free row.
@@ -34,22 +30,6 @@ MASK_NAMES = {
 }
 
 
-def count_tokens(length: int, rule: list[list[int]]) -> int:
-    """Audio tokens that `length` feature frames become: per layer [kernel, stride, padding, multiply],
-    L → ((L + padding - kernel) // stride + 1) · multiply."""
-    for kernel, stride, padding, multiply in rule:
-        length = max(0, (length + padding - kernel) // stride + 1) * multiply
-    return length
-
-
-def shortest_input(rule: list[list[int]]) -> int:
-    """The smallest number of feature frames that makes at least one audio token."""
-    needed = 1
-    for kernel, stride, padding, multiply in reversed(rule):
-        needed = max(1, (math.ceil(needed / multiply) - 1) * stride + kernel - padding)
-    return needed
-
-
 class AudioPhiProcessor(ProcessorMixin):
     """Feature extractor and tokenizer behind one call.
 
@@ -57,13 +37,14 @@ class AudioPhiProcessor(ProcessorMixin):
         feature_extractor: of the audio encoder.
         tokenizer: of the LLM; needs a fast one, and gets its end token as padding token where it has none.
         chat_template: with `{% generation %}` marks; None picks one by the tokenizer's chat format.
-        audio_token: placeholder in the text, expanded to one per audio token.
-        audio_length_rule: [[kernel, stride, padding, multiply], …], feature frames to audio tokens; see `count_tokens`.
+        audio_token: placeholder in the text, one per clip.
         window_frames: feature frames that the encoder takes at once; longer clips are cut into windows of equal length.
             None = no limit.
+        shortest_frames: feature frames that a window has at least, so that it makes a token: shorter ones are padded.
+        tasks: {name: {"instructions": wordings, "in_pieces": bool}}, what the model was trained for: the wordings by
+            which a request is recognised (the first is how one asks), and whether a long clip may be worked on in
+            pieces. The first task is what the pipeline does unasked.
         array_rate: Hz of bare arrays whose rate nobody says, for servers that resample first (vLLM); None refuses them.
-        instructions: {task: wordings}, how the model was asked in training, by default as in prompts.py; the first
-            wording of a task is what the pipeline asks where the user only names the task.
 
     Output of a call: `input_ids` and `attention_mask` (batch, length); `input_features` or `input_values` with their
     mask, one row per *window*, in the order of the prompts; `audio_num_windows` (clips,), how many rows each clip has.
@@ -77,9 +58,9 @@ class AudioPhiProcessor(ProcessorMixin):
         tokenizer,
         chat_template=None,
         audio_token=AUDIO_PLACEHOLDER,
-        audio_length_rule=None,
         window_frames=None,
-        instructions=None,
+        shortest_frames=1,
+        tasks=None,
         array_rate=None,
     ):
         if tokenizer.pad_token is None:
@@ -89,10 +70,12 @@ class AudioPhiProcessor(ProcessorMixin):
         self.audio_token_id = tokenizer.convert_tokens_to_ids(audio_token)
         if self.audio_token_id is None or self.audio_token_id == tokenizer.unk_token_id:
             raise ValueError(f"audio_token {audio_token!r} is not in the vocabulary of {tokenizer.name_or_path}.")
-        self.audio_length_rule = audio_length_rule
         self.window_frames = window_frames
+        self.shortest_frames = shortest_frames
+        self.tasks = {
+            name: {**task, "instructions": list(task["instructions"])} for name, task in (tasks or {}).items()
+        }
         self.array_rate = array_rate
-        self.instructions = {task: list(wordings) for task, wordings in (instructions or WORDINGS).items()}
         chat_template = chat_template or training_template(tokenizer, audio_token)
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
 
@@ -102,7 +85,6 @@ class AudioPhiProcessor(ProcessorMixin):
         audio: str,
         text: str,
         chat_template: str | None = None,
-        audio_length_rule: list[list[int]] | None = None,
         window_frames: int | None = None,
         audio_revision: str | None = None,
         text_revision: str | None = None,
@@ -128,17 +110,16 @@ class AudioPhiProcessor(ProcessorMixin):
             chat_template = training_template(tokenizer, audio_token, config.model_type)
         else:
             chat_template = named_template(chat_template).replace(AUDIO_PLACEHOLDER, audio_token)
-        return cls(feature_extractor, tokenizer, chat_template, audio_token, audio_length_rule, window_frames)
+        return cls(feature_extractor, tokenizer, chat_template, audio_token, window_frames)
 
     def match_model(self, config) -> "AudioPhiProcessor":
-        """Take the token-count rule and the window from a model's config; both must mean the same placeholder."""
+        """Take the limits of a window from a model's config; both must mean the same placeholder."""
         if config.audio_token_id != self.audio_token_id:
             raise ValueError(
                 f"audio_token_id is {config.audio_token_id} in the model, but {self.audio_token_id} in the processor "
                 f"({self.audio_token})."
             )
-        self.audio_length_rule = [list(layer) for layer in config.audio_length_rule]
-        self.window_frames = config.window_frames
+        self.window_frames, self.shortest_frames = config.window_frames, config.shortest_frames
         return self
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
@@ -176,30 +157,17 @@ class AudioPhiProcessor(ProcessorMixin):
         """One clip → its features, ready to be cached or put into a message as {"type": "audio", "encoded": …}.
 
         Returns:
-            {feature_key: (windows, …), its mask: (windows, frames) bool, "num_audio_tokens": int}
+            {feature_key: (windows, …), its mask: (windows, frames) bool}
         """
         waveform = self.load_audio(audio, sampling_rate)
         rows = [self.window_features.extract(window) for window in self._windows(waveform)]
         encoded = pad_rows([(features[None], mask[None]) for features, mask in rows], self.time_axis)
-        return {
-            self.feature_key: encoded[0],
-            MASK_NAMES[self.feature_key]: encoded[1],
-            "num_audio_tokens": sum(count_tokens(int(mask.sum()), self._length_rule()) for _, mask in rows),
-        }
+        return {self.feature_key: encoded[0], MASK_NAMES[self.feature_key]: encoded[1]}
 
-    def num_audio_tokens(self, num_samples: int) -> int:
-        """Audio tokens of a clip with `num_samples` samples at the encoder's rate, without looking at the audio."""
-        return sum(
-            count_tokens(self.window_features.num_frames(length), self._length_rule())
-            for length in self._window_lengths(num_samples)
-        )
-
-    def _length_rule(self) -> list[list[int]]:
-        if self.audio_length_rule is None:
-            raise ValueError(
-                "This processor does not know how many tokens a clip makes: call match_model(model.config) first."
-            )
-        return self.audio_length_rule
+    def frame_counts(self, num_samples: int) -> list[int]:
+        """Feature frames of each window of a clip with `num_samples` samples at the encoder's rate, without looking at
+        the audio; `config.num_audio_tokens` says how many adapter tokens they make."""
+        return [self.window_features.num_frames(length) for length in self._window_lengths(num_samples)]
 
     @property
     def window_features(self) -> WindowFeatures:
@@ -212,9 +180,9 @@ class AudioPhiProcessor(ProcessorMixin):
         return self.window_features.time_axis
 
     def _window_lengths(self, num_samples: int) -> list[int]:
-        """Samples per window, padding included; every window makes at least one token."""
+        """Samples per window, padding included."""
         features = self.window_features
-        shortest = features.shortest_window(shortest_input(self._length_rule()))
+        shortest = features.shortest_window(self.shortest_frames)
         return window_lengths(features, num_samples, self.window_frames, shortest)
 
     def _windows(self, waveform: np.ndarray):
@@ -227,10 +195,12 @@ class AudioPhiProcessor(ProcessorMixin):
 
     def pad_audio(self, clips: list[dict]) -> dict:
         """Batch clips from `encode_audio`, or cached encoder outputs: {"audio_hidden_states": (windows, frames, size),
-        "audio_hidden_mask": (windows, frames)}.
+        "audio_hidden_mask": (windows, frames)}, the mask left out where all frames are real.
 
-        Returns the model's audio inputs, one row per window, and `audio_num_windows` (clips,).
+        Returns the model's audio inputs, one row per window, and `audio_num_windows` (clips,); nothing for no clips.
         """
+        if not clips:
+            return {}
         key = next((key for key in MASK_NAMES if key in clips[0]), None)
         if key is None or any(key not in clip for clip in clips):
             raise ValueError(
@@ -238,7 +208,12 @@ class AudioPhiProcessor(ProcessorMixin):
                 f"{[sorted(clip) for clip in clips]}"
             )
         axis = self.time_axis if key == self.feature_key else 1
-        features, mask = pad_rows([(clip[key], clip[MASK_NAMES[key]]) for clip in clips], axis)
+        rows = [(clip[key], clip.get(MASK_NAMES[key])) for clip in clips]
+        rows = [
+            (features, torch.ones(len(features), features.shape[axis]) if mask is None else mask)
+            for features, mask in rows
+        ]
+        features, mask = pad_rows(rows, axis)
         return {
             key: features,
             MASK_NAMES[key]: mask,
@@ -285,21 +260,7 @@ class AudioPhiProcessor(ProcessorMixin):
 
     def _process_audio(self, audio, **kwargs):
         clips = [clip if is_encoded(clip) else self.encode_audio(clip, self.sampling_rate) for clip in audio]
-        replacements = [self.replace_audio_token(clip, index) for index, clip in enumerate(clips)]
-        return self.pad_audio(clips), replacements
-
-    def prompt_ending(self, instruction: str) -> list[int]:
-        """Token ids after the audio of a prompt that asks `instruction` about a clip, generation prompt included."""
-        content = [{"type": "audio"}, {"type": "text", "text": instruction}]
-        messages = mark_conversation([{"role": "user", "content": content}], self.tokenizer)
-        text = self.tokenizer.apply_chat_template(
-            messages, chat_template=self.chat_template, tokenize=False, add_generation_prompt=True
-        )
-        return self.tokenizer(text.rpartition(self.audio_token)[2], add_special_tokens=False)["input_ids"]
-
-    def replace_audio_token(self, audio_inputs: dict, audio_idx: int, **kwargs) -> str:
-        """The placeholders of one clip."""
-        return self.audio_token * audio_inputs["num_audio_tokens"]
+        return self.pad_audio(clips), [self.audio_token] * len(clips)
 
     def _multimodal_inputs_from_conversations(self, conversations, audio_loading_params, load_audio_from_video=False):
         """Collect the audio items of all messages, flat and in order."""
@@ -329,8 +290,8 @@ class AudioPhiProcessor(ProcessorMixin):
 
 
 def is_encoded(clip) -> bool:
-    """Whether a clip is features already: a dict from `encode_audio`, or cached encoder outputs with a token count."""
-    return isinstance(clip, dict) and "num_audio_tokens" in clip
+    """Whether a clip is features already: a dict from `encode_audio`, or cached encoder outputs."""
+    return isinstance(clip, dict) and any(key in clip for key in MASK_NAMES)
 
 
 def as_clips(audio) -> list:
