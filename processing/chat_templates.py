@@ -1,54 +1,42 @@
-"""Chat templates with `{% generation %}` marks, so that training labels come from `return_assistant_tokens_mask`.
+"""Chat templates for LLMs that bring none, and which template a processor takes.
 
-One template serves training, evaluation and inference. Each writes the same text as the LLM's own template does for the
-same messages, except that no default system message is added (it would cost every clip some twenty positions) and that
-message content may be a list of audio and text items. The end-of-turn token is inside the generation block: a model
-that never sees it in its labels never learns to stop.
+An LLM that was tuned on chats says itself how it wants them written, and is best asked that way. These are for the
+others, and for whoever asks for one by name. They need no `{% generation %}` marks: what the assistant said is found in
+the text (see chat_audiophi.py). Contents are strings here, with a placeholder for each clip.
 """
 
 AUDIO_PLACEHOLDER = "<|audio|>"
 
-# A message's content: a plain string, or a list of audio and text items in the order in which they are heard and read.
-_CONTENT = (
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for item in message['content'] %}"
-    "{% if item['type'] == 'audio' %}{{ '<|audio|>' }}{% elif item['type'] == 'text' %}{{ item['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}"
-)
 
-
-def _template(before: str, end_of_turn: str, after: str, prompt: str, first: str = "") -> str:
+def _template(before: str, after: str, prompt: str, first: str = "") -> str:
     """Assemble a template from Jinja expressions: text before and after each message, and the generation prompt."""
     return (
-        f"{first}{{% for message in messages %}}{before}"
-        f"{{% if message['role'] == 'assistant' %}}{{% generation %}}{_CONTENT}{end_of_turn}{{% endgeneration %}}"
-        f"{{% else %}}{_CONTENT}{end_of_turn}{{% endif %}}{after}{{% endfor %}}"
+        f"{first}{{% for message in messages %}}{before}{{{{ message['content'] }}}}{after}{{% endfor %}}"
         f"{{% if add_generation_prompt %}}{prompt}{{% endif %}}"
     )
 
 
-CHATML = _template(  # SmolLM2, Qwen
+# SmolLM2, Qwen; without a default system message, which would cost every clip some twenty positions.
+CHATML = _template(
     before="{{ '<|im_start|>' + message['role'] + '\\n' }}",
-    end_of_turn="{{ '<|im_end|>' }}",
-    after="{{ '\\n' }}",
+    after="{{ '<|im_end|>\\n' }}",
     prompt="{{ '<|im_start|>assistant\\n' }}",
 )
 
 LLAMA3 = _template(
     first="{{ bos_token }}",
     before="{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}",
-    end_of_turn="{{ '<|eot_id|>' }}",
-    after="",
+    after="{{ '<|eot_id|>' }}",
     prompt="{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}",
 )
 
+_ANSWER = (  # after the colon a space, and one only
+    "{{ '' if message['content'].startswith(' ') else ' ' }}{{ message['content'] }}{{ eos_token }}{{ '\\n' }}"
+)
 PLAIN = (  # base LLMs that have no chat format of their own
     "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}{{ 'Assistant:' }}"
-    "{% generation %}{{ '' if message['content'] is string and message['content'].startswith(' ') else ' ' }}"
-    + _CONTENT
-    + "{{ eos_token }}{% endgeneration %}{{ '\\n' }}"
-    "{% else %}{{ message['role'] | capitalize + ': ' }}" + _CONTENT + "{{ '\\n' }}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ 'Assistant:' }}" + _ANSWER + "{% else %}"
+    "{{ message['role'] | capitalize + ': ' }}{{ message['content'] }}{{ '\\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
 
@@ -56,11 +44,8 @@ PLAIN = (  # base LLMs that have no chat format of their own
 # A turn ends with the end token (<|endoftext|>), which Phi-2 was not trained to write after an answer.
 PHI = (
     "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}{{ 'Output:' }}"
-    "{% generation %}{{ '' if message['content'] is string and message['content'].startswith(' ') else ' ' }}"
-    + _CONTENT
-    + "{{ eos_token }}{% endgeneration %}{{ '\n' }}"
-    "{% else %}{{ 'Instruct: ' if message['role'] == 'user' else '' }}" + _CONTENT + "{{ '\n' }}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ 'Output:' }}" + _ANSWER + "{% else %}"
+    "{{ 'Instruct: ' if message['role'] == 'user' else '' }}{{ message['content'] }}{{ '\\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Output:' }}{% endif %}"
 )
 
@@ -72,44 +57,40 @@ BY_TOKEN = {"<|im_start|>": CHATML, "<|start_header_id|>": LLAMA3}
 BY_MODEL_TYPE = {"phi": PHI}
 
 
-def named_template(template: str) -> str:
+def named_template(template: str, tokenizer) -> str:
     """A name of `TEMPLATES` or a Jinja template → the template. ValueError for a text that is neither."""
     if template in TEMPLATES:
-        return TEMPLATES[template]
+        return _with_first_token(TEMPLATES[template], tokenizer)
     if "{" not in template:
-        raise ValueError(
-            f"chat_template {template!r} is neither a name ({', '.join(TEMPLATES)}) nor a Jinja template "
-            "with {% generation %} around the assistant's words."
-        )
+        raise ValueError(f"chat_template {template!r} is neither a name ({', '.join(TEMPLATES)}) nor a Jinja template.")
     return template
 
 
-def training_template(tokenizer, audio_token: str = AUDIO_PLACEHOLDER, model_type: str | None = None) -> str:
-    """The template with generation marks for a tokenizer's chat format, with `audio_token` as the placeholder.
+def default_template(tokenizer, model_type: str | None = None) -> str:
+    """The LLM's own template; where it has none, one by its `model_type` or by its control tokens, else the plain one.
 
-    `model_type` of the LLM decides where the tokenizer has no chat template and the makers document a format.
-
-    Raises ValueError for a tokenizer with a chat template of a format not known here: training on another format than
-    the LLM was tuned with must be somebody's decision.
+    Raises ValueError for an LLM without a template and without an end token.
     """
     own = tokenizer.chat_template
     if isinstance(own, dict):
         own = own.get("default")
-    if own and "generation %}" in own and AUDIO_PLACEHOLDER in own:
-        return own.replace(AUDIO_PLACEHOLDER, audio_token)
-    if not own and model_type in BY_MODEL_TYPE and tokenizer.eos_token is not None:
-        return BY_MODEL_TYPE[model_type].replace(AUDIO_PLACEHOLDER, audio_token)
+    if own:
+        return own
+    if tokenizer.eos_token is not None and model_type in BY_MODEL_TYPE:
+        return _with_first_token(BY_MODEL_TYPE[model_type], tokenizer)
     vocabulary = tokenizer.get_vocab()
     for token, template in BY_TOKEN.items():
-        if token in vocabulary and (own is None or token in own):
-            return template.replace(AUDIO_PLACEHOLDER, audio_token)
-    if own:
-        raise ValueError(
-            f"{tokenizer.name_or_path}: its chat format is not known here (known by the tokens {', '.join(BY_TOKEN)}). "
-            f"Pass chat_template= with {{% generation %}} around the assistant's words, {AUDIO_PLACEHOLDER} for audio."
-        )
+        if token in vocabulary:
+            return _with_first_token(template, tokenizer)
     if tokenizer.eos_token is None:
         raise ValueError(
             f"{tokenizer.name_or_path}: has no end-of-sequence token, so the model could not learn to stop."
         )
-    return PLAIN.replace(AUDIO_PLACEHOLDER, audio_token)
+    return _with_first_token(PLAIN, tokenizer)
+
+
+def _with_first_token(template: str, tokenizer) -> str:
+    """A template of this file, with the token that the tokenizer puts before any text: rendered chats are tokenised as
+    they are."""
+    begins = tokenizer.bos_token is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return "{{ bos_token }}" + template if begins and "bos_token" not in template else template

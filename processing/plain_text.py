@@ -42,17 +42,16 @@ def forget_marks(tokenizer) -> None:
     backend.normalizer = drop if own is None else normalizers.Sequence([drop, backend.normalizer])
 
 
-def mark_conversation(conversation, tokenizer):
-    """A chat, or a list of chats, with all that people wrote marked; the given one is not changed."""
+def marker(tokenizer):
+    """A function that marks all strings in a text, list or dict of what people wrote; it returns a copy."""
     first = {token.content[0] for token in tokenizer.added_tokens_decoder.values() if is_control(token)}
-    return _marked(conversation, re.compile("|".join(map(re.escape, sorted(first))) or "(?!)"))
+    pattern = re.compile("|".join(map(re.escape, sorted(first))) or "(?!)")
 
+    def mark(value):
+        if isinstance(value, str):
+            return pattern.sub(lambda match: match[0] + MARK, whole_characters(value))
+        if isinstance(value, (list, tuple)):
+            return [mark(part) for part in value]
+        return {key: mark(part) for key, part in value.items()} if isinstance(value, dict) else value
 
-def _marked(value, pattern: re.Pattern):
-    if isinstance(value, str):
-        return pattern.sub(lambda match: match[0] + MARK, whole_characters(value))
-    if isinstance(value, (list, tuple)):
-        return [_marked(part, pattern) for part in value]
-    if isinstance(value, dict) and value.get("type") != "audio":  # a message, or words in its content
-        return {k: _marked(v, pattern) if k in ("role", "content", "text") else v for k, v in value.items()}
-    return value
+    return mark

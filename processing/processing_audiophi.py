@@ -13,9 +13,19 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
 from .audio_io import load_audio
-from .chat_templates import AUDIO_PLACEHOLDER, named_template, training_template
+from .chat_audiophi import (
+    MASK_NAMES,
+    PROCESSOR_OPTIONS,
+    Renderer,
+    is_encoded,
+    read_chat,
+    split_batch,
+    task_code,
+    wording_key,
+)
+from .chat_templates import AUDIO_PLACEHOLDER, TEMPLATES, default_template, named_template
 from .feature_extraction_languagebind_audio import LanguageBindAudioFeatureExtractor  # noqa: F401  (registers itself)
-from .plain_text import forget_marks, mark_conversation
+from .plain_text import forget_marks, marker
 from .window_features import WindowFeatures, window_features, window_lengths
 
 # Special tokens that LLM makers left unused; one of them serves as placeholder where the vocabulary has no free row.
@@ -23,11 +33,6 @@ RESERVED_TOKENS = ("<|reserved_special_token_0|>", "<|extra_0|>", "<unused0>", "
 # Functions (id, revision) → folder. The installed package adds one (`processing/__init__.py`), which also downloads and
 # converts; shipped with a checkpoint, this file is alone.
 COMPONENT_FINDERS = []
-MASK_NAMES = {
-    "input_features": "input_features_mask",
-    "input_values": "input_values_mask",
-    "audio_hidden_states": "audio_hidden_mask",
-}
 
 
 class AudioPhiProcessor(ProcessorMixin):
@@ -36,7 +41,7 @@ class AudioPhiProcessor(ProcessorMixin):
     Args:
         feature_extractor: of the audio encoder.
         tokenizer: of the LLM; needs a fast one, and gets its end token as padding token where it has none.
-        chat_template: with `{% generation %}` marks; None picks one by the tokenizer's chat format.
+        chat_template: Jinja; None takes the LLM's own, or one that fits it (see chat_templates.py).
         audio_token: placeholder in the text, one per clip.
         window_frames: feature frames that the encoder takes at once; longer clips are cut into windows of equal length.
             None = no limit.
@@ -48,6 +53,8 @@ class AudioPhiProcessor(ProcessorMixin):
 
     Output of a call: `input_ids` and `attention_mask` (batch, length); `input_features` or `input_values` with their
     mask, one row per *window*, in the order of the prompts; `audio_num_windows` (clips,), how many rows each clip has.
+    Chats that end with a prompt also get `asked` (batch, 2): the code of the task that the last user turn asks for (see
+    `task_of`; 0: none), and how many clips that turn has.
     """
 
     _auto_class = "AutoProcessor"  # its files are saved with it
@@ -76,8 +83,7 @@ class AudioPhiProcessor(ProcessorMixin):
             name: {**task, "instructions": list(task["instructions"])} for name, task in (tasks or {}).items()
         }
         self.array_rate = array_rate
-        chat_template = chat_template or training_template(tokenizer, audio_token)
-        super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
+        super().__init__(feature_extractor, tokenizer, chat_template=chat_template or default_template(tokenizer))
 
     @classmethod
     def from_components(
@@ -95,7 +101,7 @@ class AudioPhiProcessor(ProcessorMixin):
         the LLM's makers reserved, else "<|audio|>" as a new row (the model must then resize its embeddings:
         `audio_token_id` is not below `vocab_size`). Its embedding is never read, so any one will do.
 
-        `chat_template`: a name (chatml, llama3, plain, phi) or Jinja; None picks one by the LLM's chat format.
+        `chat_template`: a name (chatml, llama3, plain, phi) or Jinja; None takes the LLM's own, or one that fits it.
         """
         audio, text = find_component(audio, audio_revision), find_component(text, text_revision)
         feature_extractor = AutoFeatureExtractor.from_pretrained(audio, revision=audio_revision)
@@ -107,9 +113,9 @@ class AudioPhiProcessor(ProcessorMixin):
         if audio_token not in tokenizer.get_vocab():
             tokenizer.add_special_tokens({"extra_special_tokens": [audio_token]}, replace_extra_special_tokens=False)
         if chat_template is None:
-            chat_template = training_template(tokenizer, audio_token, config.model_type)
+            chat_template = default_template(tokenizer, config.model_type)
         else:
-            chat_template = named_template(chat_template).replace(AUDIO_PLACEHOLDER, audio_token)
+            chat_template = named_template(chat_template, tokenizer)
         return cls(feature_extractor, tokenizer, chat_template, audio_token, window_frames)
 
     def match_model(self, config) -> "AudioPhiProcessor":
@@ -222,10 +228,96 @@ class AudioPhiProcessor(ProcessorMixin):
 
     # ---- text --------------------------------------------------------------------------------------------------------
 
-    def apply_chat_template(self, conversation, *args, **kwargs):
-        """As in transformers, but what messages say stays text, whatever it looks like (see plain_text.py). Prompts
-        given as `text=` in a call are taken at their word."""
-        return super().apply_chat_template(mark_conversation(conversation, self.tokenizer), *args, **kwargs)
+    def apply_chat_template(
+        self,
+        conversation,
+        chat_template: str | None = None,
+        tools: list | None = None,
+        documents: list[dict] | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        tokenize: bool = False,
+        return_tensors: str = "pt",
+        return_dict: bool = False,
+        processor_kwargs: dict | None = None,
+        **variables,
+    ):
+        """A chat or a list of chats → prompts. As in transformers, except that
+
+        - what people wrote stays text, whatever it looks like (see plain_text.py);
+        - content that is not understood is refused, by turn and item (`read_chat`), and so is a chat that the template
+          cannot write; a system message goes into the first user turn if the template has no place for it;
+        - the assistant's words are found with any template (see chat_audiophi.py);
+        - prompts get `asked`.
+
+        Args:
+            conversation: messages {"role", "content"}; a content is a text or a list of items: {"type": "text",
+                "text"}, {"type": "audio", and path, url, bytes, array with sampling_rate, or "encoded" from
+                `encode_audio`}, or OpenAI's input_text, input_audio and audio_url.
+            chat_template: Jinja or one of the names in chat_templates.py, instead of the processor's own.
+            tools, documents, variables: for the template. `enable_thinking` is False unless it is given.
+            add_generation_prompt: end with what makes the assistant answer.
+            continue_final_message: end with the last message's words, left open.
+            return_assistant_tokens_mask: adds `assistant_masks` (batch, length), 1 on what the assistant wrote.
+            tokenize: False returns the text (or texts) with a placeholder for each clip.
+            return_dict: False returns `input_ids` alone.
+            processor_kwargs: for `__call__`: padding, padding_side, truncation, sampling_rate, …
+        """
+        if add_generation_prompt and continue_final_message:
+            raise ValueError("a prompt cannot continue the last message and ask for a new one.")
+        if return_assistant_tokens_mask and (continue_final_message or not (tokenize and return_dict)):
+            raise ValueError(
+                "return_assistant_tokens_mask needs tokenize=True, return_dict=True and no continue_final_message."
+            )
+        options = {**(processor_kwargs or {}), **{k: variables.pop(k) for k in PROCESSOR_OPTIONS & set(variables)}}
+        conversations, is_batched = split_batch(conversation)
+        mark = marker(self.tokenizer)
+        chats = [read_chat(conversation, self.audio_token, mark) for conversation in conversations]
+        variables |= {"tools": mark(tools), "documents": mark(documents)}
+        renderer = Renderer(self.tokenizer, self._resolve_chat_template(chat_template), variables)
+        if add_generation_prompt:
+            texts = [renderer.prompt(chat.messages) for chat in chats]
+        elif continue_final_message:
+            texts = [renderer.begun(chat.messages) for chat in chats]
+        else:
+            texts, spans = zip(*(renderer.whole(chat.messages) for chat in chats), strict=True)
+        if not tokenize:
+            return list(texts) if is_batched else texts[0]
+        if return_tensors not in ("auto", None):
+            options["return_tensors"] = return_tensors
+        if return_assistant_tokens_mask:
+            options["return_offsets_mapping"] = True
+        clips = [clip for chat in chats for clip in chat.clips]
+        inputs = self(text=list(texts), audio=clips or None, **{"add_special_tokens": False, **options})
+        if not return_dict:
+            return inputs["input_ids"]
+        if return_assistant_tokens_mask:
+            inputs["assistant_masks"] = masks_of_spans(inputs.pop("offset_mapping"), spans)
+        elif add_generation_prompt or continue_final_message:
+            tasks = [self._task_of(chat) for chat in chats]
+            inputs["asked"] = torch.tensor(
+                [[task_code(task) if task else 0, chat.num_asked] for task, chat in zip(tasks, chats, strict=True)]
+            )
+        return inputs
+
+    def task_of(self, conversation) -> str | None:
+        """The task that the last user turn asks for, about one or more clips: the one that has its text among its
+        wordings, whatever its case, punctuation and white space, and wherever the audio stands. None where it says
+        anything else."""
+        return self._task_of(read_chat(split_batch(conversation)[0][0], self.audio_token))
+
+    def _task_of(self, chat) -> str | None:
+        key = wording_key(chat.asked or "")
+        if not key or not chat.num_asked:
+            return None
+        named = ((name, wording) for name, task in self.tasks.items() for wording in task["instructions"])
+        return next((name for name, wording in named if wording_key(wording) == key), None)
+
+    def _resolve_chat_template(self, chat_template: str | None) -> str:
+        """As in transformers; the names of chat_templates.py are understood, too."""
+        template = super()._resolve_chat_template(chat_template)
+        return named_template(template, self.tokenizer) if template in TEMPLATES else template
 
     # ---- ProcessorMixin's hooks --------------------------------------------------------------------------------------
 
@@ -249,6 +341,10 @@ class AudioPhiProcessor(ProcessorMixin):
             raise ValueError(
                 f"AudioPhiProcessor returns PyTorch tensors only, not return_tensors={kwargs['return_tensors']!r}."
             )
+        texts = [text] if isinstance(text, str) else text or []
+        first = self.tokenizer.bos_token
+        if first and any(isinstance(prompt, str) and prompt.startswith(first) for prompt in texts):
+            kwargs.setdefault("add_special_tokens", False)  # as transformers: a rendered chat has its own
         if audio is not None:
             audio = [clip if is_encoded(clip) else self.load_audio(clip, sampling_rate) for clip in as_clips(audio)]
         return super().__call__(text=text, audio=audio, **kwargs)
@@ -262,23 +358,6 @@ class AudioPhiProcessor(ProcessorMixin):
         clips = [clip if is_encoded(clip) else self.encode_audio(clip, self.sampling_rate) for clip in audio]
         return self.pad_audio(clips), [self.audio_token] * len(clips)
 
-    def _multimodal_inputs_from_conversations(self, conversations, audio_loading_params, load_audio_from_video=False):
-        """Collect the audio items of all messages, flat and in order."""
-        clips = []
-        for conversation in conversations:
-            for message in conversation:
-                content = message.get("content")
-                if isinstance(content, (list, tuple)):
-                    clips += [audio_of_item(item) for item in content if item.get("type") == "audio"]
-        return [], [], [clip if is_encoded(clip) else (self.load_audio(clip), self.sampling_rate) for clip in clips], {}
-
-    def _adjust_assistant_masks_indices(self, processed_dict, generation_indices):
-        """As the base class, on lists (its loops over tensors are slow), and with a tensor as result."""
-        processed_dict["offset_mapping"] = torch.as_tensor(processed_dict["offset_mapping"]).tolist()
-        processed_dict = super()._adjust_assistant_masks_indices(processed_dict, generation_indices)
-        processed_dict["assistant_masks"] = torch.tensor(processed_dict["assistant_masks"])
-        return processed_dict
-
     @property
     def model_input_names(self) -> list[str]:
         return [
@@ -286,12 +365,8 @@ class AudioPhiProcessor(ProcessorMixin):
             self.feature_key,
             MASK_NAMES[self.feature_key],
             "audio_num_windows",
+            "asked",
         ]
-
-
-def is_encoded(clip) -> bool:
-    """Whether a clip is features already: a dict from `encode_audio`, or cached encoder outputs."""
-    return isinstance(clip, dict) and any(key in clip for key in MASK_NAMES)
 
 
 def as_clips(audio) -> list:
@@ -308,9 +383,17 @@ def as_clips(audio) -> list:
     return list(audio)
 
 
-def audio_of_item(item: dict):
-    """A message item's audio: features from `encode_audio` under "encoded", or the item itself for `load_audio`."""
-    return item["encoded"] if "encoded" in item else {key: value for key, value in item.items() if key != "type"}
+def masks_of_spans(offsets, spans: list[list[tuple[int, int]]]) -> torch.Tensor:
+    """Per row [(first, past the last character), …] → (rows, length): 1 on the tokens that have a part in them.
+
+    `offsets`: (rows, length, 2), where each token lies in its text; (0, 0) for padding.
+    """
+    firsts, lasts = torch.as_tensor(offsets).unbind(-1)
+    masks = torch.zeros_like(firsts)
+    for row, row_spans in enumerate(spans):
+        for first, last in row_spans:
+            masks[row] |= (firsts[row] < last) & (lasts[row] > first)
+    return masks
 
 
 def pad_rows(rows: list[tuple[torch.Tensor, torch.Tensor]], time_axis: int) -> tuple[torch.Tensor, torch.Tensor]:
