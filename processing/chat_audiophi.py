@@ -171,7 +171,7 @@ class Renderer:
         controls = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if is_control(t)), key=len)
         self.controls = controls[::-1]  # of several that fit, the longest
         self.merges_system = None
-        self.leads = {}
+        self.leads, self.ending = {}, ""
 
     def prompt(self, messages: list[dict]) -> str:
         """Text after which the assistant speaks."""
@@ -198,61 +198,49 @@ class Renderer:
         ends_with_answer, speaks[-1] = speaks[-1], speaks[-1] or last_too
         if not any(speaks):
             return self._render(messages), [], 0
-        said = "".join(str(message) for message in messages)
-        start, end = [c for c in NONCHARACTERS if c not in said][:2]
+        contents = [message["content"] for message, sought in zip(messages, speaks, strict=True) if sought]
+        start, end = [mark for mark in NONCHARACTERS if not any(mark in content for content in contents)][:2]
         wrapped = [
-            {**message, "content": wrap(message["content"], start, end)} if speaks_here else message
-            for message, speaks_here in zip(messages, speaks, strict=True)
+            {**message, "content": wrap(message["content"], start, end)} if sought else message
+            for message, sought in zip(messages, speaks, strict=True)
         ]
-        text = self._render(wrapped)
+        text = marked = self._render(wrapped)
+        plain = messages
         if ends_with_answer and len(messages) > 1:
             before, _, answer = text.rpartition(start)
-            before = self._own_beginning(before, messages[-1]["content"])
-            prompt = self.prompt(wrapped[:-1])
-            unchanged = prompt.replace(start, "").replace(end, "") == self.prompt(messages[:-1])
-            text = prompt + before + start + answer
-        else:
-            unchanged = text.replace(start, "").replace(end, "") == self._render(messages)
-        if not unchanged:
+            marked, plain = self.prompt(wrapped[:-1]), messages[:-1]
+            text = marked + self._own_beginning(before, contents[-1]) + start + answer
+        if unwrap(marked, start, end)[0] != self._render(plain, add_generation_prompt=plain is not messages):
             raise self._error("rewrites what the assistant said")
-        parts, spans, length, words = text.split(start), [], 0, []
-        expected = [m["content"].strip() for m, speaks_here in zip(messages, speaks, strict=True) if speaks_here]
-        clean = [parts[0]]
-        for part in parts[1:]:
-            inner, found, after = part.partition(end)
-            words.append(inner if found else None)
-            clean += [inner, after]
-        if words != expected:
+        text, places = unwrap(text, start, end)
+        if [text[first:last] for first, last in places] != [content.strip() for content in contents]:
             raise self._error("leaves out or rewrites what the assistant said")
-        whole = "".join(clean)
-        for index, content in enumerate(m["content"] for m, here in zip(messages, speaks, strict=True) if here):
-            length += len(clean[2 * index])
-            first = length - len(self._own_beginning(whole[:length], content))
-            length += len(clean[2 * index + 1])
-            kept = content[len(content.rstrip()) :]
-            stop = length + (len(kept) if whole.startswith(kept, length) else 0)
-            last = index == len(expected) - 1
-            closed, whole = self._close(whole, stop, last and ends_with_answer)
-            spans.append((first, closed))
-        if last_too and not ends_with_answer:
-            spans.pop()
-        return whole, spans, stop
+        spans = []
+        for content, (first, last) in zip(contents, places, strict=True):
+            first -= len(self._own_beginning(text[:first], content))
+            space = content[len(content.rstrip()) :]
+            last += len(space) if text.startswith(space, last) else 0
+            past, text = self._close(text, last, ends_with_answer and len(spans) == len(contents) - 1)
+            spans.append((first, past))
+        return text, spans if speaks[-1] == ends_with_answer else spans[:-1], last
 
     def _close(self, text: str, position: int, is_last: bool) -> tuple[int, str]:
         """Where a turn ends whose words end at `position`, past its end-of-turn token, and the text, which gets an end
-        token if the template writes none after the last turn."""
+        token if the template writes nothing after the last turn."""
         behind = text[position:]
         spaces = len(behind) - len(behind.lstrip())
         for token in self.controls:
             if behind.startswith(token, spaces):
                 return position + spaces + len(token), text
-        if not is_last:
-            return position, text
-        if not behind.strip():
+        self._lead("")
+        if self.ending and behind.startswith(self.ending):  # no token of this vocabulary
+            return position + len(self.ending), text
+        if is_last:
             if self.tokenizer.eos_token is None:
                 raise self._error("ends the assistant's turn with no token, and the tokenizer has no end token")
-            behind = self.tokenizer.eos_token + behind
-        return position + len(behind.rstrip()), text[:position] + behind
+            text = text[:position] + self.tokenizer.eos_token + behind
+            position += len(self.tokenizer.eos_token)
+        return position, text
 
     def _own_beginning(self, before: str, content: str) -> str:
         """The end of `before`, the text up to an answer's words, that the assistant writes: nothing, or a space, or
@@ -267,7 +255,8 @@ class Renderer:
             start, end = NONCHARACTERS[:2]
             prompt = self._render(asked, add_generation_prompt=True)
             held = self._render([*asked, {"role": "assistant", "content": f"{space}{start}b{end}"}])
-            before = held.partition(start)[0]
+            before, _, behind = held.partition(start)
+            self.ending = behind.partition(end)[2].rstrip()
             lead = before[len(os.path.commonprefix([prompt, before])) :]
             # The prompt may say other things than a chat that is over: those are no part of the answer.
             self.leads[space] = space if lead.strip() and not before.startswith(prompt) else lead
@@ -316,3 +305,16 @@ def wrap(content: str, start: str, end: str) -> str:
     words = content.strip()
     space = content[: len(content) - len(content.lstrip())]
     return space + start + words + end + content[len(space) + len(words) :]
+
+
+def unwrap(text: str, start: str, end: str) -> tuple[str, list[tuple[int, int]]]:
+    """Take the marks out again → (text, where what they were around lies in it)."""
+    first, *parts = text.split(start)
+    whole, places = [first.replace(end, "")], []
+    length = len(whole[0])
+    for part in parts:
+        inner, _, after = part.partition(end)
+        places.append((length, length + len(inner)))
+        whole += [inner, after.replace(end, "")]
+        length += len(inner) + len(whole[-1])
+    return "".join(whole), places
