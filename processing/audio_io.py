@@ -2,8 +2,9 @@
 
     load_audio(source) -> np.ndarray (samples,)
 
-`source` is a path, a http(s) URL, the bytes of a file, an `(array, rate)` pair, an object of `datasets`' Audio feature
-(decoded or not), or a bare array together with `source_rate`. Whatever cannot be heard as the sender meant it is
+`source` is a path, a http(s) or data URL, the bytes of a file, a file opened for reading bytes, an `(array, rate)` pair
+(in this order or the other), an object of `datasets`' Audio feature (decoded or not), or a bare array together with
+`source_rate`. Whatever cannot be heard as the sender meant it is
 refused with an `AudioError` that names the input: an array without its rate (played at the wrong speed it would still
 "work"), no samples, NaN or Inf, a file that is not audio, a file that ends before its header says it should.
 
@@ -11,6 +12,7 @@ A server that hands on what strangers send can switch URLs off: AUDIOPHI_ALLOW_U
 always opened, so it has to send the bytes.
 """
 
+import base64
 import http.client
 import io
 import os
@@ -29,8 +31,9 @@ MAX_CHANNELS = 64
 # What a header may claim before anything is decoded: 24 hours, and 8 GiB as float32 (3 hours at 192 kHz).
 MAX_SECONDS = 24 * 3600
 MAX_VALUES = 2**31
-# The largest full scale of any integer format. Samples far above overflow in a spectrogram, and all of it becomes NaN.
-MAX_AMPLITUDE = 2.0**31
+# Float samples lie in [-1, 1]; decoders and mixes go a little beyond. What is 40 dB beyond are integers of some format
+# as floats, and would be heard as noise.
+MAX_AMPLITUDE = 100.0
 URL_TIMEOUT_S = 60
 URL_MAX_BYTES = 2**31
 URL_SLOWEST = 16_000  # bytes per second
@@ -67,6 +70,15 @@ def read_source(source, source_rate: int | None = None, name: str | None = None)
     if isinstance(source, (str, os.PathLike)):
         path = os.fspath(source)
         return *_read_path(path, name or path), name or path
+    if callable(getattr(source, "read", None)):
+        name = name or str(getattr(source, "name", type(source).__name__))
+        try:
+            data = source.read()
+        except (OSError, ValueError) as error:  # closed
+            raise AudioError(f"{name}: cannot be read ({error}).") from error
+        if not isinstance(data, bytes):
+            raise AudioError(f"{name}: opened as text. Open it for reading bytes.")
+        return *decode_bytes(data, name), name
     if isinstance(source, (bytes, bytearray, memoryview)):
         name = name or f"{len(source)} bytes of audio"
         return *decode_bytes(bytes(source), name), name
@@ -75,8 +87,12 @@ def read_source(source, source_rate: int | None = None, name: str | None = None)
     if hasattr(source, "get_all_samples"):  # torchcodec's decoder, which `datasets` hands out for decoded audio
         samples = source.get_all_samples()
         return samples.data.numpy(), int(samples.sample_rate), name or "decoded audio of a datasets row"
-    if isinstance(source, (tuple, list)) and len(source) == 2 and _is_array(source[0]) and np.ndim(source[1]) == 0:
-        return read_source(source[0], source[1], name)
+    if isinstance(source, (tuple, list)) and len(source) == 2:
+        first, second = source
+        if _is_array(first) and np.ndim(second) == 0:
+            return read_source(first, second, name)
+        if _is_array(second) and np.ndim(first) == 0:  # the order of scipy.io.wavfile and gradio
+            return read_source(second, first, name)
     if _is_array(source) or isinstance(source, (list, tuple)):
         array = source.detach().cpu().numpy() if isinstance(source, torch.Tensor) else np.asarray(source)
         name = name or f"array of shape {array.shape}"
@@ -129,7 +145,7 @@ def to_mono(array: np.ndarray, name: str) -> np.ndarray:
         half = (np.iinfo(array.dtype).max + 1) / 2
         array = (array.astype(np.float64) - half) / half
     elif np.issubdtype(array.dtype, np.integer):
-        array = array.astype(np.float64) / -float(np.iinfo(array.dtype).min)
+        array = array.astype(np.float64) / _full_scale(array, name)
     if array.ndim == 2:
         array = _mix(array, int(np.argmin(array.shape)))
     finite = np.isfinite(array)
@@ -138,6 +154,19 @@ def to_mono(array: np.ndarray, name: str) -> np.ndarray:
     if (peak := max(array.max(), -array.min())) > MAX_AMPLITUDE:
         raise AudioError(f"{name}: samples of up to {peak:.3g} are not audio. Scale them into [-1, 1].")
     return np.ascontiguousarray(array, dtype=np.float32)
+
+
+def _full_scale(array: np.ndarray, name: str) -> float:
+    """What 1.0 is in signed integers: their type's range, or 2¹⁵ for 16-bit samples in a wider type, as lists of JSON
+    become. Those use the low bits; what has wide samples, and is as quiet, has none there."""
+    peak = max(int(array.max()), -int(array.min()))
+    if array.dtype.itemsize > 2 and peak <= 2**15 and (array % 256).any():
+        return 2.0**15
+    if array.dtype.itemsize > 4 and peak > 0:
+        raise AudioError(
+            f"{name}: {array.dtype} samples of up to {peak} do not say what is full scale. Scale them into [-1, 1]."
+        )
+    return -float(np.iinfo(array.dtype).min)
 
 
 def _mix(array: np.ndarray, axis: int) -> np.ndarray:
@@ -186,6 +215,17 @@ def _check_rate(rate, name: str) -> int:
 
 
 def _read_path(path: str, name: str) -> tuple[np.ndarray, int]:
+    if path.startswith("data:"):
+        head, _, data = path.partition(",")
+        name = f"{head[:60]} of {len(data)} characters" if name == path else name
+        try:
+            if not head.endswith(";base64"):
+                raise ValueError("it is not in base64")
+            return decode_bytes(base64.b64decode("".join(data.split()), validate=True), name)
+        except ValueError as error:
+            if isinstance(error, AudioError):
+                raise
+            raise AudioError(f"{name}: not a data URL of audio ({error}).") from error
     if path.startswith(("http://", "https://")):
         return decode_bytes(_download(path, name), name)
     path = path.removeprefix("file://")

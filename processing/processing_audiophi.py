@@ -370,17 +370,17 @@ class AudioPhiProcessor(ProcessorMixin):
 
 
 def as_clips(audio) -> list:
-    """One clip or a list of clips → list of clips. A list of numbers is one clip, and so is an (array, rate) pair."""
-    if (
-        isinstance(audio, tuple)
-        and len(audio) == 2
-        and np.ndim(audio[1]) == 0
-        and not isinstance(audio[1], (str, bytes, dict))
-    ):
+    """One clip or a list of clips → list of clips. A list of numbers is one clip, and so is a pair of an array and its
+    rate."""
+    if isinstance(audio, tuple) and len(audio) == 2 and any(part is None or is_scalar(part) for part in audio):
         return [audio]
     if not isinstance(audio, (list, tuple)) or (len(audio) > 0 and isinstance(audio[0], (int, float))):
         return [audio]
     return list(audio)
+
+
+def is_scalar(value) -> bool:
+    return isinstance(value, (int, float)) or getattr(value, "ndim", None) == 0
 
 
 def masks_of_spans(offsets, spans: list[list[tuple[int, int]]]) -> torch.Tensor:

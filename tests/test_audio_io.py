@@ -1,5 +1,6 @@
 """Every form in which audio can come, and every refusal: load_audio."""
 
+import base64
 import functools
 import http.server
 import io
@@ -65,6 +66,29 @@ def test_every_form_of_input_gives_the_same_waveform(tmp_path, make):
     waveform = load_audio(make(path, data))
     assert waveform.dtype == np.float32 and waveform.shape == (RATE,)
     np.testing.assert_allclose(waveform, tone(), atol=1e-6)
+
+
+def test_open_files_and_pairs_in_scipys_order(tmp_path):
+    path = tmp_path / "clip.wav"
+    path.write_bytes(encode(tone(), subtype="FLOAT"))
+    expected = load_audio(path)
+    with open(path, "rb") as file:
+        np.testing.assert_array_equal(load_audio(file), expected)
+    with pytest.raises(AudioError, match="clip.wav: cannot be read .*closed"):
+        load_audio(file)
+    np.testing.assert_array_equal(load_audio(io.BytesIO(path.read_bytes())), expected)
+    for pair in ((RATE, tone()), [RATE, tone()], (np.int64(RATE), torch.from_numpy(tone()))):
+        np.testing.assert_array_equal(load_audio(pair), tone())
+
+
+def test_data_url():
+    data = encode(tone(), subtype="FLOAT")
+    url = "data:audio/wav;base64," + base64.b64encode(data).decode()
+    np.testing.assert_array_equal(load_audio(url), load_audio(data))
+    np.testing.assert_array_equal(load_audio({"url": url}), load_audio(data))
+    with pytest.raises(AudioError) as caught:
+        load_audio(url[:-2000])
+    assert len(str(caught.value)) < 200
 
 
 def test_http_url(tmp_path):
@@ -141,6 +165,23 @@ def test_signed_integers_are_scaled_by_their_range(dtype, full):
     np.testing.assert_allclose(load_audio((samples, RATE)), [0.0, 0.5, -1.0], atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["list", "int64", "int32", "torch"])
+def test_16_bit_samples_in_a_wider_type_are_scaled_as_such(kind):
+    samples = (tone() * 2**15).astype(np.int16)
+    expected = load_audio((samples, RATE))
+    assert 0.2 < np.abs(expected).max() <= 1
+    wide = {"list": samples.tolist(), "torch": torch.tensor(samples.tolist())}.get(kind)
+    wide = samples.astype(kind) if wide is None else wide
+    np.testing.assert_array_equal(load_audio({"array": wide, "sampling_rate": RATE}), expected)
+
+
+def test_quiet_samples_of_32_bits_stay_quiet():
+    """Dither of a 24-bit converter, as libsndfile reads it: the low byte is empty."""
+    dither = np.random.default_rng(0).integers(-3, 4, size=RATE).astype(np.int32) * 256
+    assert np.abs(load_audio((dither, RATE))).max() < 1e-6
+    assert not load_audio((np.zeros(5, dtype=np.int64), RATE)).any()
+
+
 def test_unsigned_integers_are_centred():
     np.testing.assert_allclose(load_audio((np.array([128, 192, 0], dtype=np.uint8), RATE)), [0.0, 0.5, -1.0])
 
@@ -161,6 +202,13 @@ def test_unsigned_integers_are_centred():
         ((np.zeros((100, 100)), RATE), r"shape \(100, 100\)"),
         ((np.zeros(4, dtype=complex), RATE), "complex128 are not audio"),
         ((np.array(["a"]), RATE), "are not audio"),
+        ((tone() * np.float32(24_000), RATE), r"samples of up to .*e\+0\d are not audio. Scale them into \[-1, 1\]"),
+        ((np.array([2**20, 3]), RATE), "int64 samples of up to 1048576 do not say what is full scale"),
+        ((np.zeros(5), None), "no sampling rate given"),
+        ((0, tone()), "0 is not a sampling rate"),
+        (io.StringIO("text"), "StringIO: opened as text"),
+        ("data:audio/wav;base64," + "!" * 10_000, r"data:audio/wav;base64 of 10000 characters: not a data URL"),
+        ("data:audio/wav,RIFF", "not in base64"),
         (b"", "empty file"),
         (b"this is text and no audio file", "30 bytes of audio: not"),
         ({"type": "audio"}, "none of path, url, bytes, array or audio"),
