@@ -11,6 +11,10 @@ from torch import nn
 from .ctc_loss_audiophi import ctc_negative_log_likelihood
 from .spelling_audiophi import Spelling
 
+# In the first column of a clip's labels: it has no transcript that the head could learn from (nothing but -100: nobody
+# speaks, and all frames are blank).
+NO_TARGET = -101
+
 
 class AlignmentHead(nn.Module):
     """Scores audio tokens against `vocab_size` of the LLM's input embeddings and a blank (class 0).
@@ -61,16 +65,18 @@ class AlignmentHead(nn.Module):
 
         `logits` (B, T, V' + 1), `lengths` (B,) frames, `token_ids` (B, S) LLM ids, -100 padded. Returns the mean over
         clips (the sum divided by `num_items` when given, for gradient accumulation) and the number of clips whose
-        target does not fit
-        into their frames: those cost nothing and teach nothing.
+        target does not fit into their frames: those cost nothing and teach nothing. Clips that begin with NO_TARGET
+        are left out of both.
         """
         classes, target_lengths = self.targets(token_ids)
         repeats = ((classes[:, 1:] == classes[:, :-1]) & (classes[:, 1:] > 0)).sum(1)
-        impossible = lengths < target_lengths + repeats
+        learned = ~(token_ids[:, :1] == NO_TARGET).any(1)
+        impossible = learned & (lengths < target_lengths + repeats)
         losses = ctc_negative_log_likelihood(logits, classes, lengths, target_lengths)
-        # Without words (a sound to be captioned) every frame is a target: blank.
-        losses = losses.masked_fill(impossible, 0) / target_lengths.where(target_lengths > 0, lengths).clamp(min=1)
-        count = (~impossible).sum().clamp(min=1) if num_items is None else num_items
+        # Without words (nobody speaks) every frame is a target: blank.
+        items = target_lengths.where(target_lengths > 0, lengths).clamp(min=1)
+        losses = losses.masked_fill(impossible | ~learned, 0) / items
+        count = (learned & ~impossible).sum().clamp(min=1) if num_items is None else num_items
         return losses.sum() / count, impossible.sum()
 
     def greedy(self, logits, mask):

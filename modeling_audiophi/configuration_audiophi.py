@@ -5,7 +5,7 @@ from transformers.configuration_utils import SubConfigSpec
 
 from .adapters import adapter_class
 from .encoders import encoder_class
-from .lengths_audiophi import output_length
+from .lengths_audiophi import output_length, shortest_input
 from .readouts import READOUTS
 
 # What a repository's config.json tells transformers to load with trust_remote_code=True. The files come along because
@@ -59,14 +59,12 @@ class AudioPhiConfig(PreTrainedConfig):
     Args:
         audio_config, text_config: configs of the encoder and the language model (dict or config).
         adapter_config: `AudioPhiAdapterConfig` or dict.
-        audio_token_id: id of the placeholder that stands for one audio token in the prompt.
+        audio_token_id: id of the placeholder that stands for a clip in the prompt.
         encoder_layer: "last", an index into the encoder's hidden states, or "mix" (learned softmax mix).
         readout: "frames" (every adapter token goes to the LLM), "collapse" (blanks dropped, repeats merged) or "mixed"
             (collapsed words, and a token per second without words).
         align_vocab_size: tokens of the alignment head, the blank not counted; 0 means no head.
         align_spelling: sizes of the head's `Spelling` (entries, buckets, size); None: it knows embeddings only.
-        transcribe_endings: token ids after the audio, to the end, of prompts that ask for a transcript. Only those are
-            decoded with the alignment (`ctc_weight`); None: all are, the model knows no other task.
         window_frames: longest encoder window in feature frames; None takes the encoder's own limit (30 s).
         base_components: {"audio": {"id", "revision"}, "text": {...}}: where frozen weights come from.
         tuned: {"audio": ..., "text": ...}: "frozen", "lora" or "full"; what a slim checkpoint has to keep.
@@ -99,7 +97,6 @@ class AudioPhiConfig(PreTrainedConfig):
     readout: str = "frames"
     align_vocab_size: int = 0
     align_spelling: dict | None = None
-    transcribe_endings: list | None = None
     window_frames: int | None = None
     audio_length_rule: list | None = None
     base_components: dict | None = None
@@ -145,6 +142,15 @@ class AudioPhiConfig(PreTrainedConfig):
         """As in transformers; names the classes that load the repository anew, whatever it was loaded from."""
         self.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @property
+    def shortest_frames(self):
+        """Feature frames that a window needs to make a token."""
+        return shortest_input(self.audio_length_rule)
+
+    def num_audio_tokens(self, frame_counts):
+        """Adapter tokens of a clip whose windows have so many feature frames (ints)."""
+        return sum(output_length(frames, self.audio_length_rule) for frames in frame_counts)
 
     @property
     def audio_tokens_per_second(self):

@@ -132,13 +132,30 @@ def recurrence(into, stay):
     return (total + torch.logcumsumexp(into.double() - (total - stay), 1)).to(into.dtype)
 
 
-def alignment_per_prompt(align_logits, tokens_mask, input_ids, audio_token_id):
-    """Alignment of all the audio of each prompt: clips are given per clip, but a prompt may have several or none.
+def last_clips(input_ids, audio_token_id, asked=None):
+    """Which clips the last user turn of each prompt is about: a range of clip numbers per row.
 
-    `align_logits` (C, T, V' + 1), `tokens_mask` (C, T), `input_ids` (B, L) with a placeholder per audio token. Returns
-    log_probs (B, T', V' + 1) and lengths (B,).
+    `input_ids` (B, L) with a placeholder per clip, `asked` (B, 2) as `generate` takes it; None: the last clip.
     """
-    lengths = (input_ids == audio_token_id).sum(1)
-    frames = align_logits[tokens_mask].float().log_softmax(-1)
-    rows = frames.split(lengths.tolist())
+    counts = (input_ids == audio_token_id).sum(1).tolist()
+    wanted = [1] * len(counts) if asked is None else asked[:, 1].tolist()
+    clips, end = [], 0
+    for count, size in zip(counts, wanted, strict=True):
+        end += count
+        clips.append(range(end - min(count, size), end))
+    return clips
+
+
+def alignment_per_prompt(align_logits, tokens_mask, clips, temperature=1.0):
+    """Alignment of what each prompt is about, clip after clip.
+
+    `align_logits` (C, T, V' + 1), `tokens_mask` (C, T), `clips` per prompt the numbers of its clips, in order. Returns
+    log_probs (B, T', V' + 1) float32 and lengths (B,).
+    """
+    rows = []
+    for numbers in clips:
+        numbers = torch.tensor(list(numbers), dtype=torch.long, device=align_logits.device)
+        frames = align_logits[numbers][tokens_mask[numbers]]
+        rows.append((frames.float() / temperature).log_softmax(-1))
+    lengths = torch.tensor([len(row) for row in rows], device=align_logits.device)
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths

@@ -74,7 +74,7 @@ class DraftedPrior(LanguageModelPrior):
 
     def __init__(self, draft, *args):
         super().__init__(*args)
-        self.draft, self.cache = draft, DynamicCache()
+        self.draft, self.cache = draft, DynamicCache(config=self.config)
         self.read, self.found = [], {}  # tokens in the cache; logits by what has been written
 
     def _logits(self, written):
@@ -94,7 +94,7 @@ class DraftedPrior(LanguageModelPrior):
 def may_draft(model, generation_config, kwargs, batch_size):
     """Whether `generate` with these settings writes the same words with a draft as without: one sequence, greedily,
     with a cache that forgets rejected words, and nothing beside the LLM's scores that depends on earlier calls."""
-    config = copy.deepcopy(generation_config)
+    config = copy.deepcopy(model.generation_config if generation_config is None else generation_config)
     config.update(**{name: value for name, value in kwargs.items() if value is not None})
     cache = kwargs.get(CACHE_NAME)
     return (

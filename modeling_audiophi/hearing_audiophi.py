@@ -4,8 +4,9 @@ import torch
 from torch import nn
 from transformers.utils import can_return_tuple
 
+from .adapters import adapter_class
 from .encoder_recorder import run_recorded
-from .lengths_audiophi import join_windows
+from .lengths_audiophi import join_windows, output_length, sum_windows
 from .outputs_audiophi import AudioPhiAudioOutput
 
 # Windows that go through the encoder at a time, in units of the longest window (30 s): bounds the memory of an hour
@@ -32,11 +33,27 @@ class HearingMixin:
         masks = [nn.functional.pad(part, (0, size - part.shape[1])) for _, part in parts]
         return torch.cat(hidden), torch.cat(masks)
 
-    def _as_mask(self, features, mask):
+    def _as_mask(self, features, mask, time_axis=None):
         """`mask` (W, T), a list of W rows, or None for all real -> (W, T) bool."""
         if mask is None:
-            return features.new_ones(len(features), features.shape[self.audio_tower.time_axis]).bool()
+            time_axis = self.audio_tower.time_axis if time_axis is None else time_axis
+            return features.new_ones(len(features), features.shape[time_axis]).bool()
         return (mask if isinstance(mask, torch.Tensor) else torch.stack(list(mask))).bool()
+
+    def adapter_lengths(self, audio_inputs):
+        """Adapter tokens of each clip (C,), by the masks of what `get_audio_features` takes: no encoder is run."""
+        hidden = audio_inputs.get("audio_hidden_states")
+        if hidden is not None:
+            features, mask, axis = hidden, audio_inputs.get("audio_hidden_mask"), 1
+            rule = adapter_class(self.config.adapter_config).length_rule(self.config.adapter_config)
+        else:
+            key, axis = self.audio_tower.feature_key, self.audio_tower.time_axis
+            features, mask, rule = audio_inputs.get(key), audio_inputs.get(f"{key}_mask"), self.config.audio_length_rule
+        if features is None:
+            raise ValueError(f"the {self.config.audio_config.model_type} encoder takes {key!r}, which is missing")
+        lengths = output_length(self._as_mask(features, mask, axis).sum(1), rule)
+        windows = audio_inputs.get("audio_num_windows")
+        return sum_windows(lengths, torch.ones_like(lengths) if windows is None else windows.to(lengths.device))
 
     @can_return_tuple
     def get_audio_features(
@@ -72,7 +89,7 @@ class HearingMixin:
             if output_hidden_states or output_attentions:
                 raise ValueError("cached encoder states have no inner ones: give the audio itself")
             hidden, mask = audio_hidden_states, audio_hidden_mask
-            mask = hidden.new_ones(hidden.shape[:2]).bool() if mask is None else mask.bool()
+            mask = self._as_mask(hidden, mask, 1)
         else:
             key = self.audio_tower.feature_key
             if features is None:
@@ -94,7 +111,7 @@ class HearingMixin:
         adapter_dtype = next(self.multi_modal_projector.parameters(), hidden).dtype
         tokens, tokens_mask = self.multi_modal_projector(hidden.to(adapter_dtype), mask)
         tokens, tokens_mask = join_windows(tokens, tokens_mask, audio_num_windows)
-        logits, embeds, keep = None, None, None
+        logits, embeds, keep, counts = None, None, None, None
         embedding_weight = self.get_input_embeddings().weight
         if with_alignment or (self.readout.needs_alignment and with_readout):
             if self.alignment is None:
@@ -103,12 +120,14 @@ class HearingMixin:
         if with_readout:
             encoded = join_windows(hidden, mask, audio_num_windows) if self.readout.needs_encoder else None
             embeds, keep = self.readout(tokens, tokens_mask, self.alignment, logits, embedding_weight, encoded)
+            keep = tokens_mask if keep is None else keep
+            counts = keep.sum(1)
         return AudioPhiAudioOutput(
             last_hidden_state=hidden,
-            pooler_output=None if embeds is None else embeds[tokens_mask],
+            pooler_output=None if embeds is None else embeds[keep],
             hidden_states=states if watched[0] else None,
             attentions=attentions if watched[1] else None,
-            audio_keep=None if keep is None else keep[tokens_mask],
+            counts=counts,
             embeds=embeds,
             keep=keep,
             tokens=tokens,

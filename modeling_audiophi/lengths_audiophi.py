@@ -2,9 +2,10 @@
 
 A *length rule* is a list of steps `[kernel, stride, padding, multiply]` with `padding` the total of both sides; each
 step maps a length L to `max(0, (L + padding - kernel) // stride + 1) * multiply`. Every encoder and adapter states
-its rule, the model config stores their concatenation (feature frames -> audio tokens) and the processor copies it, so
-that both sides agree.
+its rule; the model config stores their concatenation (feature frames -> audio tokens).
 """
+
+import math
 
 import torch
 
@@ -21,8 +22,8 @@ def output_length(length, rule):
 def shortest_input(rule):
     """Smallest input length for which `rule` gives at least one output."""
     length = 1
-    for kernel, stride, padding, _ in reversed(rule):
-        length = max(1, (length - 1) * stride + kernel - padding)
+    for kernel, stride, padding, multiply in reversed(rule):
+        length = max(1, (math.ceil(length / multiply) - 1) * stride + kernel - padding)
     return length
 
 
@@ -30,6 +31,20 @@ def length_mask(lengths, size=None):
     """(B,) lengths -> (B, size) bool, True on the first `lengths[b]` positions; `size` defaults to the longest."""
     size = int(lengths.max()) if size is None else size
     return torch.arange(size, device=lengths.device)[None, :] < lengths[:, None]
+
+
+def sum_windows(lengths, num_windows):
+    """`lengths` (W,) of windows, `num_windows` (C,) how many each clip has -> (C,) lengths of clips.
+
+    Raises ValueError when the counts do not add up to W.
+    """
+    if int(num_windows.sum()) != len(lengths):
+        raise ValueError(
+            f"audio_num_windows adds up to {int(num_windows.sum())} windows, but the audio input has {len(lengths)} "
+            "rows"
+        )
+    clip_of_window = torch.repeat_interleave(torch.arange(len(num_windows), device=lengths.device), num_windows)
+    return torch.zeros_like(num_windows).index_add(0, clip_of_window, lengths.to(num_windows.dtype))
 
 
 def join_windows(tokens, mask, num_windows=None):
@@ -41,13 +56,7 @@ def join_windows(tokens, mask, num_windows=None):
     """
     if num_windows is None:
         num_windows = torch.ones(len(tokens), dtype=torch.long, device=tokens.device)
-    num_windows = num_windows.to(tokens.device)
-    if int(num_windows.sum()) != len(tokens):
-        raise ValueError(
-            f"audio_num_windows adds up to {int(num_windows.sum())} windows, but the audio input has {len(tokens)} rows"
-        )
-    clip_of_window = torch.repeat_interleave(torch.arange(len(num_windows), device=tokens.device), num_windows)
-    lengths = torch.zeros_like(num_windows).index_add(0, clip_of_window, mask.sum(1))
+    lengths = sum_windows(mask.sum(1), num_windows.to(tokens.device))
     clip_mask = length_mask(lengths, max(1, int(lengths.max()) if len(lengths) else 1))
     joined = tokens.new_zeros(*clip_mask.shape, tokens.shape[-1])
     joined[clip_mask] = tokens[mask]

@@ -14,6 +14,7 @@ class LanguageModelPrior(LogitsProcessor):
 
     Args:
         predict: (token ids (N, L), cache) -> logits (N, L, V) of the token after each, without audio.
+        config: of the LLM, which says what its cache holds.
         vocab_ids: (V',) LLM token ids that are scored; the probabilities are normalised over them, so that ending the
             transcript, which only hearing can tell, is neither favoured nor disfavoured by the prior's other words.
         with_audio: (B,) bool, the prompts that have audio; the others are left as they are.
@@ -22,8 +23,9 @@ class LanguageModelPrior(LogitsProcessor):
         weight: of the prior.
     """
 
-    def __init__(self, predict, vocab_ids, with_audio, start_id, prompt_length, weight):
-        self.predict, self.vocab_ids, self.start_id = predict, vocab_ids, start_id
+    def __init__(self, predict, config, vocab_ids, with_audio, start_id, prompt_length, weight):
+        self.predict, self.config = predict, config
+        self.vocab_ids, self.start_id = vocab_ids, start_id
         self.with_audio = with_audio
         self.prompt_length, self.weight = prompt_length, weight
         self.cache, self.rows = None, {}
@@ -39,7 +41,7 @@ class LanguageModelPrior(LogitsProcessor):
     def _logits(self, written):
         """`written` (N, L), one token more than at the last call -> logits (N, V) of the next one."""
         if not written.shape[1]:
-            self.cache = DynamicCache()
+            self.cache = DynamicCache(config=self.config)
             tokens = torch.full((len(written), 1), self.start_id, device=written.device)
         else:
             # Rows of one prompt were reordered since the last step. Two prompts may have written the same, and then

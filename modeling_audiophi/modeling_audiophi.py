@@ -2,8 +2,7 @@
 
     waveform -> features -> audio_tower -> multi_modal_projector -> readout -> language_model -> words
 
-Follows transformers' own audio language models: the processor expands the placeholder, the model checks the count and
-fills in the audio with `masked_scatter`.
+The processor writes one placeholder per clip; the model puts as many embeddings there as the readout keeps.
 """
 
 import torch
@@ -23,14 +22,8 @@ from .hearing_audiophi import HearingMixin
 from .kv_cache_audiophi import CACHE_NAME
 from .lora_audiophi import inject_lora
 from .outputs_audiophi import AudioPhiModelOutput, AudioPhiOutput
-from .placeholders_audiophi import (
-    check_context,
-    check_placeholders,
-    drop_unused_placeholders,
-    find_placeholders,
-    padding_side_of,
-)
-from .readout_mixed import CaptionWords
+from .placeholders_audiophi import check_context, check_placeholders, expand_placeholders, padding_side_of
+from .readout_mixed import SoundWords
 from .readouts import build_readout
 from .spelling_audiophi import Spelling
 from .tuning_audiophi import TuningMixin
@@ -61,7 +54,7 @@ class AudioPhiPreTrainedModel(PreTrainedModel):
             init.zeros_(module.ngrams)
             init.zeros_(module.starts)
             init.normal_(module.table, mean=0.0, std=module.table.shape[1] ** -0.5)
-        elif isinstance(module, CaptionWords):
+        elif isinstance(module, SoundWords):
             init.zeros_(module.common)
             init.ones_(module.scale)
         elif hasattr(module, "layer_weights"):
@@ -127,66 +120,59 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
         cache=None,
         inputs_embeds=None,
         audio_embeds=None,
-        audio_keep=None,
+        asked=None,
         with_alignment=False,
         use_cache=None,
         **kwargs,
     ):
-        """Language model over text and audio. `audio_embeds` (N, D) and `audio_keep` (N,) replace the audio inputs,
-        `inputs_embeds` (B, L, D) the embeddings of `input_ids`; where there are no ids, placeholders are the positions
-        with the placeholder's own embedding. `cache`, also by its older name `past_key_values`: earlier positions.
+        """Language model over text and audio: `input_ids` (B, L) with a placeholder for each clip of the audio inputs,
+        or, already expanded, with one for each row of `audio_embeds` (N, D). `inputs_embeds` (B, L, D) are taken as
+        they are. `cache`, also by its older name `past_key_values`: earlier positions. `asked`, from the processor, is
+        for `generate` only. Attentions are those of the expanded prompt.
 
-        Raises ValueError when placeholders and audio tokens differ in number, or the prompt exceeds the context.
+        Raises ValueError when placeholders and audio differ in number, or the prompt exceeds the context.
         """
-        audio = None
+        cache = past_key_values if cache is None else cache
+        past_length = cache.get_seq_length() if cache is not None else 0
+        audio_inputs = {
+            "input_features": input_features,
+            "input_features_mask": input_features_mask,
+            "input_values": input_values,
+            "input_values_mask": input_values_mask,
+            "audio_hidden_states": audio_hidden_states,
+            "audio_hidden_mask": audio_hidden_mask,
+            "audio_num_windows": audio_num_windows,
+        }
         has_audio = any(value is not None for value in (input_features, input_values, audio_hidden_states))
-        if input_ids is None and (has_audio or audio_embeds is not None):
-            if inputs_embeds is None:
-                raise ValueError("audio inputs need input_ids with the audio placeholders")
-            input_ids = find_placeholders(inputs_embeds, self.get_input_embeddings(), self.config.audio_token_id)
+        if has_audio or audio_embeds is not None:
+            if inputs_embeds is not None:
+                raise ValueError(
+                    "give audio or inputs_embeds, not both: leave out inputs_embeds, or put the audio's embeddings "
+                    "(get_audio_features(...).pooler_output) into them"
+                )
+            if input_ids is None:
+                raise ValueError("audio inputs need input_ids with the audio placeholders; the processor makes them")
+        audio, prompt = None, None
         if has_audio:
-            if self.config.readout == "frames":
-                check_context(input_ids, self.config)
+            if position_ids is not None:
+                raise ValueError("position_ids are those of the expanded prompt: leave them out where audio is given")
+            if self.config.readout == "frames":  # what is too long is known before the expensive work
+                self.expand_prompt(input_ids, attention_mask, self.adapter_lengths(audio_inputs), past_length)
             audio = self.get_audio_features(
-                input_features=input_features,
-                input_features_mask=input_features_mask,
-                input_values=input_values,
-                input_values_mask=input_values_mask,
-                audio_hidden_states=audio_hidden_states,
-                audio_hidden_mask=audio_hidden_mask,
-                audio_num_windows=audio_num_windows,
+                **audio_inputs,
                 with_alignment=with_alignment,
                 output_hidden_states=False,  # those that forward returns are the language model's
                 output_attentions=False,
                 return_dict=True,
             )
-            audio_embeds, audio_keep = audio.pooler_output, audio.audio_keep
-        latest = None
-        cache = past_key_values if cache is None else cache
-        past_length = cache.get_seq_length() if cache is not None else 0
-        if input_ids is not None and (audio_embeds is not None or not past_length):
-            check_placeholders(input_ids, audio_embeds, self.config)
-        if audio_keep is not None:
-            side = padding_side_of(attention_mask)
-            compact = drop_unused_placeholders(
-                input_ids, attention_mask, self.config.audio_token_id, audio_keep.to(input_ids.device), side
-            )
-            input_ids, attention_mask, latest = compact.input_ids, compact.attention_mask, compact.latest
-            audio_embeds, position_ids = audio_embeds[audio_keep], None
-            check_context(input_ids, self.config)
-            if inputs_embeds is not None:
-                inputs_embeds = inputs_embeds.gather(
-                    1, compact.source[..., None].expand(-1, -1, inputs_embeds.shape[2])
-                )
+            audio_embeds = audio.pooler_output
+            prompt = self.expand_prompt(input_ids, attention_mask, audio.counts, past_length)
+            input_ids, attention_mask = prompt.input_ids, prompt.attention_mask
         if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        if audio_embeds is not None:
-            placeholders = (input_ids == self.config.audio_token_id).unsqueeze(-1).to(inputs_embeds.device)
-            inputs_embeds = inputs_embeds.masked_scatter(
-                placeholders.expand_as(inputs_embeds), audio_embeds.to(inputs_embeds.device, inputs_embeds.dtype)
-            )
-        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2 and not past_length:
-            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+            inputs_embeds = self.fill_in(input_ids, audio_embeds, past_length)
+        length = inputs_embeds.shape[1]
+        if position_ids is None and attention_mask is not None and attention_mask.shape[1:] == (past_length + length,):
+            position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past_length:]
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -197,9 +183,9 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
             **kwargs,
         )
         hidden, states = outputs.last_hidden_state, outputs.hidden_states
-        if latest is not None:
-            hidden = restore_length(hidden, latest)
-            states = states and tuple(restore_length(state, latest) for state in states)
+        if prompt is not None:
+            hidden = prompt.gather(hidden)
+            states = states and tuple(prompt.gather(state) for state in states)
         return AudioPhiModelOutput(
             last_hidden_state=hidden,
             hidden_states=states,
@@ -208,10 +194,46 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
             **{CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None},
         )
 
+    def expand_prompt(self, input_ids, attention_mask, counts, past_length=0, padding_side=None):
+        """The `ExpandedPrompt` of (B, L) ids and a mask that also covers `past_length` earlier positions, padded as
+        the mask says by default. ValueError for clips without a placeholder, placeholders without a clip, and more than
+        the context holds."""
+        past = None
+        if attention_mask is not None:
+            expected = (len(input_ids), past_length + input_ids.shape[1])
+            if attention_mask.shape != expected:
+                raise ValueError(f"a prompt with audio needs an attention mask of shape {expected}")
+            past, attention_mask = attention_mask[:, :past_length], attention_mask[:, past_length:]
+        side = padding_side or padding_side_of(attention_mask)
+        prompt = expand_placeholders(input_ids, attention_mask, counts, self.config.audio_token_id, side)
+        check_context(prompt, self.config)
+        if past is not None:
+            prompt.attention_mask = torch.cat([past, prompt.attention_mask], 1)
+        return prompt
 
-def restore_length(hidden, latest):
-    """(B, L', D) -> (B, L, D): a removed placeholder gets the state of the last position before it."""
-    return hidden.gather(1, latest[..., None].expand(-1, -1, hidden.shape[-1]))
+    def fill_in(self, input_ids, audio_embeds=None, past_length=0):
+        """Embeddings (B, L, D) of ids, with `audio_embeds` (N, D) in the place of placeholders. ValueError when these
+        differ in number."""
+        embeds = self.get_input_embeddings()(input_ids)
+        if audio_embeds is None and past_length:
+            return embeds
+        placeholders = (input_ids == self.config.audio_token_id)[..., None].to(embeds.device)
+        wanted = int(placeholders.sum())
+        if audio_embeds is None:
+            check_placeholders(wanted, 0)
+            return self.reach_audio_parts(embeds)
+        if wanted != len(audio_embeds):
+            raise ValueError(f"the prompt has {wanted} audio placeholders, but {len(audio_embeds)} audio_embeds")
+        return embeds.masked_scatter(placeholders.expand_as(embeds), audio_embeds.to(embeds.device, embeds.dtype))
+
+    def reach_audio_parts(self, embeds):
+        """The same `embeds` of a prompt without audio. In training, the parts that read audio get gradients of zero
+        then, not none: there is a loss to go back from where only they are trained, and processes exchange the same."""
+        if not (self.training and torch.is_grad_enabled()):
+            return embeds
+        parts = (self.audio_tower, self.multi_modal_projector, self.alignment, self.readout)
+        trained = [p for part in parts if part is not None for p in part.parameters() if p.requires_grad]
+        return embeds + sum(p.sum() for p in trained) * 0.0 if trained else embeds
 
 
 class AudioPhiForConditionalGeneration(
@@ -282,9 +304,9 @@ class AudioPhiForConditionalGeneration(
         inputs_embeds=None,
         labels=None,
         align_labels=None,
-        caption_labels=None,
+        sound_labels=None,
         audio_embeds=None,
-        audio_keep=None,
+        asked=None,
         align_loss_weight=1.0,
         align_items_in_batch=None,
         return_logits=None,
@@ -297,8 +319,8 @@ class AudioPhiForConditionalGeneration(
         `labels` (B, L) with -100 where nothing is to be predicted: the head runs at labelled positions only, and
         logits are not returned unless `return_logits=True`. `align_labels` (C, S): LLM token ids of each clip's
         transcript, -100 padded; without input_ids the language model is not run at all, and align_logits are returned
-        only with `return_logits=True`. `caption_labels` (C, S): likewise the words of each clip's caption, in any
-        order, for a readout that learns from them (`learns_captions`). `num_items_in_batch` (labelled tokens) and
+        only with `return_logits=True`. `sound_labels` (C, S): likewise the words that describe each clip, in
+        any order, for a readout that learns from them (`learns_sounds`). `num_items_in_batch` (labelled tokens) and
         `align_items_in_batch` (clips) divide the summed losses under gradient accumulation. Returns
         `AudioPhiOutput`.
         """
@@ -314,7 +336,7 @@ class AudioPhiForConditionalGeneration(
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         output = AudioPhiOutput()
         if input_ids is None and inputs_embeds is None and align_labels is not None:
-            with_readout = caption_labels is not None
+            with_readout = sound_labels is not None
             how = {"with_alignment": True, "with_readout": with_readout, "return_dict": True}
             audio = self.get_audio_features(**audio_inputs, **how)
         else:
@@ -326,7 +348,6 @@ class AudioPhiForConditionalGeneration(
                 cache=past_key_values if cache is None else cache,
                 inputs_embeds=inputs_embeds,
                 audio_embeds=audio_embeds,
-                audio_keep=audio_keep,
                 with_alignment=align_labels is not None,
                 use_cache=use_cache,
                 return_dict=True,
@@ -341,7 +362,7 @@ class AudioPhiForConditionalGeneration(
                 kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
                 output.logits = self.compute_logits(hidden[:, kept])
         if audio is not None:
-            output.audio_keep = audio.audio_keep
+            output.audio_counts = audio.counts
             output.align_logits = audio.align_logits if align_labels is None or return_logits else None
         if align_labels is not None:
             if audio is None:
@@ -350,19 +371,19 @@ class AudioPhiForConditionalGeneration(
                 audio.align_logits, audio.tokens_mask.sum(1), align_labels, align_items_in_batch
             )
             weighted = align_loss_weight * output.align_loss
-            if caption_labels is not None:
-                output.caption_loss = self._caption_loss(audio, caption_labels, align_items_in_batch)
-                weighted = weighted + align_loss_weight * output.caption_loss
+            if sound_labels is not None:
+                output.sound_loss = self._sound_loss(audio, sound_labels, align_items_in_batch)
+                weighted = weighted + align_loss_weight * output.sound_loss
             output.loss = weighted if output.loss is None else output.loss + weighted
         return AudioPhiOutput(**output)  # anew, in the order of its fields: as a tuple it begins with loss and logits
 
-    def _caption_loss(self, audio, caption_labels, num_items=None):
-        """The readout's loss of captions, a mean over the batch's clips (the sum divided by `num_items` when given)."""
+    def _sound_loss(self, audio, sound_labels, num_items=None):
+        """The readout's loss, a mean over the batch's clips (the sum divided by `num_items` when given)."""
         alignment = self.model.alignment
-        labels = alignment.targets(caption_labels)[0] - 1
+        labels = alignment.targets(sound_labels)[0] - 1
         sounds = audio.keep & (audio.align_logits.argmax(-1) == 0)
         table = self.get_input_embeddings().weight[alignment.vocab_ids]
-        loss = self.model.readout.caption_loss(audio.embeds, sounds, labels, table)
+        loss = self.model.readout.sound_loss(audio.embeds, sounds, labels, table)
         return loss / (len(labels) if num_items is None else num_items)
 
     def _lm_loss(self, hidden, labels, num_items_in_batch):

@@ -10,19 +10,19 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 class AudioPhiAudioOutput(ModelOutput):
     """Audio as the language model gets it.
 
-    last_hidden_state: encoder states (windows, T, encoder size). pooler_output: audio tokens of all clips (N, LLM
-        size), one per placeholder. hidden_states, attentions: of the encoder's blocks, see `run_recorded`; None when
-        nothing asked for them. audio_keep: (N,) bool, which of them the readout keeps (None: all). embeds (C, T', LLM
-        size), keep (C, T'): pooler_output and audio_keep per clip. tokens,
-        tokens_mask: adapter outputs per clip (C, T', LLM size), (C, T'). align_logits: (C, T', align_vocab_size + 1),
-        None when nothing asked for them.
+    last_hidden_state: encoder states (windows, T, encoder size). pooler_output: what the LLM reads of all clips (N, LLM
+        size), clip after clip. hidden_states, attentions: of the encoder's blocks, see `run_recorded`; None when
+        nothing asked for them. counts: (C,) how many of pooler_output each clip has. embeds (C, T', LLM size), keep
+        (C, T') bool: the readout of every adapter token, and which of them the LLM reads. tokens, tokens_mask: adapter
+        outputs per clip (C, T', LLM size), (C, T'). align_logits: (C, T', align_vocab_size + 1), None when nothing
+        asked for them.
     """
 
     last_hidden_state: torch.Tensor | None = None
     pooler_output: torch.Tensor | None = None
     hidden_states: tuple | None = None
     attentions: tuple | None = None
-    audio_keep: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
     embeds: torch.Tensor | None = None
     keep: torch.Tensor | None = None
     tokens: torch.Tensor | None = None
@@ -42,14 +42,14 @@ class AudioPhiModelOutput(BaseModelOutputWithPast):
 class AudioPhiOutput(CausalLMOutputWithPast):
     """Losses (scalars) and predictions of `AudioPhiForConditionalGeneration`.
 
-    loss = lm_loss + align_loss_weight * (align_loss + caption_loss), whichever were asked for; align_skipped counts
-    clips whose transcript is longer than their audio tokens. logits (B, L, vocabulary) is None with labels unless
-    `return_logits=True`.
+    loss = lm_loss + align_loss_weight * (align_loss + sound_loss), whichever were asked for; align_skipped counts
+    clips whose transcript is longer than their audio tokens. audio_counts (C,): embeddings that the LLM read of each
+    clip. logits (B, L, vocabulary) is None with labels unless `return_logits=True`.
     """
 
     lm_loss: torch.Tensor | None = None
     align_loss: torch.Tensor | None = None
-    caption_loss: torch.Tensor | None = None
+    sound_loss: torch.Tensor | None = None
     align_skipped: torch.Tensor | None = None
     align_logits: torch.Tensor | None = None
-    audio_keep: torch.Tensor | None = None
+    audio_counts: torch.Tensor | None = None

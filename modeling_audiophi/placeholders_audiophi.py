@@ -1,10 +1,8 @@
-"""Placeholders in the prompt: as many as there is audio, no more than the context holds, none that stays empty.
+"""Placeholders in the prompt: the processor writes one per clip, the model makes room there for what the LLM reads.
 
-Placeholders that the collapse has no token for are removed before the language model runs.
-
-The processor must put as many placeholders as there are audio tokens; how many survive the collapse is known only
-after the encoder has run. Removing the rest physically (rather than masking) saves the LLM the work and keeps
-positions contiguous, so the result does not depend on batching or padding side.
+How many embeddings a clip becomes is known only after the encoder has run, and it may be none at all. The expanded
+prompt has that many placeholders and no gaps, so that positions are contiguous and the result depends neither on the
+batch nor on the padding side.
 """
 
 from dataclasses import dataclass
@@ -12,71 +10,69 @@ from dataclasses import dataclass
 import torch
 
 
-def check_placeholders(input_ids, audio_embeds, config):
-    """ValueError unless `input_ids` (B, L) have one placeholder per audio token in `audio_embeds` (N, D) or None."""
-    wanted = int((input_ids == config.audio_token_id).sum())
-    given = 0 if audio_embeds is None else len(audio_embeds)
-    if wanted != given:
-        raise ValueError(f"the prompt has {wanted} audio placeholders, but the audio makes {given} tokens")
-
-
-def find_placeholders(inputs_embeds, embedding, audio_token_id):
-    """`inputs_embeds` (B, L, D) of a prompt, `embedding` the LLM's input embedding layer -> ids (B, L): the
-    placeholder's where its embedding stands, -1 elsewhere."""
-    own = embedding(torch.tensor(audio_token_id, device=inputs_embeds.device)).to(inputs_embeds.dtype)
-    return torch.where((inputs_embeds == own).all(-1), audio_token_id, -1)
-
-
-def check_context(input_ids, config):
-    """ValueError when a prompt that will go to the language model like this is longer than its context."""
-    context = getattr(config.text_config, "max_position_embeddings", None)
-    if context is None or input_ids.shape[1] <= context:
-        return
-    audio, rate = int((input_ids == config.audio_token_id).sum(1).max()), config.audio_tokens_per_second
-    seconds = f"about {audio / rate:.0f} s" if config.readout == "frames" else "after the collapse"
-    raise ValueError(
-        f"the prompt has {input_ids.shape[1]} tokens, {audio} of them audio ({seconds}), but the language model's "
-        f"context is {context}: shorten the audio, or use an adapter with fewer tokens per second (now {rate:.1f})"
-    )
-
-
 @dataclass
-class CompactPrompt:
-    """A batch without its unused placeholders (and without padding that no row needs any more).
+class ExpandedPrompt:
+    """A batch of prompts as the language model reads them.
 
-    `input_ids` (B, L'), `attention_mask` (B, L'); `source` (B, L') is the original column of every position (0 for
-    padding), `latest` (B, L) the compact column of every original position, for a removed one that of the last
-    position before it.
+    `input_ids` (B, L'), `attention_mask` (B, L'), padded to the longest, where ids are 0; `latest` (B, L) the column
+    that every original position ends at, for a clip without embeddings (and padding) that of the position before.
     """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
-    source: torch.Tensor
     latest: torch.Tensor
 
+    def gather(self, hidden):
+        """States (B, L', D) of this prompt -> (B, L, D) of the original one."""
+        latest = self.latest.to(hidden.device)
+        return hidden.gather(1, latest[..., None].expand(-1, -1, hidden.shape[-1]))
 
-def drop_unused_placeholders(input_ids, attention_mask, audio_token_id, keep, padding_side):
-    """Remove the placeholders for which `keep` is False and pad again.
 
-    `input_ids` (B, L), `attention_mask` (B, L) or None, `keep` (N,) bool with one entry per placeholder in row-major
-    order, `padding_side` "left" or "right". Returns a `CompactPrompt`. Padding ids are 0 and never attended to.
+def expand_placeholders(input_ids, attention_mask, counts, audio_token_id, padding_side):
+    """Put as many placeholders in the place of each as its clip has embeddings, and pad again.
+
+    `input_ids` (B, L), `attention_mask` (B, L) or None, `counts` (C,) embeddings of each clip, with one clip per
+    placeholder in row-major order, `padding_side` "left" or "right". Returns an `ExpandedPrompt`; raises ValueError
+    when clips and placeholders differ in number.
     """
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
-    real = attention_mask.bool().clone()
-    real[input_ids == audio_token_id] &= keep
-    lengths = real.sum(1)
+    placeholders = input_ids == audio_token_id
+    check_placeholders(int(placeholders.sum()), len(counts))
+    width = attention_mask.long()
+    width[placeholders] = counts.to(width.device)
+    lengths = width.sum(1)
     size = max(1, int(lengths.max()))
-    shift = (size - lengths)[:, None] if padding_side == "left" else torch.zeros_like(lengths)[:, None]
-    latest = (real.cumsum(1) - 1).clamp(min=0) + shift
-    latest = latest.clamp(max=size - 1)
-    rows = torch.arange(len(input_ids), device=input_ids.device)[:, None].expand_as(input_ids)
-    columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    compact = input_ids.new_zeros(len(input_ids), size)
-    mask, source = torch.zeros_like(compact), torch.zeros_like(compact)
-    place = (rows[real], latest[real])
-    compact[place], mask[place], source[place] = input_ids[real], 1, columns[real]
-    return CompactPrompt(compact, mask, source, latest)
+    shift = size - lengths if padding_side == "left" else torch.zeros_like(lengths)
+    latest = (width.cumsum(1) - 1 + shift[:, None]).clamp(0, size - 1)
+    columns = torch.arange(size, device=input_ids.device)[None]
+    real = (columns >= shift[:, None]) & (columns < (shift + lengths)[:, None])
+    expanded = input_ids.new_zeros(real.shape)
+    expanded[real] = input_ids.flatten().repeat_interleave(width.flatten())
+    return ExpandedPrompt(expanded, real.to(attention_mask.dtype), latest)
+
+
+def check_placeholders(wanted, given):
+    """ValueError unless a batch with `wanted` placeholders has as many clips."""
+    if wanted != given:
+        raise ValueError(
+            f"the prompt has {wanted} audio placeholder{'s' * (wanted != 1)}, but "
+            f"{given or 'no'} clip{'s are' if given != 1 else ' is'} given"
+        )
+
+
+def check_context(prompt, config):
+    """ValueError when an `ExpandedPrompt` is longer than the language model's context."""
+    context = getattr(config.text_config, "max_position_embeddings", None)
+    length = prompt.input_ids.shape[1]
+    if context is None or length <= context:
+        return
+    audio, rate = int((prompt.input_ids == config.audio_token_id).sum(1).max()), config.audio_tokens_per_second
+    seconds = f"about {audio / rate:.0f} s" if config.readout == "frames" else "as the readout keeps them"
+    raise ValueError(
+        f"the prompt has {length} tokens, {audio} of them audio ({seconds}), but the language model's context is "
+        f"{context}: shorten the audio, or use an adapter with fewer tokens per second (now {rate:.1f})"
+    )
 
 
 def padding_side_of(attention_mask):
@@ -85,16 +81,6 @@ def padding_side_of(attention_mask):
 
 
 def repeat_audio(audio_embeds, input_ids, audio_token_id, times):
-    """Audio tokens (N, D) of a batch whose rows are each repeated `times` times (beams, several return sequences)."""
+    """Embeddings (N, D) of a batch whose rows are each repeated `times` times (beams, several return sequences)."""
     counts = (input_ids == audio_token_id).sum(1).tolist()
     return torch.cat([row.repeat(times, 1) for row in audio_embeds.split(counts)])
-
-
-def ends_with(input_ids, endings):
-    """Whether each row of `input_ids` (B, L), padded on the left, ends with one of `endings` (lists of ids) -> (B,)."""
-    found = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    for ending in endings:
-        if 0 < len(ending) <= input_ids.shape[1]:
-            tail = torch.tensor(ending, device=input_ids.device)
-            found |= (input_ids[:, -len(ending) :] == tail).all(1)
-    return found

@@ -16,7 +16,7 @@ class CollapseReadout(nn.Module):
     """
 
     needs_alignment = True
-    needs_encoder = learns_captions = False
+    needs_encoder = learns_sounds = False
 
     def __init__(self, hidden_size, encoder_size):
         super().__init__()

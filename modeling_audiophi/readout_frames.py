@@ -6,7 +6,7 @@ from torch import nn
 class FramesReadout(nn.Module):
     """Every audio token, normalised to the size of the LLM's own embeddings."""
 
-    needs_alignment = needs_encoder = learns_captions = False
+    needs_alignment = needs_encoder = learns_sounds = False
 
     def __init__(self, hidden_size, encoder_size):
         super().__init__()

@@ -19,11 +19,11 @@ class MixedReadout(nn.Module):
     the whole clip, at the size of the LLM's embeddings. Audio that is too short for either words or a sound token
     gives one sound token, so that no clip is empty.
 
-    What words are to CTC, a caption is to `caption_loss`: it puts the sound tokens near the LLM's own embeddings of the
-    caption's words, in no order, so that the LLM finds "dog" and "bark" where a dog barks.
+    What words are to CTC, a description is to `sound_loss`: it puts the sound tokens near the LLM's own embeddings of
+    its words, in no order, so that the LLM finds "dog" and "bark" where a dog barks.
     """
 
-    needs_alignment = needs_encoder = learns_captions = True
+    needs_alignment = needs_encoder = learns_sounds = True
 
     def __init__(self, hidden_size, encoder_size):
         super().__init__()
@@ -36,11 +36,11 @@ class MixedReadout(nn.Module):
             nn.Linear(BOTTLENECK, hidden_size),
             nn.LayerNorm(hidden_size),
         )
-        self.captions = CaptionWords(hidden_size)
+        self.sound_words = SoundWords(hidden_size)
 
     def start_at(self, rms):
         self.sounds[-1].weight.fill_(rms)
-        self.captions.scale.fill_(FIRST_SCORE / (len(self.captions.common) * rms**2))
+        self.sound_words.scale.fill_(FIRST_SCORE / (len(self.sound_words.common) * rms**2))
 
     def forward(self, tokens, mask, alignment, logits, embedding_weight, encoded):
         """See `readouts.py`."""
@@ -56,15 +56,15 @@ class MixedReadout(nn.Module):
         embeds = (words * keep[..., None]).index_put((sounds,), made.to(words.dtype))
         return embeds, keep
 
-    def caption_loss(self, embeds, sounds, labels, table):
-        """Cross-entropy between each sound token's scores of the words and its clip's caption as a bag of words.
+    def sound_loss(self, embeds, sounds, labels, table):
+        """Cross-entropy between each sound token's scores of the words and its clip's description, a bag of words.
 
         `embeds` (B, T, D), `sounds` (B, T) bool which of them are sound tokens, `labels` (B, S) indices into `table`
         (V', D), negative where padded; a word counts once. Returns the sum over clips with labels of the mean over
         their tokens.
         """
         sounds = sounds & (labels >= 0).any(1, keepdim=True)
-        scores = self.captions(embeds[sounds], table)
+        scores = self.sound_words(embeds[sounds], table)
         bags = scores.new_zeros(len(labels), len(table) + 1).scatter_(1, labels.clamp(min=-1) + 1, 1.0)[:, 1:]
         bags = bags / bags.sum(1, keepdim=True).clamp(min=1)
         clip = torch.arange(len(labels), device=sounds.device)[:, None].expand_as(sounds)[sounds]
@@ -72,10 +72,10 @@ class MixedReadout(nn.Module):
         return (losses / sounds.sum(1)[clip]).sum()
 
 
-class CaptionWords(nn.Module):
-    """Scores sound tokens against the LLM's embeddings, for `MixedReadout.caption_loss` only.
+class SoundWords(nn.Module):
+    """Scores sound tokens against the LLM's embeddings, for `MixedReadout.sound_loss` only.
 
-    `common` is what all captions share ("the sound of"), so that the tokens need only say what is particular.
+    `common` is what all descriptions share ("the sound of"), so that the tokens need only say what is particular.
     """
 
     def __init__(self, hidden_size):

@@ -8,7 +8,7 @@ To add one: a file `readout_<name>.py` with a class of this interface, and its l
         `logits` (B, T, V' + 1) (None without needs_alignment), `embedding_weight` (V, D) the LLM's table, `encoded`
         the encoder's states (B, T', E) and their mask (B, T') (None without needs_encoder).
     start_at(rms): fit new parameters to the root mean square of the LLM's embeddings.
-    learns_captions: whether it has caption_loss(embeds, keep, labels, table), see `readout_mixed.py`, which the loss
+    learns_sounds: whether it has sound_loss(embeds, keep, labels, table), see `readout_mixed.py`, which the loss
         `align` trains it with.
 """
 

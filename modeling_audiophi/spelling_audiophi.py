@@ -51,7 +51,7 @@ class Spelling(nn.Module):
         starts = self.starts.long()
         counts = torch.diff(starts, append=starts.new_tensor([len(self.ngrams)]))
         sums = nn.functional.embedding_bag(self.ngrams.long(), self.table, starts, mode="sum")
-        return sums / counts.clamp(min=1).sqrt()[:, None]
+        return sums / counts.clamp(min=1).sqrt().to(sums.dtype)[:, None]  # of integers it is float32
 
     def forward(self, tokens, scores):
         """`tokens` (B, T, hidden_size), `scores` (B, T, vocab_size) -> scores with those of the spelling added."""
