@@ -1,5 +1,6 @@
 """Tiny components with random weights, saved as real component folders: nothing here needs a network."""
 
+import copy
 import sys
 from pathlib import Path
 
@@ -55,6 +56,14 @@ CHAT_TEMPLATE = (
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+# What `make_tiny_model`'s processors and models know of tasks.
+PROCESSOR_TASKS = {
+    "transcribe": {"instructions": ["Transcribe the speech.", "Write down what is said."], "in_pieces": True},
+    "caption": {"instructions": ["Describe the sound."], "in_pieces": False},
+}
+GENERATION_TASKS = {"transcribe": {"draft_tokens": 16}, "caption": {}}
 
 
 def tiny_tokenizer():
@@ -249,6 +258,8 @@ def make_tiny_model(tiny_whisper_dir, tiny_llm_dir):
             **kwargs,
         )
         processor.match_model(model.config)
+        processor.tasks = copy.deepcopy(PROCESSOR_TASKS)
+        model.generation_config.tasks = copy.deepcopy(GENERATION_TASKS)
         return model.eval(), processor
 
     return make
