@@ -79,6 +79,8 @@ class AudioPhiProcessor(ProcessorMixin):
             raise ValueError(f"audio_token {audio_token!r} is not in the vocabulary of {tokenizer.name_or_path}.")
         self.window_frames = window_frames
         self.shortest_frames = shortest_frames
+        if isinstance(tasks, list):  # as saved
+            tasks = {task["name"]: {key: value for key, value in task.items() if key != "name"} for task in tasks}
         self.tasks = {
             name: {**task, "instructions": list(task["instructions"])} for name, task in (tasks or {}).items()
         }
@@ -127,6 +129,10 @@ class AudioPhiProcessor(ProcessorMixin):
             )
         self.window_frames, self.shortest_frames = config.window_frames, config.shortest_frames
         return self
+
+    def to_dict(self) -> dict:
+        """As in transformers; tasks as a list, because their order counts and keys are sorted."""
+        return {**super().to_dict(), "tasks": [{"name": name, **task} for name, task in self.tasks.items()]}
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
         """As in transformers; the padding side is saved by name, not as what the tokenizer last did to a batch."""

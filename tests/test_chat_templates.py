@@ -9,10 +9,9 @@ import torch
 from transformers import AutoTokenizer
 
 from processing import AudioPhiProcessor
-from processing.chat_templates import CHATML, PHI, PLAIN, TEMPLATES, named_template, training_template
+from processing.chat_templates import CHATML, PHI, PLAIN, TEMPLATES, default_template, named_template
 
 RATE = 16_000
-RULE = [[3, 1, 2, 1], [3, 2, 2, 1], [4, 4, 3, 1]]
 
 
 @pytest.fixture
@@ -31,7 +30,7 @@ def phi_dir(tiny_llm_dir, tmp_path):
 
 @pytest.fixture
 def processor(tiny_whisper_dir, phi_dir):
-    return AudioPhiProcessor.from_components(tiny_whisper_dir, phi_dir, audio_length_rule=RULE, window_frames=200)
+    return AudioPhiProcessor.from_components(tiny_whisper_dir, phi_dir, window_frames=200)
 
 
 def conversation(waveform, answer=None, **options):
@@ -45,11 +44,11 @@ def encode(processor, messages, **options):
 
 
 def test_phi_is_chosen_for_phi_without_a_template(processor, phi_dir):
-    assert processor.chat_template == PHI.replace("<|audio|>", processor.audio_token)
+    assert processor.chat_template == PHI
     tokenizer = AutoTokenizer.from_pretrained(phi_dir)
-    assert training_template(tokenizer, model_type="llama") == CHATML  # by its tokens
-    tokenizer.chat_template = "{{ '<|im_start|>' }}"  # a fine-tuned Phi that says how it talks
-    assert training_template(tokenizer, model_type="phi") == CHATML
+    assert default_template(tokenizer, model_type="llama") == CHATML  # by its tokens
+    tokenizer.chat_template = own = "{{ '<|im_start|>' }}"  # a fine-tuned Phi that says how it talks
+    assert default_template(tokenizer, model_type="phi") == own
 
 
 def test_the_prompt_is_phi_2s(processor):
@@ -77,15 +76,15 @@ def test_labels_are_the_answer_and_the_end_token(processor, waveform, answer):
 @pytest.mark.parametrize("name", sorted(TEMPLATES))
 def test_a_template_is_chosen_by_name(tiny_whisper_dir, tiny_llm_dir, name):
     processor = AudioPhiProcessor.from_components(tiny_whisper_dir, tiny_llm_dir, chat_template=name)
-    assert processor.chat_template == TEMPLATES[name].replace("<|audio|>", processor.audio_token)
+    assert processor.chat_template == TEMPLATES[name]
     if name != "llama3":  # its tokens are not in this vocabulary
         assert processor.end_token_id == processor.tokenizer.eos_token_id
 
 
 def test_a_template_of_ones_own_and_a_name_that_does_not_exist(tiny_whisper_dir, tiny_llm_dir):
-    own = "{% generation %}{{ '<|audio|>' }}{% endgeneration %}"
+    own = "{{ messages[0].content }}"
     processor = AudioPhiProcessor.from_components(tiny_whisper_dir, tiny_llm_dir, chat_template=own)
-    assert processor.audio_token in processor.chat_template and named_template(PLAIN) == PLAIN
+    assert processor.chat_template == own and named_template(PLAIN, processor.tokenizer) == PLAIN
     with pytest.raises(ValueError, match=r"'fi' is neither a name \(chatml, llama3, plain, phi\) nor a Jinja"):
         AudioPhiProcessor.from_components(tiny_whisper_dir, tiny_llm_dir, chat_template="fi")
 

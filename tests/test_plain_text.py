@@ -48,12 +48,11 @@ def test_a_question_is_the_ids_of_its_text(processor, waveform, text):
     plain = without_control_tokens(processor.tokenizer)
     clip = waveform(0.5)
     ids = ids_of(processor, message([clip], text), add_generation_prompt=True)
-    count = processor.encode_audio((clip, 16_000))["num_audio_tokens"]
     start, end, audio = tokens("<|im_start|>"), tokens("<|im_end|>"), processor.audio_token_id
     expected = [
         start,
         *plain("user\n"),
-        *[audio] * count,
+        audio,
         *plain(text),
         end,
         *plain("\n"),

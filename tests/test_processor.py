@@ -1,23 +1,36 @@
 """AudioPhiProcessor: prompts, labels, windows, padding, saving."""
 
+import base64
+import zlib
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoProcessor, AutoTokenizer, WhisperFeatureExtractor
 
 from processing import AudioError, AudioPhiProcessor
-from processing.chat_templates import CHATML, LLAMA3, PLAIN, training_template
+from processing.chat_audiophi import task_code, wording_key
+from processing.chat_templates import CHATML, default_template
 from processing.processing_audiophi import choose_audio_token
 
 RATE = 16_000
-WHISPER_RULE = [[3, 1, 2, 1], [3, 2, 2, 1], [4, 4, 3, 1]]
+TASKS = {
+    "write": {"instructions": ["Transcribe the speech.", "¿Qué dice?", "Schreib’s groß!"], "in_pieces": True},
+    "name": {"instructions": ("Name the sound.", "这是什么声音？"), "in_pieces": False},
+}
 
 
 @pytest.fixture(scope="module")
 def processor(tiny_whisper_dir, tiny_llm_dir):
-    return AudioPhiProcessor.from_components(
-        tiny_whisper_dir, tiny_llm_dir, audio_length_rule=WHISPER_RULE, window_frames=200
-    )
+    processor = AudioPhiProcessor.from_components(tiny_whisper_dir, tiny_llm_dir, window_frames=200)
+    return AudioPhiProcessor(**vars_of(processor), tasks=TASKS)
+
+
+def vars_of(processor):
+    names = ("feature_extractor", "tokenizer", "chat_template", "audio_token", "window_frames", "shortest_frames")
+    return {name: getattr(processor, name) for name in names}
 
 
 def question(*clips, text="Transcribe the speech."):
@@ -36,10 +49,10 @@ def encode(processor, conversations, **kwargs):
     )
 
 
-def test_output_has_one_placeholder_per_audio_token_and_one_row_per_window(processor, waveform):
+def test_output_has_one_placeholder_per_clip_and_one_row_per_window(processor, waveform):
     batch = encode(processor, [question(waveform(0.5)), question(waveform(3.0), waveform(1.0)), question()])
     placeholders = (batch["input_ids"] == processor.audio_token_id).sum(1).tolist()
-    assert placeholders == [7, 19 + 19 + 13, 0]  # 12.5 tokens/s, every window rounded up
+    assert placeholders == [1, 2, 0]
     assert batch["audio_num_windows"].tolist() == [1, 2, 1]  # 3 s do not fit in one window of 2 s
     assert batch["input_features"].shape == (4, 16, 150) and batch["input_features_mask"].dtype == torch.bool
     assert batch["input_features_mask"].sum(1).tolist() == [50, 150, 150, 100]
@@ -48,7 +61,7 @@ def test_output_has_one_placeholder_per_audio_token_and_one_row_per_window(proce
 
 def test_text_only_prompts_have_no_audio_inputs(processor):
     batch = encode(processor, [question(text="Who are you?")], add_generation_prompt=True)
-    assert set(batch) == {"input_ids", "attention_mask"}
+    assert set(batch) == {"input_ids", "attention_mask", "asked"} and batch["asked"].tolist() == [[0, 0]]
     assert processor(text="Who are you?")["input_ids"].shape[0] == 1
 
 
@@ -57,7 +70,7 @@ def test_plain_call_equals_chat_template(processor, waveform):
     prompt = processor.apply_chat_template(question(clip), add_generation_prompt=True)
     called = processor(text=prompt, audio=(clip, RATE))
     templated = encode(processor, question(clip), add_generation_prompt=True)
-    assert set(called) == set(templated)
+    assert set(called) == set(templated) - {"asked"}
     assert all(torch.equal(called[name], templated[name]) for name in called)
     assert torch.equal(processor(text=prompt, audio=clip, sampling_rate=RATE)["input_ids"], called["input_ids"])
 
@@ -92,7 +105,7 @@ def test_training_text_continues_the_generation_prompt(processor, waveform):
 def test_left_and_right_padding_hold_the_same_content(processor, waveform, multi):
     conversations = [
         answered(waveform(0.3)),
-        answered(waveform(1.5, 1), *([waveform(0.2, 2)] if multi else []), answer="no"),
+        answered(waveform(1.5, 1), *([waveform(0.2, 2)] if multi else []), answer="the quick brown fox jumps"),
     ]
     sides = {
         side: encode(
@@ -112,7 +125,8 @@ def test_left_and_right_padding_hold_the_same_content(processor, waveform, multi
 
 
 def test_generation_pads_left_by_default(processor, waveform):
-    batch = encode(processor, [question(waveform(0.3)), question(waveform(1.0))], add_generation_prompt=True)
+    questions = [question(waveform(1.0)), question(waveform(0.3), text="Transcribe the speech and more.")]
+    batch = encode(processor, questions, add_generation_prompt=True)
     assert batch["attention_mask"][0, 0] == 0 and batch["attention_mask"][:, -1].all()
 
 
@@ -142,7 +156,7 @@ def test_frames_are_rounded_up_to_even(processor, samples):
     encoded = processor.encode_audio((np.full(samples, 0.1, dtype=np.float32), RATE))
     frames = max(2, int(np.ceil(samples / 320)) * 2)
     assert encoded["input_features"].shape == (1, 16, frames)
-    assert encoded["num_audio_tokens"] == processor.num_audio_tokens(samples) == int(np.ceil(frames / 2 / 4))
+    assert processor.frame_counts(samples) == [frames]
 
 
 def test_long_audio_is_cut_in_windows_of_equal_length(processor, waveform):
@@ -158,7 +172,7 @@ def test_long_audio_is_cut_in_windows_of_equal_length(processor, waveform):
     torch.testing.assert_close(
         one_more["input_features"][1][:, : lengths[1]], processor.encode_audio((window, RATE))["input_features"][0]
     )
-    assert processor.num_audio_tokens(3600 * RATE) == 1800 * 25
+    assert processor.frame_counts(3600 * RATE) == 1800 * [200]
 
 
 def test_encoded_clips_replace_audio(processor, waveform):
@@ -168,10 +182,21 @@ def test_encoded_clips_replace_audio(processor, waveform):
     messages = [{"role": "user", "content": [{"type": "audio", "encoded": encoded}, {"type": "text", "text": "hear"}]}]
     cached, fresh = encode(processor, messages), encode(processor, question(clip, text="hear"))
     assert all(torch.equal(cached[name], fresh[name]) for name in fresh)
-    states = {"audio_hidden_states": torch.ones(2, 5, 3), "audio_hidden_mask": torch.ones(2, 5), "num_audio_tokens": 4}
-    batch = processor(text=processor.audio_token + "x", audio=[states])
-    assert batch["audio_hidden_states"].shape == (2, 5, 3) and batch["audio_num_windows"].tolist() == [2]
-    assert (batch["input_ids"] == processor.audio_token_id).sum() == 4
+    held = [{"role": "user", "content": [{"type": "audio", "audio": encoded}, {"type": "text", "text": "hear"}]}]
+    assert all(torch.equal(encode(processor, held)[name], fresh[name]) for name in fresh)
+    states = {"audio_hidden_states": torch.ones(2, 5, 3), "audio_hidden_mask": torch.ones(2, 5, dtype=torch.bool)}
+    for clip in (states, {"audio_hidden_states": states["audio_hidden_states"]}):
+        batch = processor(text=processor.audio_token + "x", audio=[clip])
+        assert batch["audio_hidden_states"].shape == (2, 5, 3) and batch["audio_num_windows"].tolist() == [2]
+        assert torch.equal(batch["audio_hidden_mask"], states["audio_hidden_mask"])
+        assert (batch["input_ids"] == processor.audio_token_id).sum() == 1
+    with pytest.raises(ValueError, match="turn 1 .'user'., item 1: its encoded has none of input_features"):
+        encode(processor, [{"role": "user", "content": [{"type": "audio", "encoded": {"a": 1}}]}])
+    assert processor.pad_audio([]) == {}
+
+
+def in_base64(path):
+    return base64.b64encode(path.read_bytes()).decode()
 
 
 def test_every_message_form_of_audio(processor, waveform, tmp_path):
@@ -190,8 +215,13 @@ def test_every_message_form_of_audio(processor, waveform, tmp_path):
         {"audio": {"path": None, "bytes": path.read_bytes()}},
         {"array": clip, "sampling_rate": RATE},
         {"bytes": path.read_bytes()},
+        {"type": "audio_url", "audio_url": {"url": str(path)}},
+        {"type": "audio_url", "audio_url": f"file://{path}"},
+        {"type": "audio_url", "audio_url": {"url": "data:audio/wav;base64," + in_base64(path)}},
+        {"type": "input_audio", "input_audio": {"data": in_base64(path), "format": "wav"}},
+        {"type": "input_audio", "input_audio": {"data": "data:audio/wav;base64," + in_base64(path)}},
     ):
-        content = [{"type": "audio", **item}, {"type": "text", "text": "Transcribe the speech."}]
+        content = [{"type": "audio", **item}, {"type": "input_text", "text": "Transcribe the speech."}]
         batch = encode(processor, [{"role": "user", "content": content}])
         assert torch.equal(batch["input_ids"], reference["input_ids"]), item
         torch.testing.assert_close(batch["input_features"], reference["input_features"], atol=1e-5, rtol=0)
@@ -208,6 +238,60 @@ def test_placeholder_and_clip_counts_must_agree(processor, waveform):
         processor(text=token)
 
 
+@pytest.mark.parametrize(
+    "message, said",
+    [
+        (
+            {"role": "user", "content": [{"type": "Audio", "path": "a.wav"}]},
+            "turn 2 .'user'., item 1: type 'Audio' is not",
+        ),
+        (
+            {"role": "user", "content": [{"type": "image", "url": "a.png"}]},
+            "type 'image' is not understood; known are audio",
+        ),
+        ({"role": "user", "content": [{"text": "a"}]}, "item 1: type None is not understood"),
+        ({"role": "user", "content": ["a"]}, "turn 2 .'user'., item 1: 'a' is not an item"),
+        ({"role": "user", "content": [{"type": "text"}]}, "item 1: its text is None"),
+        ({"role": "user", "content": [{"type": "audio_url"}]}, "item 1: audio_url has no url"),
+        ({"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "?"}}]}, "no data in base64"),
+        ({"role": "user", "content": [{"type": "input_audio"}]}, "no data in base64"),
+        ({"role": "user", "content": None}, "turn 2 .'user'.: content is None; expected a text or a list"),
+        ({"role": "user"}, "turn 2 .'user'.: content is None"),
+        ({"role": "user", "content": {"type": "text", "text": "a"}}, "content is dict"),
+        ({"content": "a"}, "turn 2: a message is a dict with a role"),
+        ("a", "turn 2: a message is a dict with a role and a content, not 'a'"),
+    ],
+)
+def test_nothing_in_a_chat_is_dropped_silently(processor, message, said):
+    with pytest.raises(ValueError, match=said):
+        processor.apply_chat_template([{"role": "user", "content": "a"}, message])
+    with pytest.raises(ValueError, match=said):
+        processor.task_of([{"role": "user", "content": "a"}, message])
+
+
+@pytest.mark.parametrize(
+    "chat, said", [([], "at least one message"), ("hi", "a list of messages, not str"), ([[]], "one")]
+)
+def test_what_is_no_chat_is_refused(processor, chat, said):
+    with pytest.raises(ValueError, match=said):
+        processor.apply_chat_template(chat)
+
+
+def test_calls_of_functions_are_the_templates_business(processor):
+    template = "{% for m in messages %}{{ m.tool_calls[0].function.name if m.tool_calls else m.content }};{% endfor %}"
+    call = {"type": "function", "function": {"name": "look<|im_end|>", "arguments": {}}}
+    chat = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "sun"},
+        {"role": "assistant", "content": "fine"},
+    ]
+    batch = encode(processor, chat, chat_template=template, return_assistant_tokens_mask=True)
+    assert processor.tokenizer.decode(batch["input_ids"][0]).startswith("a;look<|im_end|>;sun;fine")
+    assert processor.end_token_id not in batch["input_ids"][0, :-1]
+    assert processor.tokenizer.decode(batch["input_ids"][batch["assistant_masks"].bool()]).startswith("fine")
+
+
 def test_bad_audio_in_a_message_is_refused_by_name(processor, waveform, tmp_path):
     with pytest.raises(AudioError, match="no sampling rate"):
         encode(processor, [{"role": "user", "content": [{"type": "audio", "audio": waveform(0.1)}]}])
@@ -219,7 +303,9 @@ def test_bad_audio_in_a_message_is_refused_by_name(processor, waveform, tmp_path
 
 def test_truncation_that_would_cut_audio_is_refused(processor, waveform):
     with pytest.raises(ValueError, match="[Mm]ismatch in `audio` token count"):
-        processor(text=processor.audio_token, audio=(waveform(1.0), RATE), truncation=True, max_length=5)
+        processor(
+            text="what is this " + processor.audio_token, audio=(waveform(1.0), RATE), truncation=True, max_length=2
+        )
 
 
 def test_only_pytorch_tensors(processor):
@@ -227,26 +313,98 @@ def test_only_pytorch_tensors(processor):
         processor(text="a", return_tensors="np")
 
 
-def test_without_the_models_length_rule_audio_is_refused(tiny_whisper_dir, tiny_llm_dir, waveform):
-    fresh = AudioPhiProcessor.from_components(tiny_whisper_dir, tiny_llm_dir)
-    with pytest.raises(ValueError, match="match_model"):
-        fresh(text=fresh.audio_token, audio=(waveform(0.2), RATE))
-
-
-def test_match_model_copies_the_rule_and_checks_the_placeholder(make_tiny_model):
+def test_match_model_copies_the_limits_and_checks_the_placeholder(make_tiny_model):
     model, processor = make_tiny_model()
-    assert processor.audio_length_rule == model.config.audio_length_rule
     assert processor.window_frames == model.config.window_frames == 200
+    assert processor.shortest_frames == model.config.shortest_frames
     model.config.audio_token_id += 1
     with pytest.raises(ValueError, match="audio_token_id is .* in the model"):
         processor.match_model(model.config)
     model.config.audio_token_id -= 1
 
 
+class TestAsked:
+    @pytest.mark.parametrize(
+        "text, task",
+        [
+            ("Transcribe the speech.", "write"),
+            ("transcribe the speech", "write"),
+            (" TRANSCRIBE\nthe speech!? ", "write"),
+            ("que dice", None),
+            ("Qué dice", "write"),
+            ("schreib's GROSS", "write"),
+            ("这是什么声音", "name"),
+            ("Transcribe the speech, please.", None),
+            ("Transcribe", None),
+            ("?!", None),
+            ("", None),
+        ],
+    )
+    def test_a_task_is_recognised_by_its_words(self, processor, waveform, text, task):
+        assert processor.task_of(question(waveform(0.1), text=text)) == task
+        before = question(waveform(0.1), text=text)
+        before[0]["content"].reverse()
+        assert processor.task_of(before) == task
+
+    @given(
+        wording=st.sampled_from([wording for task in TASKS.values() for wording in task["instructions"]]),
+        between=st.lists(st.text(st.sampled_from(" \n\t.,;:!?¿。！-–—'\"()…\u200b\u00a0"), max_size=3), min_size=99),
+        case=st.sampled_from([str.lower, str.upper, str.title, str.swapcase, str.casefold]),
+        where=st.integers(0, 30),
+    )
+    def test_case_punctuation_and_white_space_do_not_matter(self, processor, wording, between, case, where):
+        text = "".join(a + b for a, b in zip(case(wording), between, strict=False))
+        audio = {"type": "audio", "encoded": {"input_features": 0}}
+        parts = [{"type": "text", "text": part} for part in (text[:where], text[where:])]
+        chat = [{"role": "user", "content": [parts[0], audio, parts[1]]}]
+        task = next(name for name, task in TASKS.items() if wording in task["instructions"])
+        assert processor.task_of(chat) == task
+        parts[1]["text"] += "x"
+        assert processor.task_of(chat) is None
+
+    def test_the_last_user_turn_counts(self, processor, waveform):
+        clip = waveform(0.1)
+        turns = [*answered(clip), *question(clip, clip, text="Name the sound.")]
+        assert processor.task_of(turns) == processor.task_of([turns]) == "name"
+        assert processor.task_of([*turns, {"role": "assistant", "content": "a"}]) == "name"
+        assert processor.task_of([*turns, {"role": "user", "content": "Name the sound."}]) is None  # of which clip?
+        batch = encode(processor, [turns, question(clip, text="Why?"), [{"role": "user", "content": "Why?"}]],
+                       add_generation_prompt=True)  # fmt: skip
+        assert batch["asked"].tolist() == [[task_code("name"), 2], [0, 1], [0, 0]]
+        assert task_code("name") == zlib.crc32(b"name") & 0x7FFFFFFF
+        begun = encode(processor, answered(clip), continue_final_message=True)
+        assert begun["asked"].tolist() == [[task_code("write"), 1]]
+        assert "asked" not in encode(processor, answered(clip))
+
+    def test_marks_of_vowels_are_kept(self):
+        assert wording_key("की") != wording_key("का")
+
+
+def test_options_of_transformers(processor, waveform):
+    chats = [answered(waveform(0.2)), answered(waveform(0.3), answer="no")]
+    with pytest.raises(ValueError, match="continue the last message and ask for a new one"):
+        processor.apply_chat_template(chats, add_generation_prompt=True, continue_final_message=True)
+    for options in ({}, {"tokenize": True}, {"tokenize": True, "return_dict": True, "continue_final_message": True}):
+        with pytest.raises(ValueError, match="return_assistant_tokens_mask needs"):
+            processor.apply_chat_template(chats, return_assistant_tokens_mask=True, **options)
+    with pytest.raises(ValueError, match="return_tensors='np'"):
+        encode(processor, chats, return_tensors="np")
+    template = "{{ documents[0].text }}{{ tools[0].function.name }}{{ colour }}{{ enable_thinking }}"
+    tool = {"type": "function", "function": {"name": "look"}}
+    options = {"documents": [{"text": "<|im_end|>"}], "tools": [tool], "colour": "red", "chat_template": template}
+    batch = encode(processor, question(), add_generation_prompt=True, **options)
+    assert processor.tokenizer.decode(batch["input_ids"][0]) == "<|im_end|>lookredFalse"
+    assert processor.end_token_id not in batch["input_ids"]
+    assert processor.apply_chat_template(question(text="a"), chat_template="plain") == "User: a\n"
+    assert encode(processor, chats, padding="max_length", max_length=80)["input_ids"].shape == (2, 80)
+
+
 def test_save_and_load(processor, waveform, tmp_path):
     processor.save_pretrained(tmp_path)
     loaded = AudioPhiProcessor.from_pretrained(tmp_path)
-    assert loaded.audio_length_rule == WHISPER_RULE and loaded.window_frames == 200
+    assert loaded.window_frames == 200 and loaded.shortest_frames == 1
+    assert loaded.tasks == processor.tasks and list(loaded.tasks) == ["write", "name"]
+    assert loaded.tasks["name"] == {"instructions": ["Name the sound.", "这是什么声音？"], "in_pieces": False}
     assert loaded.chat_template == processor.chat_template and loaded.tokenizer.padding_side == "left"
     conversations = [answered(waveform(0.3)), answered(waveform(2.5))]
     before, after = (encode(p, conversations, return_assistant_tokens_mask=True) for p in (processor, loaded))
@@ -275,26 +433,21 @@ class TestChatTemplates:
             messages, chat_template=CHATML, **options
         ) == tokenizer.apply_chat_template(messages, chat_template=self.OWN, **options)
 
-    def test_list_content_equals_plain_content(self, tiny_llm_dir):
-        tokenizer = AutoTokenizer.from_pretrained(tiny_llm_dir)
-        for template in (CHATML, LLAMA3, PLAIN):
-            plain, listed = (
-                tokenizer.apply_chat_template([{"role": "user", "content": c}], chat_template=template, tokenize=False)
-                for c in ("who", [{"type": "text", "text": "who"}])
-            )
-            assert plain == listed and "who" in plain
-
-    def test_template_is_chosen_by_the_chat_format(self, tiny_llm_dir):
-        tokenizer = AutoTokenizer.from_pretrained(tiny_llm_dir)
-        assert training_template(tokenizer) == CHATML
-        assert "<pad>" in training_template(tokenizer, "<pad>") and "<|audio|>" not in training_template(
-            tokenizer, "<pad>"
+    @pytest.mark.parametrize("name", ["chatml", "llama3", "plain"])
+    def test_list_content_equals_plain_content(self, processor, name):
+        plain, listed = (
+            processor.apply_chat_template([{"role": "user", "content": content}], chat_template=name)
+            for content in ("who", [{"type": "text", "text": "w"}, {"type": "text", "text": "ho"}])
         )
-        tokenizer.chat_template = "{{ messages }} in a format of its own"
-        with pytest.raises(ValueError, match="chat format is not known"):
-            training_template(tokenizer)
-        tokenizer.chat_template = own = "<|audio|>{% generation %}{% endgeneration %}"
-        assert training_template(tokenizer) == own
+        assert plain == listed and "who" in plain
+
+    def test_the_llms_own_template_is_the_default(self, tiny_llm_dir):
+        tokenizer = AutoTokenizer.from_pretrained(tiny_llm_dir)
+        assert default_template(tokenizer) == tokenizer.chat_template != CHATML
+        tokenizer.chat_template = {"default": "{{ messages }}", "rag": "other"}
+        assert default_template(tokenizer) == "{{ messages }}"
+        tokenizer.chat_template = None
+        assert default_template(tokenizer) == CHATML  # by its tokens
 
     def test_base_models_get_a_plain_template_with_the_end_token_in_the_labels(self, tiny_whisper_dir, waveform):
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -307,7 +460,7 @@ class TestChatTemplates:
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>")
         tokenizer.add_special_tokens({"extra_special_tokens": ["<|audio|>"]})
         extractor = WhisperFeatureExtractor.from_pretrained(tiny_whisper_dir)
-        processor = AudioPhiProcessor(extractor, tokenizer, audio_length_rule=WHISPER_RULE)
+        processor = AudioPhiProcessor(extractor, tokenizer)
         for answer in ("fox", " fox"):
             batch = encode(processor, answered(waveform(0.2), answer=answer), return_assistant_tokens_mask=True)
             labels = batch["input_ids"][batch["assistant_masks"].bool()]

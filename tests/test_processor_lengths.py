@@ -1,4 +1,5 @@
-"""The processor's token counts equal what encoder and adapter really return, for every pair of them and any length.
+"""The lengths that the processor plans with, without audio, are those of encoder and adapter, for every pair of them
+and any length.
 
 The two sides cannot share code (their files ship separately to the Hub), so this is what keeps them together.
 """
@@ -10,9 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from modeling_audiophi import ADAPTERS
-from modeling_audiophi.lengths_audiophi import output_length
-from modeling_audiophi.lengths_audiophi import shortest_input as shortest_input_of_model
-from processing.processing_audiophi import count_tokens, shortest_input
 
 RATE = 16_000
 ENCODERS = (
@@ -22,9 +20,6 @@ ENCODERS = (
     "tiny_hubert_dir",
     "tiny_wavlm_dir",
     "tiny_w2v_bert_dir",
-)
-LAYERS = st.tuples(st.integers(1, 10), st.integers(1, 5), st.integers(0, 9), st.integers(1, 4)).filter(
-    lambda layer: layer[2] < layer[0]
 )
 
 models = {}
@@ -45,10 +40,10 @@ def pair(request, make_tiny_model):
 
 
 def real_counts(model, inputs):
-    """Audio tokens per clip, from the model's own encoder and adapter."""
+    """Audio tokens of all clips, from the model's own encoder and adapter."""
+    audio = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
     with torch.inference_mode():
-        features = model.get_audio_features(**inputs).pooler_output
-    return len(features)
+        return len(model.get_audio_features(**audio).pooler_output)
 
 
 @pytest.mark.parametrize(
@@ -56,15 +51,15 @@ def real_counts(model, inputs):
 )
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lengths=st.lists(st.integers(1, 12_000), min_size=1, max_size=2))
-def test_placeholders_equal_the_models_tokens(pair, lengths):
+def test_planned_lengths_are_the_models(pair, lengths):
     model, processor = pair
     clips = [(0.1 * np.random.default_rng(n).normal(size=n).astype(np.float32), RATE) for n in lengths]
     batch = processor(text=[processor.audio_token + "x"] * len(clips), audio=clips)
-    placeholders = (batch["input_ids"] == processor.audio_token_id).sum(1).tolist()
-    assert placeholders == [processor.num_audio_tokens(n) for n in lengths]
-    assert min(placeholders) >= 1
-    audio = {name: value for name, value in batch.items() if name not in ("input_ids", "attention_mask")}
-    assert real_counts(model, audio) == sum(placeholders)
+    frames = [processor.frame_counts(n) for n in lengths]
+    mask = next(value for name, value in batch.items() if name.endswith("_mask") and name != "attention_mask")
+    assert mask.sum(1).tolist() == sum(frames, [])
+    planned = [model.config.num_audio_tokens(counts) for counts in frames]
+    assert min(planned) >= 1 and real_counts(model, batch) == sum(planned)
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
@@ -75,21 +70,15 @@ def test_clips_of_several_windows(encoder, request, make_tiny_model):
     clips = [(np.random.default_rng(n).normal(size=n).astype(np.float32), RATE) for n in (20_001, 3_000, 8_001)]
     batch = processor(text=[processor.audio_token] * 3, audio=clips)
     assert batch["audio_num_windows"].tolist() == [3, 1, 2]
-    placeholders = (batch["input_ids"] == processor.audio_token_id).sum(1).tolist()
-    assert placeholders == [processor.num_audio_tokens(len(clip)) for clip, _ in clips]
-    audio = {name: value for name, value in batch.items() if name not in ("input_ids", "attention_mask")}
-    assert real_counts(model, audio) == sum(placeholders)
+    frames = [processor.frame_counts(len(clip)) for clip, _ in clips]
+    assert [len(counts) for counts in frames] == [3, 1, 2]
+    assert real_counts(model, batch) == sum(model.config.num_audio_tokens(counts) for counts in frames)
 
 
-@given(rule=st.lists(LAYERS, max_size=8), length=st.integers(0, 100_000))
-def test_both_counting_functions_agree(rule, length):
-    rule = [list(layer) for layer in rule]
-    assert count_tokens(length, rule) == output_length(length, rule)
-
-
-@given(rule=st.lists(LAYERS, max_size=5))
-def test_shortest_input_is_the_shortest(rule):
-    shortest = shortest_input(rule)
-    assert count_tokens(shortest, rule) >= 1
-    assert shortest == 1 or count_tokens(shortest - 1, rule) == 0
-    assert shortest <= shortest_input_of_model([list(layer) for layer in rule])
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_no_window_is_shorter_than_the_shortest(encoder, request, make_tiny_model):
+    model, processor = make_tiny_model(align=False, audio=request.getfixturevalue(encoder))
+    shortest = model.config.shortest_frames
+    assert model.config.num_audio_tokens([shortest]) == 1 and model.config.num_audio_tokens([shortest - 1]) == 0
+    (frames,) = processor.frame_counts(1)
+    assert frames >= shortest and processor.encode_audio(([0.5], RATE))[processor.feature_key].shape[0] == 1
