@@ -39,7 +39,7 @@ def expand_placeholders(input_ids, attention_mask, counts, audio_token_id, paddi
         attention_mask = torch.ones_like(input_ids)
     placeholders = input_ids == audio_token_id
     check_placeholders(int(placeholders.sum()), len(counts))
-    width = attention_mask.long()
+    width = attention_mask.long().clone()
     width[placeholders] = counts.to(width.device)
     lengths = width.sum(1)
     size = max(1, int(lengths.max()))

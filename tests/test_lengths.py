@@ -1,4 +1,4 @@
-"""One length rule, three places: the config, what encoder and adapter really make, the processor's own arithmetic."""
+"""One length rule: what the config says, and what encoder and adapter really make."""
 
 import functools
 
@@ -11,8 +11,7 @@ from transformers import LlamaConfig, Wav2Vec2BertConfig, Wav2Vec2Config, Whispe
 from modeling_audiophi import ADAPTERS, AudioPhiAdapterConfig, AudioPhiConfig
 from modeling_audiophi.adapters import adapter_class
 from modeling_audiophi.encoders import encoder_class
-from modeling_audiophi.lengths_audiophi import join_windows, length_mask, output_length
-from processing.processing_audiophi import count_tokens
+from modeling_audiophi.lengths_audiophi import join_windows, length_mask, output_length, shortest_input
 from tests.conftest import WAVEFORM_SIZES
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -70,7 +69,21 @@ def test_rule_equals_what_is_made(name, adapter, share, stack, window, queries):
     assert tokens.shape[:2] == token_mask.shape
     assert token_mask.sum(1).tolist() == output_length(lengths, config.audio_length_rule).tolist()
     for length, made in zip(lengths.tolist(), token_mask.sum(1).tolist(), strict=True):
-        assert count_tokens(length, config.audio_length_rule) == made
+        assert config.num_audio_tokens([length, length]) == 2 * made
+    assert output_length(config.shortest_frames, config.audio_length_rule) >= 1
+    assert output_length(config.shortest_frames - 1, config.audio_length_rule) == 0
+
+
+@given(
+    rule=st.lists(
+        st.tuples(st.integers(1, 6), st.integers(1, 4), st.integers(0, 3), st.integers(1, 4)), min_size=1, max_size=4
+    )
+)
+def test_the_shortest_input_makes_a_token(rule):
+    rule = [(kernel, stride, min(padding, kernel - 1), multiply) for kernel, stride, padding, multiply in rule]
+    shortest = shortest_input(rule)
+    assert output_length(shortest, rule) >= 1
+    assert shortest == 1 or output_length(shortest - 1, rule) == 0
 
 
 @given(lengths=st.lists(st.integers(0, 5), min_size=1, max_size=6), data=st.data())

@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from modeling_audiophi import ADAPTERS, AudioPhiForConditionalGeneration
-from modeling_audiophi.lengths_audiophi import output_length
-from modeling_audiophi.placeholders_audiophi import drop_unused_placeholders
+from modeling_audiophi.alignment_audiophi import NO_TARGET
+from modeling_audiophi.placeholders_audiophi import expand_placeholders
 from tests.conftest import message, prompts
 
 READOUTS = ["frames", "collapse", "mixed"]
@@ -26,7 +28,7 @@ def real(inputs, values, row):
 @pytest.mark.parametrize("adapter", sorted(ADAPTERS))
 def test_logits_do_not_depend_on_batch_or_padding_side(make_tiny_model, waveform, adapter, readout):
     model, processor = make_tiny_model(adapter=adapter, readout=readout)
-    clips = [[waveform(1.3)], [waveform(0.5, 1)], [waveform(0.9, 2), waveform(0.31, 3)]]
+    clips = [[waveform(1.3)], [waveform(0.5, 1)], [waveform(0.9, 2), waveform(0.31, 3)], []]
     outputs = {}
     with torch.no_grad():
         for side in ("left", "right"):
@@ -59,12 +61,13 @@ def test_other_encoders_from_waveform_to_words(make_tiny_model, waveform, reques
             assert torch.equal(batch[row][: len(alone)], alone)
 
 
-def test_collapse_removes_some_placeholders_and_keeps_some(make_tiny_model, waveform):
+def test_collapse_keeps_some_of_the_adapters_tokens(make_tiny_model, waveform):
     """Else the tests of invariance above would prove nothing for it."""
     model, processor = make_tiny_model(readout="collapse")
+    inputs = prompts(processor, [[waveform(1.3)], [waveform(0.5, 1)]])
     with torch.no_grad():
-        keep = model(**prompts(processor, [[waveform(1.3)], [waveform(0.5, 1)]])).audio_keep
-    assert 0 < keep.sum() < len(keep)
+        kept, made = model(**inputs).audio_counts, model.model.adapter_lengths(inputs)
+    assert kept.shape == made.shape == (2,) and 0 < kept.sum() < made.sum()
 
 
 @pytest.mark.parametrize("readout", READOUTS)
@@ -91,14 +94,15 @@ def test_text_only(make_tiny_model):
 def test_count_mismatch_names_both_numbers(make_tiny_model, waveform, readout):
     model, processor = make_tiny_model(readout=readout)
     inputs = prompts(processor, [[waveform(1.0)], [waveform(1.0, 1)]])
-    count = int((inputs["input_ids"] == processor.audio_token_id).sum())
     text = {key: inputs[key] for key in ("input_ids", "attention_mask")}
     doubled = {key: torch.cat([value, value], dim=1) for key, value in text.items()}
     fewer = {key: value[:1] for key, value in audio_only(inputs).items()}
+    one = {key: value[:1] for key, value in text.items()}
     for wrong, message_ in [
-        ({**inputs, **doubled}, f"{2 * count} audio placeholders, but the audio makes {count}"),
-        ({**text, **fewer}, f"{count} audio placeholders, but the audio makes {count // 2}"),
-        (text, f"{count} audio placeholders, but the audio makes 0"),
+        ({**inputs, **doubled}, "has 4 audio placeholders, but 2 clips are given"),
+        ({**text, **fewer}, "has 2 audio placeholders, but 1 clip is given"),
+        ({**audio_only(inputs), **one}, "has 1 audio placeholder, but 2 clips are given"),
+        (text, "has 2 audio placeholders, but no clips are given"),
     ]:
         with pytest.raises(ValueError, match=message_):
             model(**wrong)
@@ -123,7 +127,10 @@ def test_long_audio_is_encoded_in_windows_and_joined(make_tiny_model, waveform):
         audio = model.get_audio_features(**audio_only(inputs), with_alignment=True)
         rows = {key: value for key, value in audio_only(inputs).items() if key != "audio_num_windows"}
         expected = model.get_audio_features(**rows)
-    assert audio.tokens.shape[0] == 2 and audio.align_logits.shape[:2] == audio.tokens.shape[:2]
+    assert (
+        audio.counts.tolist() == audio.tokens_mask.sum(1).tolist()
+        and audio.align_logits.shape[:2] == audio.tokens.shape[:2]
+    )
     assert torch.equal(audio.pooler_output, expected.pooler_output)
     windows = expected.tokens_mask.sum(1).tolist()
     assert len(windows) == 4 and audio.tokens_mask.sum(1).tolist() == [sum(windows[:3]), windows[3]]
@@ -133,11 +140,14 @@ def test_long_audio_is_encoded_in_windows_and_joined(make_tiny_model, waveform):
 
 
 def test_more_audio_than_context_gives_tokens_and_seconds(make_tiny_model, waveform):
+    """And before the encoder has run: what is too long need not be heard."""
     model, processor = make_tiny_model()
     inputs = prompts(processor, [[waveform(42.0)]])
+    hook = model.model.audio_tower.register_forward_pre_hook(lambda *_: pytest.fail("encoded"))
     for call in (model, lambda **kwargs: model.generate(**kwargs, max_new_tokens=2)):
         with pytest.raises(ValueError, match=r"525 of them audio \(about 42 s\).*context is 512"):
             call(**inputs)
+    hook.remove()
 
 
 def test_encoding_many_windows_in_parts_changes_nothing(make_tiny_model, waveform, monkeypatch):
@@ -244,7 +254,9 @@ def test_gradient_reaches_the_adapter_and_stops_at_frozen_parts(make_tiny_model,
     parts = (model.model.multi_modal_projector, model.model.readout, model.model.alignment)
     for name, parameter in ((n, p) for part in parts for n, p in part.named_parameters()):
         # The residual starts at zero, so its own norm sees no gradient in the first step; this audio has no pauses.
-        if readout == "frames" or not name.startswith(("norm.", "state_norm.", "clip_norm.", "sounds.", "captions.")):
+        if readout == "frames" or not name.startswith(
+            ("norm.", "state_norm.", "clip_norm.", "sounds.", "sound_words.")
+        ):
             assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
     assert all(parameter.grad is None for parameter in model.model.audio_tower.parameters())
     assert all(parameter.grad is None for parameter in model.model.language_model.parameters())
@@ -350,23 +362,158 @@ def test_every_weight_is_initialised(make_tiny_model):
     assert empty.model.readout.proj.weight.abs().max() == 0
 
 
-def test_rule_equals_real_lengths(make_tiny_model, waveform):
-    model, processor = make_tiny_model(adapter="qformer")
-    inputs = prompts(processor, [[waveform(1.0)]])
-    frames = int(inputs["input_features_mask"].sum())
-    count = int((inputs["input_ids"] == processor.audio_token_id).sum())
-    assert output_length(frames, model.config.audio_length_rule) == count
+@pytest.mark.parametrize("adapter", ["qformer", "conv_mlp"])
+def test_lengths_are_known_without_hearing(make_tiny_model, waveform, adapter):
+    model, processor = make_tiny_model(adapter=adapter)
+    clips = [waveform(5.0), waveform(0.3, 1)]
+    inputs = prompts(processor, [[clip] for clip in clips])
+    expected = model.get_audio_features(**audio_only(inputs)).counts.tolist()
+    assert model.model.adapter_lengths(inputs).tolist() == expected
+    frames = [processor.frame_counts(len(clip)) for clip in clips]
+    assert [model.config.num_audio_tokens(counts) for counts in frames] == expected
+    assert model.config.num_audio_tokens([model.config.shortest_frames]) >= 1
+    assert model.config.num_audio_tokens([model.config.shortest_frames - 1]) == 0
+    hidden, mask = model.model.encode(inputs["input_features"], inputs["input_features_mask"])
+    cached = {"audio_hidden_states": hidden, "audio_hidden_mask": mask}
+    assert model.model.adapter_lengths({**cached, "audio_num_windows": torch.tensor([3, 1])}).tolist() == expected
 
 
-def test_dropping_placeholders_keeps_order_and_maps_back():
+# ---- placeholders
+
+
+def test_expanded_placeholders_keep_order_and_map_back():
     pad, audio = 9, 5
-    ids = torch.tensor([[pad, 1, audio, audio, 2, audio], [pad, pad, 3, audio, audio, 4]])
+    ids = torch.tensor([[pad, 1, audio, 2, audio], [pad, pad, 3, audio, 4]])
     mask = (ids != pad).long()
-    keep = torch.tensor([False, True, False, False, False])
-    left = drop_unused_placeholders(ids, mask, audio, keep, "left")
-    assert left.input_ids.tolist() == [[1, audio, 2], [0, 3, 4]]
-    assert left.attention_mask.tolist() == [[1, 1, 1], [0, 1, 1]]
-    assert left.latest.tolist() == [[0, 0, 0, 1, 2, 2], [1, 1, 1, 1, 1, 2]]
-    right = drop_unused_placeholders(ids, mask, audio, keep, "right")
-    assert right.input_ids.tolist() == [[1, audio, 2], [3, 4, 0]]
-    assert right.latest.tolist()[1] == [0, 0, 0, 0, 0, 1]
+    left = expand_placeholders(ids, mask, torch.tensor([3, 0, 1]), audio, "left")
+    assert left.input_ids.tolist() == [[1, audio, audio, audio, 2], [0, 0, 3, audio, 4]]
+    assert left.attention_mask.tolist() == [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]]
+    assert left.latest.tolist() == [[0, 0, 3, 4, 4], [1, 1, 2, 3, 4]]
+    right = expand_placeholders(ids, mask, torch.tensor([3, 0, 1]), audio, "right")
+    assert right.input_ids.tolist()[1] == [3, audio, 4, 0, 0]
+    assert right.latest.tolist()[1] == [0, 0, 0, 1, 2]
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), sides=st.tuples(*[st.sampled_from(["left", "right"])] * 2))
+def test_any_expansion_can_be_taken_back(data, sides):
+    """Rows of text and clips of any size, also of none, padded on either side."""
+    audio = 5
+    rows = data.draw(st.lists(st.lists(st.integers(3, 6), max_size=7), min_size=1, max_size=4))
+    counts = data.draw(st.lists(st.integers(0, 5), min_size=(n := sum(row.count(audio) for row in rows)), max_size=n))
+    size = max(1, *map(len, rows))
+
+    def pad(row, value, width, side):
+        padding = [value] * (width - len(row))
+        return [*padding, *row] if side == "left" else [*row, *padding]
+
+    ids = torch.tensor([pad(row, 0, size, sides[0]) for row in rows])
+    mask = torch.tensor([pad([1] * len(row), 0, size, sides[0]) for row in rows])
+    left = iter(counts)
+    expected = [[token for t in row for token in ([audio] * next(left) if t == audio else [t])] for row in rows]
+    prompt = expand_placeholders(ids, mask, torch.tensor(counts, dtype=torch.long), audio, sides[1])
+    width = max(1, *map(len, expected))
+    assert prompt.input_ids.tolist() == [pad(row, 0, width, sides[1]) for row in expected]
+    assert prompt.attention_mask.tolist() == [pad([1] * len(row), 0, width, sides[1]) for row in expected]
+    # A state that says how much has been read: every position gets that of what was read up to it.
+    gathered = prompt.gather(prompt.attention_mask.cumsum(1)[..., None].float())[..., 0].long()
+    left = iter(counts)
+    for row, read, real in zip(rows, gathered.tolist(), mask.bool().tolist(), strict=True):
+        sizes = torch.tensor([next(left) if token == audio else 1 for token in row], dtype=torch.long)
+        ends = sizes.cumsum(0).tolist()
+        for end, value in zip(ends, [value for value, is_real in zip(read, real, strict=True) if is_real], strict=True):
+            assert value == end or (end == 0 and value <= 1)  # nothing was read before it
+    with pytest.raises(ValueError, match=f"but {n + 1} clip"):
+        expand_placeholders(ids, mask, torch.ones(n + 1, dtype=torch.long), audio, sides[1])
+
+
+@pytest.mark.parametrize("readout", READOUTS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_new_turn_on_a_cache_equals_the_whole_chat(make_tiny_model, waveform, readout, side):
+    """`forward` with the new turn's ids and clips alone; its mask also covers the cache."""
+    model, processor = make_tiny_model(readout=readout)
+    first = prompts(processor, [[waveform(0.7)], [waveform(0.4, 1)]], "left")
+    second = prompts(processor, [[waveform(0.5, 2)], []], side)
+    with torch.no_grad():
+        begun = model.model.expand_prompt(first["input_ids"], first["attention_mask"],
+                                          model.get_audio_features(**audio_only(first)).counts)  # fmt: skip
+        cache = model(**first, use_cache=True)
+        past = {name: value for name, value in cache.items() if name in ("cache", "past_key_values")}
+        mask = torch.cat([begun.attention_mask, second["attention_mask"]], 1)
+        logits = model(**{**second, "attention_mask": mask}, **past).logits
+        for row, clips in enumerate([[waveform(0.7), waveform(0.5, 2)], [waveform(0.4, 1)]]):
+            parts = [turn["input_ids"][row][turn["attention_mask"][row].bool()] for turn in (first, second)]
+            whole = {**audio_only(prompts(processor, [clips])), "input_ids": torch.cat(parts)[None]}
+            expected = model(**whole).logits[0, -len(parts[1]) :]
+            assert torch.allclose(real(second, logits, row), expected, atol=TOLERANCE)
+
+
+def test_audio_and_embeddings_or_positions_exclude_each_other(make_tiny_model, waveform):
+    model, processor = make_tiny_model()
+    inputs = prompts(processor, [[waveform(0.5)]])
+    embeds = torch.zeros(1, 4, 32)
+    for more in (inputs, {"input_ids": inputs["input_ids"], "audio_embeds": embeds[0]}):
+        with pytest.raises(ValueError, match="not both"):
+            model(**more, inputs_embeds=embeds)
+    with pytest.raises(ValueError, match="position_ids"):
+        model(**inputs, position_ids=torch.arange(inputs["input_ids"].shape[1])[None])
+    with pytest.raises(ValueError, match="1 audio placeholders, but 4 audio_embeds"):
+        model(input_ids=inputs["input_ids"], audio_embeds=embeds[0])
+
+
+# ---- batches of any kind of rows
+
+
+@pytest.mark.parametrize("readout", READOUTS)
+def test_rows_without_audio_learn_like_alone(make_tiny_model, waveform, readout):
+    """Text alone, or beside clips; a batch without any audio has a gradient of zero for the parts that read audio."""
+    model, processor = make_tiny_model(adapter={"type": "conv_mlp", "dropout": 0.0}, readout=readout)
+    model.tune("audio", "frozen")
+    model.tune("text", "frozen")
+    model.train()
+    text = prompts(processor, [[], []], "right")
+    loss = model(**text, labels=labelled(processor, text)).loss
+    loss.backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert trained and all(parameter.grad is not None and not parameter.grad.any() for parameter in trained)
+    mixed = prompts(processor, [[], [waveform(0.6)]], "right")
+    labels = labelled(processor, mixed)
+    labels[1] = -100
+    model.eval()
+    assert model(**mixed, labels=labels).loss.item() == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_clips_without_a_target_change_no_loss(make_tiny_model, waveform):
+    model, processor = make_tiny_model()
+    clips = [waveform(1.0), waveform(1.2, 1), waveform(0.8, 2)]
+    labels = torch.tensor([[20, 21], [NO_TARGET, -100], [-100, -100]])
+    both = audio_only(prompts(processor, [[clip] for clip in clips]))
+    without = audio_only(prompts(processor, [[clips[0]], [clips[2]]]))
+    expected = model(**without, align_labels=labels[[0, 2]])
+    output = model(**both, align_labels=labels)
+    assert output.align_loss.item() == pytest.approx(expected.align_loss.item(), rel=1e-5)
+    assert output.align_skipped == 0
+    nothing = model(**both, align_labels=torch.full((3, 1), NO_TARGET))
+    assert nothing.align_loss == 0
+
+
+@pytest.mark.parametrize("readout", READOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("prior", [0.0, 0.3])
+def test_half_precision(make_tiny_model, waveform, readout, dtype, prior):
+    """With an alignment that knows spelling, and every scorer."""
+    _, processor = make_tiny_model()
+    texts = [processor.tokenizer.decode([index]) for index in range(10, 310)]
+    model, processor = make_tiny_model(readout=readout, align_spelling={"texts": texts, "buckets": 50, "size": 8})
+    model.to(dtype)
+    inputs = prompts(processor, [[waveform(0.9)], [waveform(0.5, 1)]]).to(dtype=dtype)
+    labels = torch.tensor([[20, 21], [30, -100]])
+    with torch.no_grad():
+        output = model(**inputs, align_labels=labels, return_logits=True)
+    assert output.logits.dtype == output.align_logits.dtype == dtype and torch.isfinite(output.logits).all()
+    assert torch.isfinite(output.align_loss)
+    scores = {"ctc_weight": 0.5, "lm_prior_weight": prior, "draft_tokens": 8, "max_new_tokens": 4}
+    for rows in (inputs, prompts(processor, [[waveform(0.9)]]).to(dtype=dtype)):
+        for beams in (1, 2):
+            out = model.generate(**rows, **scores, num_beams=beams, do_sample=False)
+            assert out.shape[1] > rows["input_ids"].shape[1]

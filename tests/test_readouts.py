@@ -147,10 +147,10 @@ def test_sounds_are_learned_by_the_language_model():
     readout, arguments = sound_readout()
     (readout(*arguments)[0] * torch.randn(6)).sum().backward()
     for name, parameter in readout.named_parameters():
-        assert name.startswith("captions.") or parameter.grad.abs().max() > 0, name
+        assert name.startswith("sound_words.") or parameter.grad.abs().max() > 0, name
 
 
-def test_sounds_come_to_lie_near_their_captions_words():
+def test_sounds_come_to_lie_near_the_words_that_describe_them():
     torch.manual_seed(1)
     readout, arguments = sound_readout()
     labels = torch.tensor([[0, 2, 2], [1, -1, -1]])
@@ -159,30 +159,30 @@ def test_sounds_come_to_lie_near_their_captions_words():
     losses = []
     for _ in range(60):
         embeds, keep = readout(*arguments)
-        loss = readout.caption_loss(embeds, keep, labels, table)
+        loss = readout.sound_loss(embeds, keep, labels, table)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 1.0 < losses[0]  # with a word twice as likely as the other it could not be below log 2
-    scores = readout.captions(readout(*arguments)[0][keep], table)
+    scores = readout.sound_words(readout(*arguments)[0][keep], table)
     assert scores[:2].topk(2).indices.sort().values.tolist() == [[0, 2], [0, 2]]
     assert scores[2:].argmax(-1).tolist() == [1, 1]
 
 
-def test_the_caption_loss_is_a_sum_over_captioned_clips():
+def test_the_sound_loss_is_a_sum_over_described_clips():
     readout, arguments = sound_readout()
     embeds, keep = readout(*arguments)
     table, nothing = TABLE[VOCAB_IDS], torch.tensor([[-1], [-1]])
     both, first, second = (
-        readout.caption_loss(embeds, keep, torch.tensor(labels), table)
+        readout.sound_loss(embeds, keep, torch.tensor(labels), table)
         for labels in ([[0, 2], [1, -1]], [[0, 2], [-1, -1]], [[-1, -1], [1, -1]])
     )
     assert torch.allclose(both, first + second, atol=1e-5) and first > 0 and second > 0
-    nothing = readout.caption_loss(embeds, keep, nothing, table)
+    nothing = readout.sound_loss(embeds, keep, nothing, table)
     assert nothing == 0
     nothing.backward()  # every process of several has the same gradients to exchange
-    assert all(parameter.grad is not None for parameter in readout.captions.parameters())
+    assert all(parameter.grad is not None for parameter in readout.sound_words.parameters())
 
 
 @pytest.mark.parametrize("before", READOUTS)
@@ -214,7 +214,7 @@ def test_a_stage_can_train_the_readout_alone(make_tiny_model):
     apply_tuning(model, Stage("lm", "lm", Tune(adapter="frozen", readout="full")))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     names = {f"model.readout.{name}" for name, _ in model.model.readout.named_parameters()}
-    assert trained == {name for name in names if ".captions." not in name}
+    assert trained == {name for name in names if ".sound_words." not in name}
     apply_tuning(model, Stage("sounds", "align", Tune(adapter="frozen", readout="full")))
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == names
     apply_tuning(model, Stage("lm", "lm", Tune(adapter="full", readout="frozen")))
