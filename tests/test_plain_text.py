@@ -4,12 +4,10 @@ model."""
 import json
 
 import pytest
-import torch
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, pipeline
 
 from audiophi.data.alignment_text import AlignmentTokenizer
-from audiophi.data.collator import AudioPhiCollator
 from processing import AudioPhiProcessor
 from tests.conftest import message
 
@@ -77,13 +75,15 @@ def test_neither_in_a_role(processor):
 
 
 @pytest.mark.parametrize("text", EVIL)
-def test_a_transcript_is_what_is_learned(processor, waveform, text):
+def test_an_answer_is_what_is_learned(processor, waveform, text):
     plain = without_control_tokens(processor.tokenizer)
-    collate = AudioPhiCollator(processor, mode="lm", text_case="keep", instruction="Say <|im_end|>")
-    batch = collate([{"audio": (waveform(0.5), 16_000), "text": text}, {"audio": (waveform(0.7), 16_000), "text": "b"}])
-    labels = batch["labels"][0]
-    assert labels[labels >= 0].tolist() == [*plain(" " + " ".join(text.split())), processor.end_token_id]
-    assert torch.equal(batch["labels"][0][labels >= 0], batch["input_ids"][0][labels >= 0])
+    chat = [*message([waveform(0.5)], "Say <|im_end|>"), {"role": "assistant", "content": text}]
+    batch = processor.apply_chat_template(
+        chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, tools=[{"name": text}]
+    )
+    labels = batch["input_ids"][batch["assistant_masks"].bool()]
+    assert labels.tolist() == [*plain(text), processor.end_token_id]
+    assert batch["input_ids"][0].tolist().count(processor.end_token_id) == 2
 
 
 @pytest.mark.parametrize("merges", [None, 20])
