@@ -160,7 +160,15 @@ def test_decoding_is_the_tokenizers(processor):
 def test_clips_of_any_dtype_and_container(processor, waveform):
     clip = waveform(0.5)
     expected = processor(text=processor.audio_token, audio=clip, sampling_rate=RATE)
-    for other in ([clip], (clip, RATE), clip.astype(np.float64), torch.from_numpy(clip), clip.tolist()):
+    for other in (
+        [clip],
+        (clip, RATE),
+        (RATE, clip),
+        [(RATE, clip)],
+        clip.astype(np.float64),
+        torch.from_numpy(clip),
+        clip.tolist(),
+    ):
         got = processor(text=processor.audio_token, audio=other, sampling_rate=RATE)
         assert got.keys() == expected.keys() and torch.equal(got["input_ids"], expected["input_ids"])
         assert torch.allclose(got[processor.feature_key], expected[processor.feature_key], atol=1e-5)
