@@ -17,6 +17,7 @@ class XeusAudioEncoder(nn.Module):
     second."""
 
     feature_key = "input_values"
+    takes_float32 = True  # whatever the weights are in
     time_axis = 1
     # Said when a checkpoint is saved that contains weights of this encoder.
     weights_licence = "XEUS: CC-BY-NC-SA-4.0, non-commercial"

@@ -4,8 +4,8 @@ To add one: write `encoder_<name>.py` with a class that has the interface of `Wh
     time_axis, length_rule, hidden_size, window_frames, feature_rate, read_base, forward) and add its line here; the
     relative import is also what makes the file ship to the Hub. A `model_type` that transformers does not know must
     be registered with AutoConfig by that file. Optional: sampling_rate (16,000 if not given), settings (names of config
-    values that a recipe may change), fixed_window (see `encoder_windows.py`), weights_licence (for weights that a
-    full checkpoint contains only if asked to).
+    values that a recipe may change), fixed_window (see `encoder_windows.py`), takes_float32 (features, whatever the
+    weights are in), weights_licence (for weights that a full checkpoint contains only if asked to).
 """
 
 from transformers.utils import logging

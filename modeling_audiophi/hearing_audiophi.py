@@ -23,7 +23,7 @@ class HearingMixin:
         Returns hidden (W, T', encoder size) and mask (W, T') bool.
         """
         time_axis = self.audio_tower.time_axis
-        mask = self._as_mask(features, mask)
+        mask, features = self._as_mask(features, mask), self._as_weights(features)
         rows = max(1, WINDOWS_AT_A_TIME * self.config.window_frames // max(1, features.shape[time_axis]))
         parts = [self.audio_tower(f, m) for f, m in zip(features.split(rows), mask.split(rows), strict=True)]
         if len(parts) == 1:
@@ -32,6 +32,13 @@ class HearingMixin:
         hidden = [nn.functional.pad(part, (0, 0, 0, size - part.shape[1])) for part, _ in parts]
         masks = [nn.functional.pad(part, (0, size - part.shape[1])) for _, part in parts]
         return torch.cat(hidden), torch.cat(masks)
+
+    def _as_weights(self, features):
+        """`features` in the precision of the encoder's weights, unless it wants them in float32."""
+        if getattr(self.audio_tower, "takes_float32", False):
+            return features.float()
+        weight = next((p for p in self.audio_tower.parameters() if p.is_floating_point()), features)
+        return features.to(weight.dtype)
 
     def _as_mask(self, features, mask, time_axis=None):
         """`mask` (W, T), a list of W rows, or None for all real -> (W, T) bool."""
@@ -98,7 +105,7 @@ class HearingMixin:
             if features is None:
                 raise ValueError(f"the {self.config.audio_config.model_type} encoder takes {key!r}, which is missing")
             if any(watched):
-                mask = self._as_mask(features, mask)
+                mask, features = self._as_mask(features, mask), self._as_weights(features)
                 (hidden, mask), states, attentions = run_recorded(self.audio_tower, features, mask)
             else:
                 hidden, mask = self.encode(features, mask)

@@ -1,5 +1,7 @@
 """`pipeline("audio-text-to-text")`: every form of input, batches, pieces, streaming, errors that cost one row."""
 
+import base64
+import copy
 import io
 import threading
 from pathlib import Path
@@ -13,15 +15,15 @@ from transformers import GenerationConfig, TextIteratorStreamer, pipeline
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 from transformers.pipelines.pt_utils import KeyDataset
 
-from audiophi.training.build import build_model, build_processor
-from audiophi.training.recipe import recipe_from_dict
-from modeling_audiophi import AudioTextToTextPipeline
+from modeling_audiophi import AudioTextToTextPipeline, pipeline_rows_audiophi
 from modeling_audiophi.chunks_audiophi import split_at_pauses
 from modeling_audiophi.pipeline_rows_audiophi import is_one_input
-from processing.prompts import INSTRUCTIONS, TRANSCRIBE_PARAPHRASES
+from tests.conftest import PROCESSOR_TASKS
 
 RATE = 16_000
 SHORT = {"max_new_tokens": 5}
+TRANSCRIBE, OTHER = PROCESSOR_TASKS["transcribe"]["instructions"]
+CAPTION = PROCESSOR_TASKS["caption"]["instructions"][0]
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -29,8 +31,9 @@ ROOT = Path(__file__).resolve().parents[1]
 def parts(make_tiny_model):
     """A model whose alignment head and beams take part in transcripts, and its processor."""
     model, processor = make_tiny_model(readout="collapse")
-    model.generation_config.update(num_beams=2, length_penalty=0.0, suppress_tokens=None)
-    model.generation_config.ctc_weight = 0.5
+    model.generation_config.update(suppress_tokens=None)
+    decoding = {"num_beams": 2, "length_penalty": 0.0, "ctc_weight": 0.5, "no_repeat_ngram_size": 4}
+    model.generation_config.tasks["transcribe"] = decoding
     return model, processor
 
 
@@ -82,7 +85,7 @@ def test_every_form_of_a_clip_gives_the_same_words(pipe, files):
     ]
     assert all(is_one_input(form) for form in forms)
     assert pipe(forms, batch_size=4, **SHORT) == [expected] * len(forms)
-    assert pipe(array, sampling_rate=RATE, **SHORT) == pipe(audio=files[0], text=INSTRUCTIONS["transcribe"], **SHORT)
+    assert pipe(array, sampling_rate=RATE, **SHORT) == pipe(audio=files[0], text=TRANSCRIBE, **SHORT)
     assert pipe(text=chat(files[0]), **SHORT) == expected
 
 
@@ -133,75 +136,133 @@ def test_a_prompt_beyond_the_context_costs_its_row_only(make_tiny_model, files, 
         small(long, chunk_length_s=0)
 
 
-def test_instructions_agree_with_training_and_are_kept(parts, tmp_path):
-    _, processor = parts
-    assert processor.instructions["transcribe"] == list(TRANSCRIBE_PARAPHRASES)
-    assert {task: wordings[0] for task, wordings in processor.instructions.items()} == INSTRUCTIONS
-    processor.save_pretrained(tmp_path)
-    assert type(processor).from_pretrained(tmp_path).instructions == processor.instructions
-
-
-def test_a_checkpoint_is_asked_as_it_was_trained(tiny_whisper_dir, tiny_llm_dir):
-    recipe = {
-        "name": "tiny",
-        "components": {"audio": tiny_whisper_dir, "text": tiny_llm_dir},
-        "data": {"train": [{"path": "x"}]},
-        "adapter": {"type": "mlp", "hidden_size": 32},
-        "instructions": ["Spell it.", TRANSCRIBE_PARAPHRASES[1]],
-        "stages": [{"name": "lm", "loss": "lm", "steps": 1, "batch_size": 1}],
-    }
-    recipe = recipe_from_dict(recipe)
-    processor = build_processor(recipe)
-    build_model(recipe, processor, None)
-    wordings = processor.instructions["transcribe"]
-    assert wordings[:2] == recipe.instructions and set(wordings) == {"Spell it.", *TRANSCRIBE_PARAPHRASES}
-    assert processor.instructions["caption"] == [INSTRUCTIONS["caption"]]
-
-
 def test_the_files_that_ship_import_only_each_other():
     file = ROOT / "modeling_audiophi" / "pipeline_audiophi.py"
     shipped = [Path(name) for name in get_relative_import_files(str(file))]
-    assert {"chunks_audiophi.py", "pipeline_rows_audiophi.py"} <= {path.name for path in shipped}
+    assert {"chunks_audiophi.py", "engine_audiophi.py", "pipeline_rows_audiophi.py"} <= {path.name for path in shipped}
     for path in (file, *shipped):
         assert path.parent == file.parent and "processing" not in get_imports(str(path))
 
 
-def test_tasks_ask_their_wording_and_the_alignment_only_takes_part_in_transcripts(pipe, files, monkeypatch):
+def test_tasks_ask_their_wording_and_bring_their_own_decoding(pipe, files, monkeypatch):
     seen = spy_on_generate(monkeypatch, pipe)
 
     def asked(inputs, **kwargs):
         seen.clear()
         pipe(inputs, max_new_tokens=2, **kwargs)
         text = pipe.tokenizer.decode(seen[0][1]["input_ids"][0], skip_special_tokens=True)
-        return text.removeprefix("user\n").split("\nassistant")[0], seen[0][0].ctc_weight
+        config = seen[0][0]
+        decoding = (config.ctc_weight, config.no_repeat_ngram_size or 0, config.num_beams or 1)
+        return text.removeprefix("user\n").split("\nassistant")[0], decoding
 
-    assert asked(files[0]) == (INSTRUCTIONS["transcribe"], 0.5)
-    assert asked(files[0], instruction="transcribe", ctc_weight=0.25) == (INSTRUCTIONS["transcribe"], 0.25)
-    assert asked(files[0], instruction=TRANSCRIBE_PARAPHRASES[1])[1] == 0.5
-    assert asked(files[0], instruction="caption") == (INSTRUCTIONS["caption"], 0.0)
-    assert asked(files[0], instruction="How many?") == ("How many?", 0.0)
-    assert asked({"audio": files[0], "text": "the reference"}) == (INSTRUCTIONS["transcribe"], 0.5)
-    assert asked(chat(files[0]))[1] == 0.5 and asked(chat(files[0], files[2]))[1] == 0.0
-    turns = [*chat(files[0]), {"role": "assistant", "content": "words"}, *chat(files[2])]
-    assert asked(turns)[1] == 0.0
+    transcript, plain = (0.5, 4, 2), (0.0, 0, 1)
+    assert asked(files[0]) == asked(files[0], task="transcribe") == (TRANSCRIBE, transcript)
+    assert asked(files[0], instruction="transcribe", ctc_weight=0.25) == (TRANSCRIBE, (0.25, 4, 2))
+    assert asked(files[0], instruction=OTHER) == (OTHER, transcript)
+    assert asked(files[0], instruction="transcribe THE speech") == ("transcribe THE speech", transcript)
+    assert asked(files[0], instruction="caption") == asked(files[0], task="caption") == (CAPTION, plain)
+    assert asked(files[0], instruction="How many?") == ("How many?", plain)
+    assert asked(files[0], instruction="Schreib auf!", task="transcribe") == ("Schreib auf!", transcript)
+    assert asked(files[0], instruction="caption", task="transcribe") == (CAPTION, transcript)
+    assert asked({"audio": files[0], "text": "the reference"}) == (TRANSCRIBE, transcript)
+    assert asked({"audio": files[0], "task": "caption"}, task="transcribe") == (CAPTION, plain)
+    assert asked({"audio": files[0], "task": "transcribe", "instruction": "Was?"}) == ("Was?", transcript)
+    assert asked({"instruction": "Who are you?"}) == ("Who are you?", plain)
+    assert asked(chat(files[0]))[1] == asked(chat(files[0], files[2]))[1] == transcript
+    first = [*chat(files[0]), {"role": "assistant", "content": "words"}]
+    assert asked([*first, *chat(files[2])])[1] == transcript
+    assert asked([*first, {"role": "user", "content": TRANSCRIBE}])[1] == plain  # of what?
+    assert asked([*first, {"role": "user", "content": "Why?"}], task="transcribe")[1] == transcript
+    assert asked(chat(files[0], text="Why?"), task="caption")[1] == plain
+
+
+def test_what_is_no_rows_fault(pipe, files):
+    for wrong, message in (
+        ({"task": "translate"}, "unknown task 'translate'; this model knows: transcribe, caption"),
+        ({"instruction": " "}, "instruction must be"),
+        ({"instruction": 3}, "instruction must be"),
+        ({"chunk_length_s": "30"}, "chunk_length_s='30'"),
+        ({"chunk_length_s": 0.1}, "chunk_length_s"),
+        ({"return_timestamps": "word"}, "return_timestamps='word'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe(files, **wrong)
+    result = pipe([files[0], {"audio": files[0], "task": "translate"}], **SHORT)
+    assert result[0]["generated_text"] and "unknown task" in result[1]["error"]
+
+
+def test_a_model_without_tasks_wants_an_instruction(parts, files):
+    model, processor = parts
+    processor = copy.copy(processor)
+    processor.tasks = {}
+    bare = pipeline("audio-text-to-text", model=model, processor=processor, device="cpu", **SHORT)
+    with pytest.raises(ValueError, match="give an instruction"):
+        bare(files[0])
+    assert bare(files[0], instruction="What?")["generated_text"] is not None
+
+
+def test_malformed_rows_cost_only_themselves(pipe, files):
+    def user(content):
+        return [{"role": "user", "content": content}]
+
+    rows = [
+        files[0], user(None), user([{"audio": files[0]}]), user([{"type": "text", "content": "hi"}]), user(["hi"]),
+        {"array": torch.zeros(16_000).bfloat16(), "sampling_rate": RATE}, None, 5, {"audio": None}, {},
+        {"audio": files[0], "instruction": 5}, {"audio": files[0], "sampling_rate": "x"}, [{"role": "user"}],
+        user([{"type": "audio"}]), user([{"type": "audoi", "path": files[0]}]), chat(files[0]),
+    ]  # fmt: skip
+    results = pipe(rows, batch_size=4, **SHORT)
+    assert results[0] == results[-1] == pipe(files[0], **SHORT)
+    for row, result in zip(rows[1:-1], results[1:-1], strict=True):
+        assert ("error" in result and len(result["error"]) > 10) or "bfloat16" in repr(row), row
+
+
+def test_open_files_columns_and_openais_audio(pipe, files):
+    data = Path(files[0]).read_bytes()
+    expected = pipe(files[0], **SHORT)
+    with open(files[0], "rb") as file:
+        assert pipe(file, **SHORT) == expected
+    assert pipe(io.BytesIO(data), **SHORT) == expected
+    array, _ = sf.read(files[0], dtype="float32")
+    assert pipe((RATE, array), **SHORT) == expected
+    text, encoded = {"type": "text", "text": TRANSCRIBE}, base64.b64encode(data).decode()
+    for item in ({"type": "input_audio", "input_audio": {"data": encoded, "format": "wav"}},
+                 {"type": "audio_url", "audio_url": {"url": f"data:audio/wav;base64,{encoded}"}}):  # fmt: skip
+        assert pipe([{"role": "user", "content": [item, text]}], **SHORT) == expected
+    rows = datasets.Dataset.from_dict({"audio": files}).cast_column("audio", datasets.Audio(sampling_rate=RATE))
+    every = pipe(files, **SHORT)
+    assert list(pipe(rows["audio"], **SHORT)) == every
+    assert list(pipe(rows.to_iterable_dataset()["audio"], **SHORT)) == every
+    with pytest.raises(ValueError, match=r"turn 1 .*type 'speech' is not understood"):
+        pipe([{"role": "user", "content": [{"type": "speech", "path": files[0]}]}])
+
+
+@pytest.mark.parametrize("start", ["spawn", "fork"])
+def test_rows_are_read_by_other_processes(pipe, files, monkeypatch, start):
+    """Also where processes begin empty, as on macOS and Windows: what they get must be picklable."""
+    loader = pipeline_rows_audiophi.DataLoader
+    monkeypatch.setattr(
+        pipeline_rows_audiophi, "DataLoader", lambda *args, **kw: loader(*args, **kw, multiprocessing_context=start)
+    )
+    assert pipe(files, num_workers=1, batch_size=2, **SHORT) == pipe(files, **SHORT)
 
 
 def test_generation_arguments(pipe, parts, files, monkeypatch):
     seen = spy_on_generate(monkeypatch, pipe)
     pipe(files[0], max_new_tokens=3, generate_kwargs={"num_beams": 1, "length_penalty": 1.0, "min_new_tokens": 3})
     config = seen[-1][0]
-    assert (config.max_new_tokens, config.num_beams, config.min_new_tokens) == (3, 1, 3)
+    assert (config.max_new_tokens, config.num_beams, config.min_new_tokens) == (3, 1, 3) and config.ctc_weight == 0.5
     assert parts[1].end_token_id in config.eos_token_id and parts[0].generation_config.max_new_tokens is None
     pipe(files[0], generation_config=GenerationConfig(max_new_tokens=2))
-    assert seen[-1][0].max_new_tokens == 2 and seen[-1][0].num_beams in (None, 1)
+    assert seen[-1][0].max_new_tokens == 2 and seen[-1][0].num_beams == 2  # what it leaves open is the task's
+    pipe(files[0], generation_config=GenerationConfig(num_beams=1, max_new_tokens=2))
+    assert seen[-1][0].num_beams == 1
     several = pipe(files[0], num_beams=3, num_return_sequences=3, **SHORT)
     assert len(several["alternatives"]) == 3 and several["alternatives"][0] == several["generated_text"]
     with pytest.raises(TypeError, match="max_new_token"):
         pipe(files, max_new_token=3)
     with pytest.raises(ValueError, match="ctc_weight"):  # not a row's fault
         pipe(files, ctc_weight=2.0)
-    with pytest.raises(ValueError, match="chunk_length_s"):
-        pipe(files[0], chunk_length_s=0.1)
     with pytest.raises(ValueError, match="only one"):
         pipe(files[0], text="What?", instruction="caption")
     with pytest.raises(ValueError, match="once"):
@@ -245,6 +306,10 @@ def test_recordings_longer_than_the_window_are_transcribed_in_pieces(pipe, wavef
     whole = pipe((long, RATE), chunk_length_s=0, return_timestamps=True, **SHORT)
     assert [chunk["timestamp"] for chunk in whole["chunks"]] == [(0.0, 5.0)] and whole["chunks"][0]["text"]
     assert "chunks" not in pipe((long, RATE), instruction="caption", return_timestamps=True, **SHORT)
+    asked = pipe((long, RATE), instruction="transcribe the speech", return_timestamps=True, **SHORT)
+    assert len(asked["chunks"]) == len(pieces)
+    same = pipe((long, RATE), instruction=TRANSCRIBE, task="caption", return_timestamps=True, **SHORT)
+    assert "chunks" not in same
 
 
 @pytest.mark.parametrize("seconds", [1.0, 5.0])
