@@ -57,6 +57,8 @@ class RowReader:
             rate, clips = row.get("sampling_rate", rate), row.get("audio")
             if not isinstance(clips, list) or is_one_input(clips):
                 clips = [] if clips is None else [clips]
+            if not clips and not row.get("instruction"):
+                raise ValueError(f"this row has neither audio nor an instruction of its own: {row!r:.200}")
         task, question = self.request(task, instruction)
         if task is None:
             # What the words ask for does not depend on what is heard.

@@ -1,6 +1,5 @@
 """Joint decoding: prefix scores against enumeration of all paths, and what they do to `generate`."""
 
-import copy
 import itertools
 import math
 
@@ -8,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import GenerationMixin
 
-from modeling_audiophi.ctc_scoring_audiophi import CTCPrefixScorer, alignment_per_prompt, recurrence
-from processing.chat_templates import AUDIO_PLACEHOLDER, TEMPLATES
+from modeling_audiophi.ctc_scoring_audiophi import CTCPrefixScorer, alignment_per_prompt, last_clips, recurrence
 from tests.conftest import message, prompts
 
 VOCAB_IDS = torch.tensor([3, 7, 8])
@@ -89,14 +88,25 @@ def test_beams_find_their_parents_after_reordering():
         assert torch.allclose(scores[row], run_scorer(alone, prefix, prompt=()), atol=1e-4)
 
 
-def test_clips_of_one_prompt_are_read_one_after_the_other():
-    logits = torch.randn(3, 4, 5)
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]).bool()
-    ids = torch.tensor([[9] * 6 + [1, 1], [1] * 8, [9, 9, 9] + [1] * 5])
-    log_probs, lengths = alignment_per_prompt(logits, mask, ids, 9)
-    assert lengths.tolist() == [6, 0, 3]
+def test_clips_that_a_prompt_is_about_are_read_one_after_the_other():
+    logits = torch.randn(4, 4, 5)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 0]]).bool()
+    log_probs, lengths = alignment_per_prompt(logits, mask, [range(0, 2), range(0), range(3, 4)])
+    assert lengths.tolist() == [6, 0, 1]
     assert torch.allclose(log_probs[0], torch.cat([logits[0], logits[1, :2]]).log_softmax(-1))
-    assert torch.allclose(log_probs[2, :3], logits[2, :3].log_softmax(-1))
+    assert torch.allclose(log_probs[2, :1], logits[3, :1].log_softmax(-1))
+    cooler, _ = alignment_per_prompt(logits, mask, [range(2, 3)], temperature=2.0)
+    assert torch.allclose(cooler[0], (logits[2, :3] / 2).log_softmax(-1))
+    nothing, lengths = alignment_per_prompt(logits, mask, [range(0), range(0)])
+    assert nothing.shape == (2, 0, 5) and lengths.tolist() == [0, 0]
+
+
+def test_a_prompt_is_about_the_clips_of_its_last_turn():
+    ids = torch.tensor([[9, 1, 9, 9], [1, 1, 1, 1], [1, 9, 1, 1]])
+    found = [list(clips) for clips in last_clips(ids, 9)]
+    assert found == [[2], [], [3]]
+    asked = torch.tensor([[5, 2], [0, 0], [0, 0]])
+    assert [list(clips) for clips in last_clips(ids, 9, asked)] == [[1, 2], [], []]
 
 
 @pytest.mark.parametrize("readout", ["frames", "collapse"])
@@ -150,50 +160,128 @@ def test_impossible_settings_are_refused(make_tiny_model, waveform, align, setti
         model.generate(**prompts(processor, [[waveform(0.5)]]), max_new_tokens=1, **settings)
 
 
-def test_the_weight_is_saved_with_the_generation_config(make_tiny_model, waveform, tmp_path):
+def test_settings_are_saved_with_the_generation_config(make_tiny_model, waveform, tmp_path):
     model, processor = make_tiny_model()
     inputs = prompts(processor, [[waveform(0.9)]])
     settings = {"max_new_tokens": 6, "do_sample": False}
     expected = model.generate(**inputs, **settings, ctc_weight=0.5)
-    model.generation_config.ctc_weight = 0.5
-    try:
-        model.save_pretrained(tmp_path)
-    finally:
-        del model.generation_config.ctc_weight
+    model.generation_config.tasks["transcribe"] = {"ctc_weight": 0.5}
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert again.generation_config.tasks == model.generation_config.tasks
+    assert torch.equal(again.generate(**inputs, **settings, task="transcribe"), expected)
+    model.generation_config.ctc_weight = 0.5  # for whatever is asked
+    model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     assert again.generation_config.ctc_weight == 0.5
     assert torch.equal(again.generate(**inputs, **settings), expected)
 
 
-def test_only_prompts_that_ask_for_a_transcript_are_decoded_with_the_alignment(make_tiny_model, waveform):
+# ---- what is asked for decides
+
+
+@pytest.fixture
+def sure(make_tiny_model):
+    """A model whose alignment leaves no choice where it takes part, which is in transcripts; processor."""
     model, processor = make_tiny_model(readout="collapse")
-    settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": 3}
-    clip, asked = waveform(0.9), ("Transcribe the speech.", "Describe the sound.")
-    messages = [message([clip], text) for text in asked]
-    inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
-    joint = model.generate(**inputs, **settings, ctc_weight=0.9)
-    plain = model.generate(**inputs, **settings, ctc_weight=0.0)
-    assert not torch.equal(joint[0], plain[0]) and not torch.equal(joint[1], plain[1])
-    model.config.transcribe_endings = [processor.prompt_ending(text) for text in ("Write it.", asked[0])]
-    try:
-        gated = model.generate(**inputs, **settings, ctc_weight=0.9)
-        assert torch.equal(gated[0], joint[0]) and torch.equal(gated[1], plain[1])
-    finally:
-        model.config.transcribe_endings = None
+    model.model.alignment.scale.data = torch.tensor(300.0)
+    model.generation_config.tasks["transcribe"] = {"ctc_weight": 1.0, "no_repeat_ngram_size": 0}
+    return model, processor
 
 
-@pytest.mark.parametrize("template", ["chatml", "plain", "phi", "llama3"])
-def test_a_prompt_ends_as_the_processor_says(make_tiny_model, waveform, template):
-    _, processor = make_tiny_model()
-    processor = copy.copy(processor)
-    processor.tokenizer = copy.deepcopy(processor.tokenizer)
-    processor.tokenizer.add_special_tokens({"bos_token": processor.tokenizer.eos_token})
-    processor.chat_template = TEMPLATES[template].replace(AUDIO_PLACEHOLDER, processor.audio_token)
-    prompt = processor.apply_chat_template(
-        message([waveform(0.4)], "What is said?"), add_generation_prompt=True, tokenize=True, return_dict=True
-    )["input_ids"][0].tolist()
-    ending = processor.prompt_ending("What is said?")
-    assert prompt[-len(ending) :] == ending and prompt[-len(ending) - 1] == processor.audio_token_id
+def ask(processor, *chats):
+    return processor.apply_chat_template(list(chats), add_generation_prompt=True, tokenize=True, return_dict=True)
+
+
+def written(model, inputs, row=0, **settings):
+    settings = {"max_new_tokens": 12, "do_sample": False, **settings}
+    ids = model.generate(**inputs, **settings)[row, inputs["input_ids"].shape[1] :].tolist()
+    return ids[: next((place for place, token in enumerate(ids) if token in ENDS), None)]
+
+
+ENDS = (1, 2)
+
+
+def heard(model, processor, clip):
+    audio = {name: value for name, value in prompts(processor, [[clip]]).items() if name.startswith(("input_f", "aud"))}
+    return model.transcribe_alignment(**audio)[0][:12]
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+def test_with_several_turns_and_clips_the_last_ones_words_are_written(sure, waveform, explicit):
+    model, processor = sure
+    first, second = waveform(0.9), waveform(0.5, 1)
+    words = {index: heard(model, processor, clip) for index, clip in enumerate((first, second))}
+    assert words[0] != words[1] and words[0] and words[1]
+    text = "Transcribe the speech."
+    turns = [*message([first], text), {"role": "assistant", "content": "the quick"}, *message([second], text)]
+    inputs = ask(processor, turns, message([first, second], text))
+    settings = {"ctc_weight": 1.0} if explicit else {}
+    assert written(model, inputs, **settings) == words[1]
+    assert written(model, inputs, row=1, **settings)[: len(words[0])] == words[0]  # one turn: both clips, in order
+    # Without the processor's word on it: the last clip.
+    alone = {**ask(processor, message([first, second], text)), "asked": None}
+    assert written(model, alone, ctc_weight=1.0) == words[1]
+
+
+def test_a_question_about_earlier_clips_is_answered_plainly(sure, waveform):
+    model, processor = sure
+    turns = [*message([waveform(0.9)], "Transcribe the speech."), {"role": "assistant", "content": "the quick"}]
+    question = {"role": "user", "content": "What does that mean?"}
+    inputs = ask(processor, [*turns, question])
+    for how in ({}, {"ctc_weight": 1.0}, {"task": "transcribe"}):
+        assert written(model, inputs, **how) == written(model, inputs, ctc_weight=0.0)
+    again = ask(processor, [*turns, {"role": "user", "content": "Transcribe the speech."}])
+    assert written(model, again) == written(model, again, ctc_weight=0.0)
+
+
+def test_a_task_is_recognised_however_it_is_written(sure, waveform):
+    model, processor = sure
+    clip = waveform(0.9)
+    words = heard(model, processor, clip)
+    for text in (
+        "Transcribe the speech.",
+        "Transcribe the speech",
+        "TRANSCRIBE THE SPEECH!",
+        "  transcribe the\nspeech ",
+    ):
+        assert written(model, ask(processor, message([clip], text))) == words, text
+    turned = message([clip], "write down what is said")
+    turned[0]["content"].reverse()
+    assert written(model, ask(processor, turned)) == words
+    assert written(model, ask(processor, message([clip], "Schreib es auf!"))) != words
+    assert written(model, ask(processor, message([clip], "Schreib es auf!")), task="transcribe") == words
+
+
+def test_a_free_question_gets_nothing_of_a_tasks_decoding(make_tiny_model, waveform, monkeypatch):
+    model, processor = make_tiny_model(readout="collapse")
+    model.generation_config.tasks["transcribe"] = {
+        "ctc_weight": 0.5, "lm_prior_weight": 0.2, "draft_tokens": 4, "no_repeat_ngram_size": 1, "num_beams": 3,
+        "max_new_tokens": 3, "length_penalty": 2.0,
+    }  # fmt: skip
+    seen, clip = [], waveform(0.9)
+    beneath = GenerationMixin.generate
+
+    def spied(self, inputs, generation_config, **kwargs):
+        seen.append({**kwargs, "generation_config": generation_config})
+        return beneath(self, inputs, generation_config, **kwargs)
+
+    monkeypatch.setattr(GenerationMixin, "generate", spied)
+    question = ask(processor, message([clip], "Is it a man?"))
+    plain = model.generate(**question, max_new_tokens=8, do_sample=False)
+    assert {*seen[0]} <= {"attention_mask", "audio_embeds", "max_new_tokens", "do_sample", "generation_config"}
+    assert seen[0]["generation_config"] is None and plain.shape[1] > question["input_ids"].shape[1] + 3
+    transcript = ask(processor, message([clip], "Transcribe the speech"))
+    out = model.generate(**transcript, do_sample=False)
+    assert seen[1]["num_beams"] == 3 and len(seen[1]["logits_processor"]) == 2 and seen[1]["no_repeat_ngram_size"] == 1
+    assert out.shape[1] <= transcript["input_ids"].shape[1] + 3
+    model.generate(**transcript, do_sample=False, num_beams=1, max_length=transcript["input_ids"].shape[1] + 5)
+    assert seen[2]["num_beams"] == 1 and "max_new_tokens" not in seen[2]  # the caller says how long
+    both = ask(processor, message([clip], "Transcribe the speech"), message([clip], "Is it a man?"))
+    model.generate(**both, max_new_tokens=2)
+    assert "num_beams" not in seen[3] and "logits_processor" not in seen[3]
+    with pytest.raises(ValueError, match="unknown task 'translate'; this model knows: transcribe, caption"):
+        model.generate(**question, task="translate")
 
 
 @given(

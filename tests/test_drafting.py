@@ -14,6 +14,7 @@ from tests.conftest import message, prompts
 
 # No token twice: a model with random weights would write one of them again and again.
 SETTINGS = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "no_repeat_ngram_size": 1}
+SETTINGS["task"] = "transcribe"  # whose settings have draft_tokens
 WORDS = st.lists(st.integers(10, 14), max_size=8)
 
 
@@ -183,13 +184,13 @@ def test_a_config_is_left_as_it_was_given(make_tiny_model, waveform, monkeypatch
     plain = model.generate(**inputs, **SETTINGS, draft_tokens=0)
     hear(model, monkeypatch, words_of(plain, inputs))
     config = copy.deepcopy(model.generation_config)
-    config.update(**SETTINGS)
+    config.update(**{name: value for name, value in SETTINGS.items() if name != "task"})
     before, own, seen = config.to_dict(), model.generation_config.to_dict(), passes(model)
-    assert torch.equal(model.generate(**inputs, generation_config=config), plain) and len(seen) < 12
+    assert torch.equal(model.generate(**inputs, generation_config=config, task="transcribe"), plain) and len(seen) < 12
     assert config.to_dict() == before and model.generation_config.to_dict() == own
     config.draft_tokens = 0
     seen.clear()
-    assert torch.equal(model.generate(**inputs, generation_config=config), plain) and len(seen) == 12
+    assert torch.equal(model.generate(**inputs, generation_config=config, task="transcribe"), plain) and len(seen) == 12
 
 
 def test_words_come_through_a_streamer(make_tiny_model, waveform, monkeypatch):
@@ -202,19 +203,23 @@ def test_words_come_through_a_streamer(make_tiny_model, waveform, monkeypatch):
     assert "".join(streamer) == processor.decode(words_of(plain, inputs))
 
 
-def test_only_transcripts_are_drafted(make_tiny_model, waveform, monkeypatch, passes):
-    """A model of several tasks: the alignment says nothing about other answers."""
+def test_only_what_the_task_drafts_is_drafted(make_tiny_model, waveform, monkeypatch, passes):
+    """The alignment says nothing about other answers."""
     model, processor = make_tiny_model(readout="collapse")
+    settings = {name: value for name, value in SETTINGS.items() if name != "task"}
     ask = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
-    transcript, question = (
-        processor.apply_chat_template([message([waveform(1.2)], text)], **ask) for text in ("the quick", "the fox")
-    )
-    monkeypatch.setattr(model.config, "transcribe_endings", [transcript["input_ids"][0, -10:].tolist()])
-    for inputs, fewer in ((transcript, True), (question, False)):
-        plain = model.generate(**inputs, **SETTINGS, draft_tokens=0)
+    words = [("Transcribe the speech", True), ("write down what IS said", True), ("Describe the sound.", False),
+             ("Who speaks?", False)]  # fmt: skip
+    for text, fewer in words:
+        inputs = processor.apply_chat_template([message([waveform(1.2)], text)], **ask)
+        plain = model.generate(**inputs, **settings, draft_tokens=0)
         hear(model, monkeypatch, words_of(plain, inputs))
         seen = passes(model)
-        assert torch.equal(model.generate(**inputs, **SETTINGS), plain) and (len(seen) < 12) == fewer
+        assert torch.equal(model.generate(**inputs, **settings), plain) and (len(seen) < 12) == fewer, text
+        seen.clear()
+        other = {**inputs, "asked": None} if fewer else inputs
+        assert torch.equal(model.generate(**other, **settings, task="caption" if fewer else "transcribe"), plain)
+        assert (len(seen) < 12) != fewer, text
 
 
 class Never(StoppingCriteria):

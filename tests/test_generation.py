@@ -41,6 +41,23 @@ def test_audio_is_encoded_once_per_generation(make_tiny_model, waveform, readout
 
 
 @pytest.mark.parametrize("readout", READOUTS)
+def test_audio_that_was_encoded_already(make_tiny_model, waveform, monkeypatch, readout):
+    """In its place `audio_features`, also without the alignment's scores where these are wanted."""
+    model, processor = make_tiny_model(readout=readout)
+    inputs = prompts(processor, [[waveform(0.7), waveform(0.5, 1)], []])
+    settings = {"max_new_tokens": 5, "do_sample": False, "ctc_weight": 0.5, "num_beams": 2}
+    expected = model.generate(**inputs, **settings)
+    audio = {name: inputs.pop(name) for name in [*inputs] if name.startswith(("input_f", "audio_"))}
+    for with_alignment in (True, False):
+        features = model.get_audio_features(**audio, with_alignment=with_alignment)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model.model.audio_tower), "forward", lambda *_: pytest.fail("encoded again"))
+            assert torch.equal(model.generate(**inputs, **settings, audio_features=features), expected)
+    with pytest.raises(ValueError, match="not both"):
+        model.generate(**inputs, **audio, audio_features=features)
+
+
+@pytest.mark.parametrize("readout", READOUTS)
 def test_generate_continues_what_forward_predicts(make_tiny_model, waveform, readout):
     model, processor = make_tiny_model(readout=readout)
     inputs = prompts(processor, [[waveform(0.9)], [waveform(0.6, 1)]])

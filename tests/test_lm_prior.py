@@ -15,7 +15,8 @@ def prior_of(model, vocab_ids, weight=0.5):
         hidden = model.model.language_model(input_ids=tokens, use_cache=True, **{CACHE_NAME: cache})
         return model.compute_logits(hidden.last_hidden_state)
 
-    return LanguageModelPrior(predict, vocab_ids, torch.tensor([True, False]), START, prompt_length=2, weight=weight)
+    config = model.config.text_config
+    return LanguageModelPrior(predict, config, vocab_ids, torch.tensor([True, False]), START, 2, weight)
 
 
 @torch.no_grad()

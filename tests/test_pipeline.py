@@ -208,7 +208,7 @@ def test_malformed_rows_cost_only_themselves(pipe, files):
     rows = [
         files[0], user(None), user([{"audio": files[0]}]), user([{"type": "text", "content": "hi"}]), user(["hi"]),
         {"array": torch.zeros(16_000).bfloat16(), "sampling_rate": RATE}, None, 5, {"audio": None}, {},
-        {"audio": files[0], "instruction": 5}, {"audio": files[0], "sampling_rate": "x"}, [{"role": "user"}],
+        {"audio": files[0], "instruction": 5}, {"audio": np.zeros(RATE), "sampling_rate": "x"}, [{"role": "user"}],
         user([{"type": "audio"}]), user([{"type": "audoi", "path": files[0]}]), chat(files[0]),
     ]  # fmt: skip
     results = pipe(rows, batch_size=4, **SHORT)
@@ -240,11 +240,11 @@ def test_open_files_columns_and_openais_audio(pipe, files):
 @pytest.mark.parametrize("start", ["spawn", "fork"])
 def test_rows_are_read_by_other_processes(pipe, files, monkeypatch, start):
     """Also where processes begin empty, as on macOS and Windows: what they get must be picklable."""
-    loader = pipeline_rows_audiophi.DataLoader
+    expected, loader = pipe(files, **SHORT), pipeline_rows_audiophi.DataLoader
     monkeypatch.setattr(
         pipeline_rows_audiophi, "DataLoader", lambda *args, **kw: loader(*args, **kw, multiprocessing_context=start)
     )
-    assert pipe(files, num_workers=1, batch_size=2, **SHORT) == pipe(files, **SHORT)
+    assert pipe(files, num_workers=1, batch_size=2, **SHORT) == expected
 
 
 def test_generation_arguments(pipe, parts, files, monkeypatch):
