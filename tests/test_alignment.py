@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_audiophi import AudioPhiForConditionalGeneration
-from modeling_audiophi.alignment_audiophi import AlignmentHead
+from modeling_audiophi.alignment_audiophi import NO_TARGET, AlignmentHead
 from modeling_audiophi.ctc_loss_audiophi import ctc_negative_log_likelihood
 from modeling_audiophi.lengths_audiophi import length_mask
 from tests.conftest import prompts, random_like_trained
@@ -63,6 +63,25 @@ def test_ctc_loss_is_the_mean_over_clips_of_loss_per_token():
     assert skipped == 0
     total, _ = head.ctc_loss(logits, torch.tensor([4, 2]), labels, num_items=8)
     assert total.item() == pytest.approx((first + second) / 8, rel=1e-4)
+
+
+def test_nothing_known_and_nobody_speaking_are_two_things():
+    """NO_TARGET costs nothing, whatever else stands in the row; an empty target asks for blanks."""
+    head = build_head()
+    logits, lengths = torch.randn(3, 4, 5, requires_grad=True), torch.tensor([4, 4, 2])
+    labels = torch.tensor([[7, 7, -100], [NO_TARGET, 20, 20], [-100, -100, -100]])
+    loss, skipped = head.ctc_loss(logits, lengths, labels)
+    expected, _ = head.ctc_loss(logits[[0, 2]], lengths[[0, 2]], labels[[0, 2]])
+    assert torch.allclose(loss, expected) and skipped == 0
+    blank = -logits[2, :2].log_softmax(-1)[:, 0].mean()
+    first, _ = head.ctc_loss(logits[:1], lengths[:1], labels[:1])
+    assert torch.allclose(loss, (first + blank) / 2, atol=1e-5)
+    loss.backward()
+    assert not logits.grad[1].any() and logits.grad[0].any() and logits.grad[2].any()
+    summed, _ = head.ctc_loss(logits, lengths, labels, num_items=2)
+    assert torch.allclose(summed, loss)
+    nothing, skipped = head.ctc_loss(logits, lengths, torch.full((3, 1), NO_TARGET))
+    assert nothing == 0 and skipped == 0
 
 
 @settings(max_examples=40, deadline=None)

@@ -13,7 +13,6 @@ PAIRS = ("whisper-llama-collapse", "whisper-phi-frames", "wavlm-llama-frames", "
 
 every_case = pytest.mark.parametrize("name", [f"{e}-{text}-{r}" for e in ENCODERS for text in LLMS for r in READOUTS])
 every_pair = pytest.mark.parametrize("name", PAIRS)
-FRAMES = pytest.mark.parametrize("name", [name for name in PAIRS if name.endswith("frames")])
 
 TOLERANCE = 2e-4  # logits, float32; their scale is about 1
 SETTINGS = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
@@ -29,7 +28,13 @@ def text_of(inputs):
 
 
 def audio_of(inputs):
-    return {key: value for key, value in inputs.items() if key not in ("input_ids", "attention_mask")}
+    return {key: value for key, value in inputs.items() if key not in ("input_ids", "attention_mask", "asked")}
+
+
+def expanded(model, inputs):
+    """The prompt as the language model reads it (`ExpandedPrompt`), and the audio's embeddings in it."""
+    audio = model.get_audio_features(**audio_of(inputs))
+    return model.model.expand_prompt(**text_of(inputs), counts=audio.counts), audio.pooler_output
 
 
 def labelled(processor, inputs):

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache, StoppingCriteria
 
 from modeling_audiophi.kv_cache_audiophi import CACHE_NAME
-from tests.conformance.cases import FRAMES, SETTINGS, audio_of, batch_of, every_case, every_pair
+from tests.conformance.cases import SETTINGS, batch_of, every_case, every_pair, expanded
 from tests.conftest import message, prompts
 
 
@@ -50,6 +50,7 @@ def test_text_only_equals_the_language_model_alone(build, folders, name):
     inputs = processor.apply_chat_template(
         [message([], "the quick fox"), message([])], tokenize=True, return_dict=True, add_generation_prompt=True
     )
+    del inputs["asked"]
     settings = {**SETTINGS, "pad_token_id": model.generation_config.pad_token_id}
     expected = llm.generate(**inputs, **settings, suppress_tokens=model.generation_config.suppress_tokens)
     assert torch.equal(model.generate(**inputs, **SETTINGS), expected)
@@ -86,16 +87,17 @@ def test_continuing_from_the_cache(build, waveform, name):
     assert torch.equal(second.sequences, expected.sequences)
 
 
-@FRAMES
+@every_pair
 def test_embeddings_with_the_audio_in_them(build, waveform, name):
     """The user fills in the audio: `inputs_embeds` gives the words that ids and audio give."""
     model, processor = build(name)
     inputs = batch_of(processor, waveform)
     with torch.no_grad():
-        embeds = model.get_input_embeddings()(inputs["input_ids"])
-        embeds[inputs["input_ids"] == processor.audio_token_id] = model.get_audio_features(**audio_of(inputs))[1]
+        prompt, audio = expanded(model, inputs)
+        embeds = model.get_input_embeddings()(prompt.input_ids)
+        embeds[prompt.input_ids == processor.audio_token_id] = audio
     expected = new_words(model.generate(**inputs, **SETTINGS), inputs)
-    given = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
+    given = {"inputs_embeds": embeds, "attention_mask": prompt.attention_mask}
     for cache in ({}, {"cache_implementation": "static"}):
         assert torch.equal(model.generate(**given, **SETTINGS, **cache), expected)
     with pytest.raises(ValueError, match="inputs_embeds, not both"):
@@ -152,8 +154,8 @@ def test_everything_that_generate_can_return(build, waveform, name):
         assert len(getattr(output, kind)) == 5
     assert [step.shape for step in output.logits] == [(2, text.vocab_size)] * 5
     assert torch.equal(torch.stack([step.argmax(-1) for step in output.scores], 1), output.sequences[:, length:])
-    read = output.attentions[0][0].shape[-1]  # fewer than the prompt where placeholders are dropped
-    assert read == length if name.endswith("frames") else read < length
+    read = output.attentions[0][0].shape[-1]
+    assert read == expanded(model, inputs)[0].input_ids.shape[1] > length
     assert output[CACHE_NAME].get_seq_length() == read + 4
     for step, (states, attentions) in enumerate(zip(output.hidden_states, output.attentions, strict=True)):
         rows = read if step == 0 else 1

@@ -9,12 +9,12 @@ from transformers import AutoModel, WavLMModel
 
 from modeling_audiophi import AudioPhiForConditionalGeneration, AudioPhiModel
 from tests.conformance.cases import (
-    FRAMES,
     audio_of,
     batch_of,
     close,
     every_case,
     every_pair,
+    expanded,
     labelled,
 )
 from tests.conftest import prompts
@@ -26,11 +26,11 @@ from tests.conftest import prompts
 def test_padding_on_either_side_and_being_alone(build, waveform, name):
     model, processor = build(name)
     with torch.no_grad():
-        alone = model(**prompts(processor, [[waveform(0.5, 1), waveform(0.31, 2)]])).logits[0]
+        alone = model(**prompts(processor, [[waveform(1.3)]])).logits[0]
         for side in ("left", "right"):
             inputs = batch_of(processor, waveform, side)
-            real = inputs["attention_mask"][1].bool()
-            assert not real.all() and close(model(**inputs).logits[1][real], alone)
+            real = inputs["attention_mask"][0].bool()
+            assert not real.all() and close(model(**inputs).logits[0][real], alone)
 
 
 @every_pair
@@ -51,33 +51,37 @@ def test_tuples_and_logits_to_keep(build, waveform, name):
 
 @every_case
 def test_embeddings_instead_of_ids(build, waveform, name):
-    """Of text alone, and of a prompt with audio, whose placeholders are then known by their embedding."""
+    """Of text alone, and of an expanded prompt with the audio in it."""
     model, processor = build(name)
     inputs = batch_of(processor, waveform)
-    ids = inputs.pop("input_ids")
-    embeds = model.get_input_embeddings()(ids)
     text = torch.arange(20, 30)[None]
     with torch.no_grad():
-        expected = model(input_ids=ids, **inputs).logits
-        assert close(model(inputs_embeds=embeds, **inputs).logits, expected, 1e-5)
-        assert close(model(input_ids=ids, inputs_embeds=embeds, **inputs).logits, expected, 1e-5)
+        prompt, audio = expanded(model, inputs)
+        embeds = model.get_input_embeddings()(prompt.input_ids)
+        embeds[prompt.input_ids == processor.audio_token_id] = audio
+        by_embeds = model(inputs_embeds=embeds, attention_mask=prompt.attention_mask)
+        assert close(prompt.gather(by_embeds.logits), model(**inputs).logits, 1e-5)
         by_embeds = model(inputs_embeds=model.get_input_embeddings()(text)).logits
         assert torch.equal(by_embeds, model(input_ids=text).logits)
-        with pytest.raises(ValueError, match="placeholders"):
-            model(inputs_embeds=model.get_input_embeddings()(text), **audio_of(inputs))
+        for more in (audio_of(inputs), {"input_ids": prompt.input_ids, "audio_embeds": audio}):
+            with pytest.raises(ValueError, match="inputs_embeds, not both"):
+                model(inputs_embeds=embeds, **more)
         with pytest.raises(ValueError, match="need input_ids"):
             model(**audio_of(inputs))
 
 
-@FRAMES
+@every_pair
 def test_positions_given_and_found(build, waveform, name):
     model, processor = build(name)
     inputs = batch_of(processor, waveform)
-    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        expected = model(**inputs).logits
-        assert torch.equal(model(**inputs, position_ids=positions).logits, expected)
-        assert not close(model(**inputs, position_ids=2 * positions).logits, expected)  # they are not ignored
+        prompt, audio = expanded(model, inputs)
+        given = {"input_ids": prompt.input_ids, "attention_mask": prompt.attention_mask, "audio_embeds": audio}
+        positions = (prompt.attention_mask.cumsum(1) - 1).clamp(min=0)
+        expected = model(**given).logits
+        assert close(prompt.gather(expected), model(**inputs).logits, 1e-6)
+        assert torch.equal(model(**given, position_ids=positions).logits, expected)
+        assert not close(model(**given, position_ids=2 * positions).logits, expected)  # they are not ignored
 
 
 @every_pair
