@@ -1,0 +1,90 @@
+"""One row of any data set, as everything after the reader sees it: what is asked, about which clips, what is right."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from processing.audio_io import AudioError, load_audio
+
+AUDIO = {"type": "audio"}  # an item in a message's content: the example's next clip
+
+
+class RowError(ValueError):
+    """A row that cannot be used; the message names it and says what is wrong."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Audio, undecoded so that a broken file costs its own row, and what is known of it.
+
+    audio: {"bytes", "path"} as `datasets.Audio(decode=False)` gives. transcript: what is said, for CTC to learn from;
+    "" where nobody speaks, None where it is not known. seconds: its length where the source says so.
+    """
+
+    audio: dict | None
+    transcript: str | None = None
+    seconds: float | None = None
+
+    def read(self, name: str, sampling_rate: int = 16_000) -> np.ndarray:
+        """Waveform (samples,) float32 at `sampling_rate`. Raises AudioError naming the row for audio that cannot be
+        used."""
+        audio = self.audio or {}
+        given = audio.get("bytes") if audio.get("bytes") is not None else audio.get("path")
+        if given is None and "array" in audio:
+            given = audio
+        if given is None:
+            raise AudioError(f"{name}: has no audio.")
+        return load_audio(given, target_rate=sampling_rate, name=name if isinstance(given, bytes) else None)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row.
+
+    task: key of `audiophi.tasks.TASKS`. number: of the row in its source, by which it is known (ids may repeat).
+    messages: the turns up to the one that is to be answered, contents as lists of `AUDIO` and {"type": "text", "text"};
+        empty where the task asks in its own words.
+    references: right answers, any of them is; the first one is what `reference` says.
+    kind, metric, choices: how an answer is scored, see `audiophi/evaluation/answer_metrics.py`.
+    transcript: what is said in all the clips, to be read by an LLM that does not hear.
+    """
+
+    task: str
+    number: int
+    id: str
+    source: str
+    clips: tuple[Clip, ...] = ()
+    messages: tuple[dict, ...] = ()
+    references: tuple[str, ...] = ()
+    speaker: str | None = None
+    label: str | None = None
+    kind: str | None = None
+    metric: str | None = None
+    choices: tuple[str, ...] = ()
+    transcript: str | None = None
+    extra: dict = field(default_factory=dict, compare=False)
+
+    @property
+    def reference(self) -> str | None:
+        return self.references[0] if self.references else None
+
+
+def content_of(clips: int, text: str) -> list[dict]:
+    """A user's content: so many clips, then words."""
+    return [*([AUDIO] * clips), {"type": "text", "text": text}]
+
+
+def with_clips(messages, clips: list) -> list[dict]:
+    """`messages` with their `AUDIO` items replaced by what `clips` hold, in order: encoded audio, or anything that the
+    processor reads, each a dict of a content item. ValueError where the numbers differ."""
+    rest = iter(clips)
+    told = []
+    for message in messages:
+        content = message["content"]
+        if not isinstance(content, str):
+            content = [{**AUDIO, **next(rest)} if item["type"] == "audio" else item for item in content]
+        told.append({**message, "content": content})
+    left = len(list(rest))
+    if left:
+        raise ValueError(f"{left} clips are not asked about")
+    return told
