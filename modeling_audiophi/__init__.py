@@ -1,4 +1,4 @@
-"""AudioPhi's model. Importing this package registers it with transformers' Auto classes."""
+"""AudioPhi's model. Importing this package registers it, and its processor, with transformers' Auto classes."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM
 from transformers.pipelines import PIPELINE_REGISTRY
@@ -23,6 +23,8 @@ if "audio-text-to-text" not in PIPELINE_REGISTRY.get_supported_tasks():  # shoul
         "audio-text-to-text", AudioTextToTextPipeline, pt_model=AutoModelForMultimodalLM, type="multimodal"
     )
 AudioPhiConfig.pipeline_is_registered = True
+
+import processing  # noqa: E402, F401  (registers the processor, for which it needs the config above)
 
 __all__ = [
     "ADAPTERS",
