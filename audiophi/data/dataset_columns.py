@@ -1,70 +1,178 @@
-"""The columns of a loaded data set, and how a source's own columns become them."""
+"""Which of a source's columns mean what, and a row of them as a `Row`."""
 
-import re
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import datasets
-
+from audiophi.tasks.base import Row, plain
 from processing.audio_io import MAX_SECONDS
 from processing.plain_text import whole_characters
 
-from .captions import captions_of, class_name
+from .chats import chat_of
 from .dataset_paths import URL_PREFIXES, Reach
+from .example import Clip, RowError
 
-FEATURES = datasets.Features(
-    {
-        # What datasets.Audio(decode=False) yields. The type itself needs torchcodec to write a row.
-        "audio": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
-        "text": datasets.Value("string"),
-        "id": datasets.Value("string"),
-        "speaker": datasets.Value("string"),
-        "seconds": datasets.Value("float64"),
-    }
-)
-CAPTION_FEATURES = datasets.Features(
-    {
-        **FEATURES,
-        "captions": datasets.List(datasets.Value("string")),  # all of a clip; `text` is the first. None for transcripts
-        "label": datasets.Value("string"),  # the class in words
-        "task": datasets.Value("string"),  # one of prompts.TASKS
-        "instruction": datasets.Value("string"),  # the source's own, None for the task's
-    }
-)
-AUDIO_COLUMNS = ("audio", "file_name", "path", "audio_path", "audio_filepath", "file", "wav")
-TEXT_COLUMNS = ("text", "transcription", "transcript", "sentence", "normalized_text", "caption", "label")
-ID_COLUMNS = ("id", "utt_id", "utterance_id")
-SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
-SECONDS_COLUMNS = ("seconds", "duration")
-LABEL_COLUMNS = ("label", "category", "class")
-CAPTION_COLUMNS = ("text", "captions", "label", "task", "instruction")
-GIVEN_CAPTIONS = re.compile(r"captions|caption_\d+")
+logger = logging.getLogger(__name__)
+
+# Meaning -> names that columns of it usually have, the likeliest first.
+USUAL = {
+    "audio": ("audio", "audios", "file_name", "path", "audio_path", "audio_filepath", "audio_file", "file", "wav"),
+    "text": ("text", "transcription", "sentence", "normalized_text", "caption"),
+    "transcript": ("transcript", "transcription", "sentence"),
+    "references": ("captions", "references"),
+    "label": ("label", "category", "class"),
+    "instruction": ("instruction", "question", "prompt"),
+    "answers": ("answer", "answers", "response", "output"),
+    "messages": ("messages", "conversations"),
+    "system": ("system",),
+    "choices": ("choices", "options"),
+    "metric": ("metric",),
+    "kind": ("kind", "question_type"),
+    "id": ("id", "utt_id", "utterance_id"),
+    "speaker": ("speaker", "speaker_id", "client_id"),
+    "seconds": ("seconds", "duration"),
+}
+NUMBERED = "caption_"  # caption_1, caption_2, ... of a release are its references
+# Columns that say nothing that a row should be trained on.
+BOOKKEEPING = {"split", "fold", "licence", "license", "source", "gender", "age", "language", "text_source"}
 
 
-def pick(columns, wanted: str | None, usual: tuple[str, ...], what: str | None, source: str) -> str | None:
-    """The column's name: the wanted one, or the first usual one. `what` None = it may be missing."""
-    if wanted is not None:
-        if wanted not in columns:
-            raise ValueError(f"{source}: has no column {wanted!r}. Columns: {', '.join(columns)}.")
-        return wanted
-    found = next((name for name in usual if name in columns), None)
-    if found is None and what:
-        raise ValueError(
-            f"{source}: no column looks like {what} (tried {', '.join(usual)}). Columns: {', '.join(columns)}. "
-            f"Pass {what}_column."
-        )
-    return found
+class Columns:
+    """The columns of one source by what they mean.
+
+    Args:
+        names: all its columns. entry: its specification, whose *_column keys come before the usual names.
+    Raises ValueError for a column that is named but not there, and where neither audio nor a question is found.
+    """
+
+    def __init__(self, names: Sequence[str], entry: dict):
+        self.entry, self.names, self.by = entry, list(names), {}
+        for meaning, usual in USUAL.items():
+            wanted = entry.get({"answers": "answer"}.get(meaning, meaning) + "_column")
+            if wanted is not None and wanted not in self.names:
+                raise ValueError(f"{entry['path']}: has no column {wanted!r}. Columns: {', '.join(self.names)}.")
+            found = wanted or next((name for name in usual if name in self.names), None)
+            if found is not None:
+                self.by[meaning] = found
+        if "text" not in self.by and "transcript" in self.by:
+            self.by["text"] = self.by["transcript"]
+        self.numbered = [name for name in self.names if name and name.startswith(NUMBERED)]
+        asks = "messages" in self.by or "instruction" in self.by or entry["instruction"] is not None
+        if "audio" not in self.by and not asks:
+            raise ValueError(
+                f"{entry['path']}: no column looks like audio (tried {', '.join(USUAL['audio'])}). Columns: "
+                f"{', '.join(self.names)}. Pass audio_column."
+            )
+
+    @property
+    def fields(self) -> set[str]:
+        """The `Row` fields that these columns fill."""
+        return set(self.by) | ({"references"} if self.numbered else set())
+
+    def warn_of_unused(self) -> None:
+        """Says once which columns nobody looks at."""
+        used = {*self.by.values(), *self.numbered, *self.entry["filter"], *self.entry["exclude"], *BOOKKEEPING}
+        unused = [name for name in self.names if name not in used]
+        if unused:
+            logger.warning(
+                f"{self.entry['path']}: columns that are not used: {', '.join(map(repr, unused))}. If one holds text, "
+                "questions or answers, name it with text_column, instruction_column or answer_column."
+            )
+
+    def row(self, values: dict, number: int, folder: Path | None, reach: Reach, labels: dict) -> Row:
+        """A row of the source. `labels`: column -> (number -> name) of class columns. Raises RowError naming it."""
+        get = {meaning: values.get(column) for meaning, column in self.by.items()}
+        for meaning, column in self.by.items():
+            if column in labels and get[meaning] is not None:
+                get[meaning] = labels[column](get[meaning])
+        audios = as_list(get.get("audio"))
+        name = text_of(get.get("id"), "id", number)
+        first = audios[0] if audios else None
+        path = first.get("path") if isinstance(first, dict) else first if isinstance(first, str) else None
+        name = name or (whole_characters(path) if path else f"row-{number}")
+        source = self.entry["path"]
+        try:
+            messages = ()
+            if get.get("messages") is not None:
+                messages, audios = chat_of(get["messages"], audios)
+            seconds = plausible_seconds(get.get("seconds"))
+            clips = tuple(
+                Clip(place_of(audio, folder, reach, number), seconds=seconds if len(audios) == 1 else None)
+                for audio in audios
+            )
+            answers = tuple(filter(None, (text_of(v, "answer", number) for v in as_list(get.get("answers")))))
+            if messages and messages[-1]["role"] == "assistant":
+                answers = (words_of(messages[-1]["content"]),)
+                messages = messages[:-1]
+            references = [*as_list(get.get("references")), *(values[column] for column in self.numbered)]
+            label = text_of(get.get("label"), "label", number)
+            row = Row(
+                number=number,
+                id=name,
+                source=source,
+                clips=clips,
+                messages=tuple(messages),
+                answers=answers,
+                references=tuple(filter(None, (text_of(v, "reference", number) for v in references))),
+                label=plain(label) if label else None,
+                instruction=text_of(get.get("instruction"), "instruction", number) or self.entry["instruction"],
+                choices=tuple(text_of(v, "choice", number) or "" for v in as_list(get.get("choices"))),
+                speech=self.entry["speech"],
+            )
+            rest = ("text", "system", "metric", "kind", "transcript", "speaker")
+            return replace(row, **{key: text_of(get.get(key), key, number) for key in rest})
+        except RowError:
+            raise
+        except ValueError as error:
+            raise RowError(f"{source}: row {number + 1} ({name}): {error}") from error
 
 
-def absolute(path: str | None, folder: Path, reach: Reach, row: str = "a row") -> str | None:
-    """A manifest's path, relative to the manifest, as one that can be opened. ValueError for one out of `reach`."""
-    if path is None or path == "":
+def as_list(value) -> list:
+    """One or several values, or None, as a list."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def text_of(value, what: str, number: int) -> str | None:
+    """A value that somebody wrote as text, or a number; None where there is none (also NaN, pandas' empty cell).
+
+    Raises RowError for lists, dicts and the like, which are no text.
+    """
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
-    if not isinstance(path, str):
-        raise ValueError(f"{reach.source}: {row} names its audio by {path!r:.80}, which is no path. Pass audio_column.")
-    path = reach.check(path if path.startswith(URL_PREFIXES) else str(folder / path), row)
+    if isinstance(value, (str, int, float)):
+        return whole_characters(str(value))
+    raise RowError(f"row {number + 1}: its {what} is no text but {type(value).__name__}: {value!r:.80}")
+
+
+def words_of(content) -> str:
+    """The text of a message's content."""
+    return content if isinstance(content, str) else "".join(i["text"] for i in content if i["type"] == "text")
+
+
+def place_of(audio, folder: Path | None, reach: Reach, number: int) -> dict | None:
+    """A row's audio as {"bytes", "path"}, with a path that may be opened. ValueError for one out of `reach`."""
+    if isinstance(audio, (bytes, bytearray)):
+        return {"bytes": bytes(audio), "path": None}
+    if isinstance(audio, dict):
+        if audio.get("bytes") is not None or "array" in audio:
+            return audio
+        audio = audio.get("path")
+    if audio is None or audio == "" or (isinstance(audio, float) and math.isnan(audio)):
+        return None
+    if not isinstance(audio, str):
+        raise ValueError(f"{reach.source}: row {number + 1} names its audio by {audio!r:.80}, which is no path. "
+                         "Pass audio_column.")  # fmt: skip
+    row = f"row {number + 1}"
+    if audio.startswith(URL_PREFIXES) or folder is None:
+        return {"bytes": None, "path": reach.check(audio, row)}
+    path = reach.check(str(folder / Path(audio.removeprefix("file://")).expanduser()), row)
     if whole_characters(path) != path:
         raise ValueError(f"{reach.source}: {row} names {path!r}, which is not UTF-8. Rename that file.")
-    return path
+    return {"bytes": None, "path": path}
 
 
 def plausible_seconds(value) -> float | None:
@@ -74,20 +182,3 @@ def plausible_seconds(value) -> float | None:
     except (TypeError, ValueError):
         return None
     return seconds if 0 < seconds <= MAX_SECONDS else None
-
-
-def caption_columns(row: dict, text_column: str | None, label_column: str | None, entry: dict) -> dict:
-    """CAPTION_COLUMNS of a source's row."""
-    text = row.get(text_column) if text_column else None
-    text = None if text is None else whole_characters(str(text))
-    label = row.get(label_column) if label_column else None
-    label = class_name(str(label)) if label not in (None, "") else None
-    captions = None
-    if entry["task"] == "caption":
-        given = row.get("captions") or [row[name] for name in row if GIVEN_CAPTIONS.fullmatch(name)]
-        captions = captions_of([given] if isinstance(given, str) else given, text, label)
-        text = captions[0] if captions else None
-    elif entry["task"] == "no_speech":
-        text = ""
-    made = {"text": text, "captions": captions, "label": label}
-    return {**made, "task": entry["task"], "instruction": entry["instruction"]}

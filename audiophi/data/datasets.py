@@ -1,4 +1,4 @@
-"""Every kind of speech data → one table with columns audio, text, id, speaker, seconds.
+"""Every kind of data -> `Example`s, one by one.
 
     "openslr/librispeech_asr:clean:train.100"    Hub id[:config[:split]]
     "LibriSpeech", split="dev-clean"             the official archive's directory tree (*.trans.txt)
@@ -6,128 +6,163 @@
     "manifest.jsonl", audio_column="wav"         JSONL, CSV, TSV or Parquet, paths relative to the file
     "clotho:FOLDER", "audiocaps:FOLDER", ...     releases with a layout of their own (dataset_registry.py); without the
                                                  prefix they are recognised by their files
-    [{"path": "a", "weight": 2}, {"path": "b"}]  mixture
 
-Data sets of captions, or of labels that become captions (`task: caption`), have four more columns: CAPTION_FEATURES.
-
-Audio stays undecoded ({"bytes", "path"}, as datasets.Audio(decode=False) gives), so that a bad file is met when
-`read_clip` reads its row, and can be counted and skipped instead of ending the run.
+Which columns mean what: dataset_columns.py; chats of every form: chats.py. Audio stays undecoded, so that a bad file is
+met when its row is read, and can be counted and skipped instead of ending the run.
 """
 
-from collections.abc import Iterator
+import copy
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import datasets
 import numpy as np
 
-from processing.audio_io import AudioError, load_audio
-from processing.plain_text import whole_characters
-from processing.prompts import TASKS
+from audiophi.tasks import task_named, task_of_source
+from audiophi.tasks.base import Task
 
-from .dataset_columns import (
-    AUDIO_COLUMNS,
-    CAPTION_FEATURES,
-    FEATURES,
-    ID_COLUMNS,
-    LABEL_COLUMNS,
-    SECONDS_COLUMNS,
-    SPEAKER_COLUMNS,
-    TEXT_COLUMNS,
-    absolute,
-    caption_columns,
-    pick,
-    plausible_seconds,
-)
+from .dataset_columns import Columns
 from .dataset_files import MANIFEST_SUFFIXES, folder_rows, librispeech_rows, manifest_rows, metadata_file
 from .dataset_paths import Reach, reach_of_folder, reach_of_hub
 from .dataset_registry import KINDS, split_kind
-from .dataset_tables import from_table
+from .example import Example, RowError
 
 SPEC_KEYS = (
-    *("path", "split", "weight", "filter", "exclude", "limit", "audio_column", "text_column"),
-    *("label_column", "audio_folder", "task", "instruction", "allow_urls"),
+    *("path", "split", "weight", "filter", "exclude", "limit", "task", "instruction", "speech"),
+    *("audio_column", "text_column", "label_column", "instruction_column", "answer_column", "transcript_column"),
+    *("audio_folder", "allow_urls"),
 )
+PEEK = 64  # rows of a stream that are read before the first is handed out
+UNDECODED = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
 
 
-def load_audio_dataset(
-    spec,
-    audio_column: str | None = None,
-    text_column: str | None = None,
-    split: str | None = None,
-    streaming: bool = False,
-    seed: int = 0,
-    label_column: str | None = None,
-    task: str | None = None,
-):
-    """Load one data set or a mixture.
+class Examples(Sequence):
+    """The rows of one source. `[i]` raises RowError for a row that cannot be used."""
+
+    def __init__(self, rows, numbers, columns: Columns, task: Task, folder: Path | None, reach: Reach, labels: dict):
+        self.rows, self.numbers, self.columns = rows, numbers, columns
+        self._task, self._folder, self._reach, self._labels = task, folder, reach, labels
+
+    @property
+    def path(self) -> str:
+        return self.columns.entry["path"]
+
+    @property
+    def task(self) -> str:
+        return self._task.name
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> Example:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return self.of(self.rows[int(self.numbers[index])], index)
+
+    def of(self, values: dict, number: int) -> Example:
+        """A row's values as an example."""
+        return self._task.example(self.columns.row(values, number, self._folder, self._reach, self._labels))
+
+    def take(self, count: int) -> "Examples":
+        """The first `count` rows."""
+        first = copy.copy(self)
+        first.numbers = self.numbers[:count]
+        return first
+
+
+def load_examples(spec, **defaults) -> Examples:
+    """The rows of one data set.
 
     Args:
-        spec: string as above, dict with "path" and optionally
-              split, audio_column, text_column, label_column, task: as below;
-              filter, exclude: {column: value or list of values} on the source's own columns;
-              limit: number of first rows kept;
-              instruction: what the user asks with these clips, instead of the task's usual instructions;
-              allow_urls: fetch what its rows name by URL (which files they may name: dataset_paths.py);
-              audio_folder: of Clotho, AudioCaps, ...: where the audio is, if not below the folder;
-              weight: in mixtures, its share of the rows is weight / sum of weights (default 1). Rows are drawn again or
-                left out as needed; the whole stays as long as its parts. No weights: all rows once.
-            Or a list of such strings and dicts.
-        audio_column, text_column: names in the source; None tries the usual ones (AUDIO_COLUMNS, TEXT_COLUMNS).
-        split: of a Hub data set; a folder's name in a tree (dev-clean); a value of a manifest's `split` column.
-        streaming: return an IterableDataset that reads as it goes.
-        seed: of the weights' random choice.
-        label_column: the class of a sound, for `task` caption; None tries LABEL_COLUMNS.
-        task: "transcribe", "caption" or "no_speech"; None = caption for the sets of dataset_registry.py, else
-            transcribe. "no_speech": whatever the source says, its transcripts are empty (silence, noise, music).
-            Captions are a list `captions`, columns caption_1 ..., the text, or made from the class by templates
-            (captions.py).
-    Returns:
-        datasets.Dataset or IterableDataset with the columns of FEATURES, or of CAPTION_FEATURES where any source has
-        another task than transcribe, or an instruction; text, speaker, seconds, label are None where unknown.
+        spec: string as above, or dict with "path" and optionally (all of them also as `defaults`)
+            split: of a Hub data set; a folder's name in a tree (dev-clean); a value of a manifest's `split` column.
+            task: key of TASKS; None = by the source's kind, or by its columns.
+            *_column: names in the source; None tries the usual ones.
+            filter, exclude: {column: value or list of values} on the source's own columns;
+            limit: number of first rows kept;
+            instruction: what the user asks with these clips;
+            speech: False where nobody speaks in the clips, so that CTC may learn silence from them;
+            allow_urls: fetch what its rows name by URL (which files they may name: dataset_paths.py);
+            audio_folder: of Clotho, AudioCaps, ...: where the audio is, if not below the folder.
     Raises:
         FileNotFoundError, or ValueError naming the data set and what is wrong: no such column, split or key, no rows.
     """
-    defaults = {
-        "audio_column": audio_column, "text_column": text_column, "split": split, "label_column": label_column,
-        "task": task,
-    }  # fmt: skip
-    if isinstance(spec, (list, tuple)):
-        return _mixture([_entry(part, defaults) for part in spec], streaming, seed)
-    return _load_rows(_entry(spec, defaults), streaming)
+    entry = _entry(spec, defaults)
+    rows, names, folder, reach, labels = _open(entry, streaming=False)
+    if names is None:
+        rows = list(rows)
+        names = list(dict.fromkeys(name for row in rows for name in row)) if rows else []
+    numbers = np.array(_wanted_numbers(rows, names, entry), dtype=np.int64)
+    if not len(numbers):
+        raise ValueError(f"{entry['path']}: no rows are left after split={entry['split']!r}, filter and exclude.")
+    columns = Columns(names, entry)
+    columns.warn_of_unused()
+    return Examples(rows, numbers, columns, _task(entry, columns), folder, reach, labels)
 
 
-def read_clip(row: dict, sampling_rate: int = 16000, require_text: bool = False) -> np.ndarray:
-    """Decode a row's audio → float32 waveform (samples,) at `sampling_rate`.
+def stream_examples(specs: list[dict], seed: int = 0) -> Iterator[Example | RowError]:
+    """Rows of several sources as they come, a RowError for each that cannot be used.
 
-    Raises AudioError, naming the row, for audio that cannot be used, and with `require_text` for a row without text.
+    Where any source has a `weight` they are interleaved, drawn by weight until every one has been read once (a shorter
+    one begins anew); else one comes after the other.
     """
-    audio = row.get("audio")
-    name = row.get("id") or (audio or {}).get("path") or "row"
-    if require_text and not (row.get("text") or "").strip():
-        raise AudioError(f"{name}: has no text.")
-    if audio is None or (audio.get("path") is None and audio.get("bytes") is None):
-        raise AudioError(f"{name}: has no audio.")
-    source = audio["bytes"] if audio.get("bytes") is not None else audio["path"]
-    return load_audio(source, target_rate=sampling_rate, name=name if audio.get("bytes") is not None else None)
+    entries = [_entry(spec, {}) for spec in specs]
+    if not entries:
+        raise ValueError("an empty list of data sets.")
+    weights = [1.0 if entry["weight"] is None else float(entry["weight"]) for entry in entries]
+    if any(weight <= 0 for weight in weights):
+        raise ValueError(f"data weights must be above 0, got {weights}.")
+    if len(entries) == 1 or all(entry["weight"] is None for entry in entries):
+        for entry in entries:
+            yield from _stream(entry)
+        return
+    shares, rng = np.array(weights) / sum(weights), np.random.default_rng(seed)
+    streams, read = [_stream(entry) for entry in entries], [False] * len(entries)
+    while not all(read):
+        number = int(rng.choice(len(entries), p=shares))
+        example = next(streams[number], None)
+        if example is None:
+            read[number] = True
+            streams[number] = _stream(entries[number])
+            example = None if all(read) else next(streams[number], None)
+        if example is not None:
+            yield example
+
+
+def _stream(entry: dict) -> Iterator[Example | RowError]:
+    rows, names, folder, reach, labels = _open(entry, streaming=True)
+    rows = (row for row in rows if _wanted(row, entry))
+    first = list(itertools.islice(rows, PEEK))  # rows of a manifest need not all have the same keys
+    if not first:
+        return
+    columns = Columns(names or list(dict.fromkeys(name for row in first for name in row)), entry)
+    columns.warn_of_unused()
+    examples = Examples(None, (), columns, _task(entry, columns), folder, reach, labels)
+    for number, values in enumerate(itertools.islice(itertools.chain(first, rows), entry["limit"])):
+        try:
+            yield examples.of(values, number)
+        except RowError as error:
+            yield error
 
 
 def _entry(spec, defaults: dict) -> dict:
     """A specification as a dict with every key, and of what kind its path is."""
     given = {"path": spec} if isinstance(spec, (str, Path)) else dict(spec)
+    given = {**{key: value for key, value in defaults.items() if value is not None}, **given}
     unknown = sorted(set(given) - set(SPEC_KEYS))
     if unknown or "path" not in given:
         problem = f"unknown keys {', '.join(unknown)}" if unknown else "no path"
         raise ValueError(f"data specification {spec!r}: {problem}. Known keys: {', '.join(SPEC_KEYS)}.")
-    given = {**dict.fromkeys(SPEC_KEYS), **defaults, **{key: v for key, v in given.items() if v is not None}}
+    given = {**dict.fromkeys(SPEC_KEYS), **given}
     given["kind"], given["path"] = split_kind(str(given["path"]))
-    given["task"] = given["task"] or ("caption" if given["kind"] else "transcribe")
-    if given["task"] not in TASKS:
-        raise ValueError(f"{given['path']}: task {given['task']!r} is not one of {', '.join(TASKS)}.")
-    if given["kind"] and given["task"] == "transcribe":
-        raise ValueError(f"{given['path']}: is {given['kind']}, which has no transcripts; leave out task, or caption.")
+    if given["task"] is not None:
+        try:
+            task_named(given["task"])
+        except ValueError as error:
+            raise ValueError(f"{given['path']}: {error}") from None
     if given["audio_folder"] and not given["kind"]:
         raise ValueError(f"{given['path']}: audio_folder is for {', '.join(KINDS)}; manifests name their files.")
-    given["features"] = CAPTION_FEATURES if given["task"] != "transcribe" or given["instruction"] else FEATURES
     for key in ("filter", "exclude"):
         wanted = given.get(key) or {}
         given[key] = {
@@ -137,70 +172,77 @@ def _entry(spec, defaults: dict) -> dict:
     return given
 
 
-def _load_rows(entry: dict, streaming: bool):
-    loaded = _load(entry, streaming)
-    if not streaming and len(loaded) == 0:
-        raise ValueError(f"{entry['path']}: no rows are left after split={entry['split']!r}, filter and exclude.")
-    return loaded
+def _task(entry: dict, columns: Columns) -> Task:
+    if entry["task"] is not None:
+        return task_named(entry["task"])
+    fields = columns.fields | ({"references"} if entry["kind"] else set())
+    return task_of_source(fields, entry["instruction"])
 
 
-def _mixture(entries: list[dict], streaming: bool, seed: int):
-    if not entries:
-        raise ValueError("an empty list of data sets.")
-    weights = [1.0 if entry["weight"] is None else float(entry["weight"]) for entry in entries]
-    if any(weight <= 0 for weight in weights):
-        raise ValueError(f"data weights must be above 0, got {weights}.")
-    features = max((entry["features"] for entry in entries), key=len)  # one table has one set of columns
-    parts = [_load_rows({**entry, "features": features}, streaming) for entry in entries]
-    if all(entry["weight"] is None for entry in entries) or len(parts) == 1:
-        return datasets.concatenate_datasets(parts)
-    shares = [weight / sum(weights) for weight in weights]
-    if streaming:  # sizes are unknown: draw until every part has been seen
-        return datasets.interleave_datasets(parts, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
-    total = sum(map(len, parts))
-    drawn = [_draw(part, round(total * share), seed) for part, share in zip(parts, shares, strict=True)]
-    return datasets.concatenate_datasets(drawn)
-
-
-def _draw(part: datasets.Dataset, count: int, seed: int) -> datasets.Dataset:
-    """`count` rows in order: every row as often as that allows, and a random choice of them once more."""
-    whole, rest = divmod(count, len(part))
-    extra = np.random.default_rng(seed).permutation(len(part))[:rest]
-    return part.select(list(range(len(part))) * whole + sorted(extra.tolist()))
-
-
-def _load(entry: dict, streaming: bool):
+def _open(entry: dict, streaming: bool):
+    """(rows, names of the columns or None, folder that paths are relative to, reach, class columns)."""
     path = Path(entry["path"]).expanduser()
     if not path.exists():
         if path.suffix in MANIFEST_SUFFIXES or path.is_absolute() or entry["path"].startswith((".", "~")):
             raise FileNotFoundError(f"{entry['path']}: no such file or folder.")
         reach = reach_of_hub(entry, entry["path"].partition(":")[0])
-        return from_table(_load_hub(entry, streaming), entry, streaming, reach)
+        rows, names, labels = _table(_load_hub(entry, streaming), entry)
+        return rows, names, None, reach, labels
     parquet = [] if entry["kind"] else _parquet_files(path)
     if parquet:
-        table = datasets.load_dataset(
-            "parquet", data_files=[str(file) for file in parquet], split="train", streaming=streaming
-        )
+        table = _load_parquet(parquet, streaming)
         if "split" in table.column_names and entry["split"]:
-            entry = {**entry, "filter": {**entry["filter"], "split": {entry["split"]}}}
+            entry["filter"] = {**entry["filter"], "split": {entry["split"]}}
         elif entry["split"]:
             named = [file for file in parquet if file.name.startswith(entry["split"])]
             if not named:
                 raise ValueError(
                     f"{entry['path']}: has no column `split` and no Parquet file of split {entry['split']!r}."
                 )
-            table = datasets.load_dataset(
-                "parquet", data_files=[str(file) for file in named], split="train", streaming=streaming
-            )
-        folder = parquet[0].parent
-        return from_table(table, entry, streaming, reach_of_folder(entry, folder), folder)
-    if streaming:
-        return datasets.IterableDataset.from_generator(
-            _rows, gen_kwargs={"path": str(path), "entry": entry}, features=entry["features"]
-        )
-    rows = list(_rows(str(path), entry))
-    columns = {name: [row[name] for row in rows] for name in entry["features"]}
-    return datasets.Dataset.from_dict(columns, features=entry["features"])
+            table = _load_parquet(named, streaming)
+        rows, names, labels = _table(table, entry)
+        return rows, names, parquet[0].parent, reach_of_folder(entry, parquet[0].parent), labels
+    rows, folder, reach = _rows(path, entry)
+    return rows, None, folder, reach, {}
+
+
+def _load_parquet(files: list[Path], streaming: bool):
+    return datasets.load_dataset("parquet", data_files=[str(f) for f in files], split="train", streaming=streaming)
+
+
+def _table(table, entry: dict):
+    """(rows, names, class columns) of a Parquet or Hub table, its audio undecoded."""
+    if table.column_names is None:
+        raise ValueError(f"{entry['path']}: its columns are not known before reading, so it cannot be streamed.")
+    labels = {}
+    for name, feature in table.features.items():
+        if isinstance(feature, datasets.Audio):
+            table = table.cast_column(name, UNDECODED)  # first of all: any other step would decode the audio
+        elif isinstance(getattr(feature, "feature", None), datasets.Audio):
+            table = table.cast_column(name, datasets.List(UNDECODED))
+        elif isinstance(feature, datasets.ClassLabel):
+            labels[name] = feature.int2str
+    return table, table.column_names, labels
+
+
+def _wanted_numbers(rows, names: list[str], entry: dict) -> list[int]:
+    """Numbers of the rows that filter and exclude leave, at most `limit`."""
+    asked = [*entry["filter"], *entry["exclude"]]
+    for column in asked:
+        if column not in names:
+            raise ValueError(f"{entry['path']}: filter on {column!r}, but it has only {', '.join(map(str, names))}.")
+    if not asked:
+        return list(range(len(rows)))[: entry["limit"]]
+    narrow = rows if isinstance(rows, list) else rows.select_columns(asked)
+    return [number for number, row in enumerate(narrow) if _wanted(row, entry)][: entry["limit"]]
+
+
+def _wanted(row: dict, entry: dict) -> bool:
+    for column in (*entry["filter"], *entry["exclude"]):
+        if column not in row:
+            raise ValueError(f"{entry['path']}: filter on {column!r}, but a row has only {', '.join(row)}.")
+    keep = all(str(row[column]) in values for column, values in entry["filter"].items())
+    return keep and not any(str(row[column]) in values for column, values in entry["exclude"].items())
 
 
 def _load_hub(entry: dict, streaming: bool):
@@ -230,70 +272,30 @@ def _parquet_files(path: Path) -> list[Path]:
     return sorted(path.rglob("*.parquet"))
 
 
-def _rows(path: str, entry: dict) -> Iterator[dict]:
-    """Normalised rows of a release, a manifest, a LibriSpeech tree or a folder of audio files."""
-    root = Path(path).expanduser()
+def _rows(root: Path, entry: dict) -> tuple[Iterator[dict], Path, Reach]:
+    """Rows of a release, a manifest, a LibriSpeech tree or a folder of audio files; its folder and reach."""
     manifest = None if entry["kind"] else root if root.is_file() else metadata_file(root)
-    reach = reach_of_folder(entry, root.parent if root.is_file() else root)
+    home = root.parent if root.is_file() else root
     if entry["kind"]:
         place = Path(entry["audio_folder"]).expanduser() if entry["audio_folder"] else None
         if place is not None and not place.is_dir():
             raise FileNotFoundError(f"{entry['path']}: audio_folder {entry['audio_folder']} is no folder.")
-        source, folder = KINDS[entry["kind"]].rows(root.absolute(), entry["split"], place and place.absolute()), root
-        reach = reach_of_folder(entry, root.parent if root.is_file() else root, place, released=True)
-    elif manifest is not None:
-        source, folder = manifest_rows(manifest), manifest.parent
-    elif any(root.rglob("*.trans.txt")):
-        source, folder = librispeech_rows(root, entry["split"]), root
-        reach = reach_of_folder(entry, root, released=True)
-    else:
-        source, folder = folder_rows(root, entry["split"]), root
-    audio_column = None
-    count = 0
-    for index, row in enumerate(source):
-        if manifest is not None and entry["split"] is not None:
+        rows = KINDS[entry["kind"]].rows(root.absolute(), entry["split"], place and place.absolute())
+        return rows, root, reach_of_folder(entry, home, place, released=True)
+    if manifest is not None:
+        return _of_split(manifest_rows(manifest), entry), manifest.parent, reach_of_folder(entry, home)
+    if any(root.rglob("*.trans.txt")):
+        return librispeech_rows(root, entry["split"]), root, reach_of_folder(entry, root, released=True)
+    return folder_rows(root, entry["split"]), root, reach_of_folder(entry, root)
+
+
+def _of_split(rows: Iterator[dict], entry: dict) -> Iterator[dict]:
+    for number, row in enumerate(rows, 1):
+        if entry["split"] is not None:
             if "split" not in row:
                 raise ValueError(
-                    f"{entry['path']}: split={entry['split']!r} asked, but row {index + 1} has no column `split`."
+                    f"{entry['path']}: split={entry['split']!r} asked, but row {number} has no column `split`."
                 )
             if str(row["split"]) != entry["split"]:
                 continue
-        if not _wanted(row, entry):
-            continue
-        if audio_column is None:
-            audio_column = pick(list(row), entry["audio_column"], AUDIO_COLUMNS, "audio", entry["path"])
-            text_column = pick(list(row), entry["text_column"], TEXT_COLUMNS, None, entry["path"])
-            label_column = pick(list(row), entry["label_column"], LABEL_COLUMNS, None, entry["path"])
-        normalised = _normalised(row, index, folder, reach, audio_column, text_column)
-        if "captions" in entry["features"]:
-            normalised |= caption_columns(row, text_column, label_column, entry)
-        yield normalised
-        count += 1
-        if entry["limit"] and count >= entry["limit"]:
-            return
-
-
-def _wanted(row: dict, entry: dict) -> bool:
-    for column in (*entry["filter"], *entry["exclude"]):
-        if column not in row:
-            raise ValueError(f"{entry['path']}: filter on {column!r}, but a row has only {', '.join(row)}.")
-    keep = all(str(row[column]) in values for column, values in entry["filter"].items())
-    return keep and not any(str(row[column]) in values for column, values in entry["exclude"].items())
-
-
-def _normalised(row: dict, index: int, folder: Path, reach: Reach, audio_column: str, text_column: str | None) -> dict:
-    def first(names):
-        return next((row[name] for name in names if row.get(name) not in (None, "")), None)
-
-    audio = row.get(audio_column)
-    audio = audio.get("path") if isinstance(audio, dict) else audio
-    text = row.get(text_column) if text_column else None
-    name, speaker, seconds = first(ID_COLUMNS), first(SPEAKER_COLUMNS), first(SECONDS_COLUMNS)
-    path = absolute(audio, folder, reach, f"row {index + 1}")
-    return {
-        "audio": {"path": path, "bytes": None},
-        "text": None if text is None else whole_characters(str(text)),
-        "id": whole_characters(str(name) if name is not None else str(audio or f"row-{index}")),
-        "speaker": None if speaker is None else whole_characters(str(speaker)),
-        "seconds": plausible_seconds(seconds),
-    }
+        yield row
