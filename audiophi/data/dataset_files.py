@@ -54,6 +54,11 @@ def manifest_rows(manifest: Path) -> Iterator[dict]:
     if manifest.suffix not in (".jsonl", ".json"):
         raise ValueError(f"{manifest}: not a manifest ({', '.join(sorted(MANIFEST_SUFFIXES))}).")
     with open(manifest, "rb") as file:
+        beginning = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
+        file.seek(0)
+        if beginning.startswith(b"["):
+            yield from _array(manifest, file.read())
+            return
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
@@ -65,6 +70,18 @@ def manifest_rows(manifest: Path) -> Iterator[dict]:
                 if not isinstance(row, dict):
                     raise ValueError(f"{manifest}: line {number} is not a JSON object.")
                 yield row
+
+
+def _array(manifest: Path, content: bytes) -> Iterator[dict]:
+    """Rows of a JSON file that is one list."""
+    try:
+        rows = json.loads(content.decode("utf-8-sig"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{manifest}: is not JSON ({error}).") from error
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{manifest}: item {number} is not a JSON object.")
+        yield row
 
 
 def librispeech_rows(root: Path, split: str | None) -> Iterator[dict]:

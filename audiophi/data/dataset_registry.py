@@ -1,16 +1,21 @@
 """Registry of data sets with a layout of their own: name -> `matches(path)`, `rows(path, split, audio_folder)` and
 `MISSING_AUDIO_IS_NORMAL`.
 
-To add one: a small file with these three, and a line here. All of them hold captions or labels of sounds.
+To add one: a small file with these three, and a line here. Rows have the names that dataset_columns.py knows.
 """
 
 from pathlib import Path
 
 from . import dataset_audiocaps, dataset_clotho
 from .dataset_files import metadata_file
+from .dataset_questions import AIR_BENCH, CLOTHO_AQA, MMAU, SPEECH_IFEVAL, VOICEBENCH
 from .dataset_sounds import ESC50, URBANSOUND8K
 
-KINDS = {"clotho": dataset_clotho, "audiocaps": dataset_audiocaps, "esc50": ESC50, "urbansound8k": URBANSOUND8K}
+KINDS = {
+    "clotho": dataset_clotho, "audiocaps": dataset_audiocaps, "esc50": ESC50, "urbansound8k": URBANSOUND8K,
+    "clotho_aqa": CLOTHO_AQA, "mmau": MMAU, "air_bench": AIR_BENCH, "voicebench": VOICEBENCH,
+    "speech_ifeval": SPEECH_IFEVAL,
+}  # fmt: skip
 
 
 def split_kind(path: str) -> tuple[str | None, str]:

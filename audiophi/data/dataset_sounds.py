@@ -41,7 +41,10 @@ class LabelledSounds:
             if self.file not in row or self.label not in row:
                 raise ValueError(f"{path / self.table}: lacks the column {self.file} or {self.label}.")
             folder = root / f"fold{row['fold']}" if self.in_folds else root
-            yield {**row, "audio": str(folder / row[self.file]), "label": row[self.label], "id": row[self.file]}
+            yield {
+                **row, "audio": str(folder / row[self.file]), "label": row[self.label], "id": row[self.file],
+                "captions": [],
+            }  # fmt: skip
 
 
 ESC50 = LabelledSounds("meta/esc50.csv", "filename", "category", in_folds=False)

@@ -175,8 +175,7 @@ def _entry(spec, defaults: dict) -> dict:
 def _task(entry: dict, columns: Columns) -> Task:
     if entry["task"] is not None:
         return task_named(entry["task"])
-    fields = columns.fields | ({"references"} if entry["kind"] else set())
-    return task_of_source(fields, entry["instruction"])
+    return task_of_source(columns.fields, entry["instruction"])
 
 
 def _open(entry: dict, streaming: bool):
