@@ -10,15 +10,19 @@
     audiophi/components/ base components that transformers cannot load as they are released
 """
 
-from modeling_audiophi import (
+from .requirements import check_requirements
+
+check_requirements()  # first: without torch, transformers imports for seconds and then blames something else
+
+from modeling_audiophi import (  # noqa: E402
     AudioPhiAdapterConfig,
     AudioPhiConfig,
     AudioPhiForConditionalGeneration,
     AudioTextToTextPipeline,
 )
-from processing import AudioError, AudioPhiProcessor, load_audio
+from processing import AudioError, AudioPhiProcessor, load_audio  # noqa: E402
 
-from . import components  # noqa: F401  (registers converters)
+from . import components  # noqa: E402, F401  (registers converters)
 
 __all__ = [
     "AudioError",

@@ -1,6 +1,6 @@
 """A checkpoint in the browser (Gradio): record or upload audio, ask, and watch the answer come.
 
-    python app.py --model checkpoints/audiophi-tiny
+    audiophi demo --model checkpoints/audiophi-tiny
 
 `audiophi push DIR org/name --space` publishes this very file as a Space. Nothing else of this repository is there: the
 model's code comes from the Hub with the model, whose id is in $AUDIOPHI_MODEL.
@@ -28,7 +28,7 @@ try:  # a clone of AudioPhi, or its package: this tells transformers about it
 except ImportError:  # a Space
     pass
 
-IN_CLONE = Path(__file__).resolve().parent / "checkpoints" / "audiophi-tiny"
+IN_CLONE = Path(__file__).resolve().parents[1] / "checkpoints" / "audiophi-tiny"
 MAX_SECONDS = 600
 MAX_FILE_SIZE = "100mb"
 KEEP_SECONDS = 3600  # recordings on the server
@@ -225,8 +225,8 @@ def build(pipe, name, longest=MAX_SECONDS):
     return page
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv=None, program="app.py"):
+    parser = argparse.ArgumentParser(prog=program, description=__doc__.splitlines()[0])
     model = os.environ.get("AUDIOPHI_MODEL") or (str(IN_CLONE) if IN_CLONE.is_dir() else None)
     parser.add_argument("--model", default=model, required=not model, help="checkpoint: folder or Hub id; default: "
                         "$AUDIOPHI_MODEL, else in a clone of AudioPhi checkpoints/audiophi-tiny")  # fmt: skip
@@ -236,7 +236,7 @@ def main(argv=None):
     try:
         pipe = load(args.model, args.device)
     except (OSError, ValueError) as error:
-        parser.exit(1, f"app.py: {args.model}: {error}\n")
+        parser.exit(1, f"{parser.prog}: {args.model}: {error}\n")
     name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model
     page = build(pipe, name)
     page.queue(default_concurrency_limit=1).launch(

@@ -5,8 +5,8 @@
 Random weights, bfloat16 (what is trained: float32, as bfloat16 would round its updates away), on the CPU; adapter,
 readout, encoder layer and generation are those of recipes/phi2_*.yaml. Each encoder runs in a process of its own:
 build, one `align` and one `lm` step of the adapter (encoder and LLM frozen), a few tokens. Printed and written: wall
-seconds and peak resident memory (VmHWM, Linux only) of each phase, beside what audiophi/training/memory.py predicts from
-the configs on top of the process's memory before the build. `--scale tiny` runs the same code in seconds.
+seconds and peak resident memory (VmHWM, Linux only) of each phase, beside what audiophi/training/memory.py predicts
+from the configs on top of the process's memory before the build. `--scale tiny` runs the same code in seconds.
 
 Phi-2's tokenizer is not needed: a byte-level one is made here, whose ids are rows of Phi-2's table like any other.
 Nothing is learned about quality: the words that come out are noise.
@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from audiophi.data.alignment_text import AlignmentTokenizer  # noqa: E402
+from audiophi.data.collator import AudioPhiCollator  # noqa: E402
 from audiophi.training.build import apply_tuning, set_generation  # noqa: E402
 from audiophi.training.configs import recipe_config, skeleton  # noqa: E402
 from audiophi.training.memory import Load, Memory, generation_memory, sizes, training_memory  # noqa: E402
@@ -38,7 +39,7 @@ from audiophi.training.recipe import Alignment, Stage, load_recipe  # noqa: E402
 from modeling_audiophi import AudioPhiForConditionalGeneration, LanguageBindAudioConfig, XeusConfig  # noqa: E402
 from modeling_audiophi.components_audiophi import is_own_key, text_generation_config  # noqa: E402
 from modeling_audiophi.spelling_audiophi import spell  # noqa: E402
-from processing import AudioPhiCollator, AudioPhiProcessor  # noqa: E402
+from processing import AudioPhiProcessor  # noqa: E402
 from processing.feature_extraction_languagebind_audio import LanguageBindAudioFeatureExtractor  # noqa: E402
 
 RECIPES = {"xeus": "phi2_xeus_librispeech", "languagebind": "phi2_languagebind_clotho"}

@@ -47,8 +47,9 @@ def find_component(component, revision=None, weights=True, **hub):
     Looks, in this order, at: a local folder of that name; `$AUDIOPHI_COMPONENTS/<org>--<name>`;
     `~/.cache/audiophi/components/<org>--<name>`; the SOURCES (XEUS: from the Hub or a local `.pth`); the Hub; the
     FALLBACKS.
-    `weights=False` downloads only the small files, where nothing has to be converted; `hub` (cache_dir, token, local_files_only, force_download) is for downloads. Raises OSError that lists what was tried,
-    ValueError for a checkpoint that cannot be converted.
+    `weights=False` downloads only the small files, where nothing has to be converted; `hub` (cache_dir, token,
+    local_files_only, force_download) is for downloads. Raises OSError that lists what was tried, ValueError for a
+    checkpoint that cannot be converted.
     """
     if Path(component).is_dir():
         return str(component)

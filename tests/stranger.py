@@ -7,7 +7,7 @@ from pathlib import Path
 
 # Cannot be imported there: the project, and those of its dependencies that a user of a checkpoint does not need.
 HIDDEN = (
-    *("modeling_audiophi", "processing", "training", "evaluation", "transcribe", "train", "eval"),
+    *("audiophi", "modeling_audiophi", "processing", "train", "eval"),
     *("datasets", "evaluate", "jiwer", "whisper_normalizer", "gguf", "matplotlib", "tensorboard", "aac_metrics"),
 )
 # A Space's app.py draws.

@@ -169,8 +169,8 @@ def test_the_page_offers_the_known_instructions(pipe):
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path):
-    command = [sys.executable, ROOT / "app.py", "--model", tmp_path / "missing"]
+    command = [sys.executable, "-m", "audiophi", "demo", "--model", tmp_path / "missing"]
     settings = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=settings)
-    assert done.returncode == 1 and f"app.py: {tmp_path}/missing: " in done.stderr
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=settings)
+    assert done.returncode == 1 and f"audiophi demo: {tmp_path}/missing: " in done.stderr
     assert "Traceback" not in done.stderr

@@ -47,11 +47,11 @@ def speech(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """(address, process id) of `python app.py`."""
+    """(address, process id) of `audiophi demo`."""
     log = tmp_path_factory.mktemp("server") / "log"
     with open(log, "w") as output:
-        command = [sys.executable, "-u", ROOT / "app.py", "--model", ROOT / "checkpoints/audiophi-tiny"]
-        server = subprocess.Popen([*command, "--device", "cpu"], stdout=output, stderr=subprocess.STDOUT)
+        command = [sys.executable, "-u", "-m", "audiophi", "demo", "--model", ROOT / "checkpoints/audiophi-tiny"]
+        server = subprocess.Popen([*command, "--device", "cpu"], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
     try:
         end, found = time.monotonic() + SECONDS, None
         while not (found := re.search(r"http://[\d.]+:\d+", log.read_text())):

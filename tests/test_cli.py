@@ -190,15 +190,7 @@ def test_push_sends_model_and_processor(checkpoint, monkeypatch, capsys, tmp_pat
 
 def test_it_runs_as_a_module(checkpoint, tmp_path):
     sf.write(tmp_path / "a.wav", np.zeros(8000, dtype=np.float32) + 0.01, 16_000)
-    command = [
-        sys.executable,
-        "-m",
-        "cli",
-        "transcribe",
-        tmp_path / "a.wav",
-        tmp_path / "no.wav",
-        "--model",
-        checkpoint,
-    ]
-    done = subprocess.run([*command, "--max_new_tokens", "3"], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-m", "audiophi", "transcribe", tmp_path / "a.wav", tmp_path / "no.wav"]
+    options = ["--model", checkpoint, "--max_new_tokens", "3"]
+    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout.startswith(f"{tmp_path / 'a.wav'}: ") and "no.wav" in done.stderr

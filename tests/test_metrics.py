@@ -139,7 +139,7 @@ def test_silence_is_as_long_as_the_clip(seconds):
 def test_as_a_metric_of_evaluate(monkeypatch, tmp_path):
     import evaluate
 
-    folder = Path(__file__).resolve().parents[1] / "evaluation" / "wer"
+    folder = Path(__file__).resolve().parents[1] / "audiophi" / "evaluation" / "wer"
     metric = evaluate.load(str(folder), cache_dir=str(tmp_path))
     scores = metric.compute(predictions=["The cat!", "a b"], references=["the cat sat", "a b"])
     assert scores["wer"] == pytest.approx(20) and scores["deletions"] == 1 and scores["words"] == 5

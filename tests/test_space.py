@@ -14,7 +14,7 @@ from huggingface_hub import SpaceCard
 from packaging.requirements import Requirement
 
 from audiophi.cli.main import main
-from audiophi.cli.space import GRADIO_VERSION, REQUIREMENTS
+from audiophi.cli.space import APP, GRADIO_VERSION, REQUIREMENTS
 from tests.loopback_hub import LoopbackHub
 from tests.stranger import HIDDEN_IN_A_SPACE, preamble_hiding, run_stranger
 
@@ -25,7 +25,7 @@ TOKEN = "hf_writer"
 RUN = """
 import json, os, sys
 sys.path.insert(0, "space")
-import audiophi.app
+import app
 assert app.__file__ == os.path.abspath("space/app.py"), app.__file__
 made = {}
 app.gr.Blocks.launch = lambda page, **settings: made.update(page=page, **settings)
@@ -79,7 +79,7 @@ def test_the_space_is_published_beside_the_model(pushed):
         assert hub.repositories[space].sdk == "gradio"
         assert hub.repositories[space].variables == {"AUDIOPHI_MODEL": "acme/audio-phi"}
         files = hub.files(space)
-        assert files["app.py"] == (ROOT / "app.py").read_bytes() and files["requirements.txt"].decode() == REQUIREMENTS
+        assert files["app.py"] == APP.read_bytes() and files["requirements.txt"].decode() == REQUIREMENTS
         about = SpaceCard(files["README.md"].decode(), ignore_metadata_errors=False).data
         assert about.models == ["acme/audio-phi"] and about.app_file == "app.py" and about.sdk_version == GRADIO_VERSION
         assert about.title == "audio-phi" and about.sdk == "gradio" and len(about.short_description) <= 60
@@ -110,14 +110,14 @@ def test_requirements_are_the_projects():
     assert {*REQUIREMENTS.split("\n")} - {""} <= {*project["dependencies"]}
     (demo,) = map(Requirement, project["optional-dependencies"]["demo"])
     assert demo.name == "gradio" and GRADIO_VERSION in demo.specifier
-    imported = {*re.findall(r"^(?:import|from) (\w+)", (ROOT / "app.py").read_text(), re.MULTILINE)}
+    imported = {*re.findall(r"^(?:import|from) (\w+)", APP.read_text(), re.MULTILINE)}
     ours = imported - {*sys.stdlib_module_names, "gradio", "numpy"}  # numpy comes with all of them
     assert "torch" in ours and ours <= {Requirement(line).name for line in REQUIREMENTS.split()}
 
 
 def test_a_wrong_id_is_refused_before_anything_is_sent(checkpoint, capsys):
     with LoopbackHub({TOKEN: "acme"}) as hub:
-        command = [sys.executable, "-m", "cli", "push", checkpoint]
+        command = [sys.executable, "-m", "audiophi", "push", checkpoint]
         settings = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}
         done = subprocess.run(
             [*command, "acme/phi", "--space", "acme/a/b"], cwd=ROOT, env=settings, capture_output=True

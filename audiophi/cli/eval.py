@@ -1,9 +1,9 @@
 """Word error rate of an AudioPhi model, or how good its captions of sounds are, and whether it listens.
 
-    python eval.py --model DIR_OR_ID --data SPEC --output_dir OUT [--baseline openai/whisper-tiny.en]
-    python eval.py --task caption --model DIR_OR_ID --data SPEC --output_dir OUT [--label_column label] [--official]
+    audiophi eval --model DIR_OR_ID --data SPEC --output_dir OUT [--baseline openai/whisper-tiny.en]
+    audiophi eval --task caption --model DIR_OR_ID --data SPEC --output_dir OUT [--label_column label] [--official]
 
-SPEC is any data that the training takes (see processing/datasets.py): a Hub id, a LibriSpeech tree, a folder with
+SPEC is any data that the training takes (see audiophi/data/datasets.py): a Hub id, a LibriSpeech tree, a folder with
 metadata.jsonl, a JSONL, CSV or Parquet file; for captions also the folder of Clotho, AudioCaps, ESC-50 or UrbanSound8K,
 and any data with class labels. OUT gets predictions.jsonl, written as the evaluation goes (an interrupted
 one continues), and metrics.json. Exit code 0 only when every readable row was scored.
@@ -51,7 +51,9 @@ TABLE = (
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="audiophi eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="AudioPhi checkpoint, slim or full: folder or Hub id")
     parser.add_argument("--data", required=True, help="what to transcribe")
     parser.add_argument("--output_dir", required=True, type=Path)
@@ -268,7 +270,3 @@ def main(argv: list[str] | None = None) -> int:
     if not scored:
         print("no row was scored", file=sys.stderr)
     return 0 if scored and not unscored else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

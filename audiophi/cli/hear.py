@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .results import ResultFile
 
-DEFAULT_MODEL = Path(__file__).resolve().parents[1] / "checkpoints" / "audiophi-tiny"
+DEFAULT_MODEL = Path(__file__).resolve().parents[2] / "checkpoints" / "audiophi-tiny"
 
 
 def add_hearing_arguments(parser: argparse.ArgumentParser) -> None:

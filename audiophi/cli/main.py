@@ -3,18 +3,21 @@
     audiophi transcribe FILE… [--format txt|json|srt] [--output results.jsonl]
     audiophi caption FILE…
     audiophi ask "question" FILE…
+    audiophi demo [--model DIR_OR_ID]
     audiophi info DIR_OR_ID
+    audiophi train RECIPE [--key value…]
+    audiophi eval --model DIR_OR_ID --data SPEC --output_dir OUT [--task TASK]
     audiophi card DIR [--metrics metrics.json…] [--check]
     audiophi push DIR org/name [--private] [--space [org/space]]
-    audiophi export --vllm DIR [--output OUT]
 
 Exit code 0: everything was done; 1: something was not, and stderr says what; 2: wrong arguments.
 """
 
 import argparse
 import sys
+from importlib import import_module
 
-from . import ask, caption, card, export, info, push, transcribe
+from . import ask, caption, card, info, push, transcribe
 
 COMMANDS = {
     "transcribe": transcribe,
@@ -23,7 +26,12 @@ COMMANDS = {
     "info": info,
     "card": card,
     "push": push,
-    "export": export,
+}
+# These read their own arguments, and import so much that it is done only when they are asked for.
+PROGRAMS = {
+    "train": "Train from a recipe; the same as train.py.",
+    "eval": "Measure a checkpoint on a data set; the same as eval.py.",
+    "demo": "Show a checkpoint in the browser.",
 }
 
 
@@ -37,7 +45,12 @@ def main(argv: list[str] | None = None) -> int:
         command = commands.add_parser(name, help=first_line, description=first_line)
         module.add_arguments(command)
         command.set_defaults(error=command.error)
-    args = parser.parse_args(argv)
+    for name, about in PROGRAMS.items():
+        commands.add_parser(name, help=about, add_help=False)
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments and arguments[0] in PROGRAMS:
+        return import_module(f"{__package__}.{arguments[0]}").main(arguments[1:])
+    args = parser.parse_args(arguments)
     sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     try:
         return COMMANDS[args.command].run(args)

@@ -1,4 +1,5 @@
-"""A Space that shows a published model: `app.py`, and what the Hub must know to run it."""
+"""A Space that shows a published model: `audiophi/app.py`, which needs no other file of AudioPhi, and what the Hub must
+know to run it."""
 
 from pathlib import Path
 

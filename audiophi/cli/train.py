@@ -1,13 +1,14 @@
 """Train from a recipe.
 
-    audiophi train recipes/quickstart.yaml            also: python train.py recipes/quickstart.yaml
-    python train.py recipes/quickstart.yaml --stages.0.steps 10 --adapter.type mlp
+    audiophi train recipes/quickstart.yaml
+    audiophi train recipes/quickstart.yaml --stages.0.steps 10 --adapter.type mlp
     accelerate launch --config_file configs/accelerate/ddp.yaml train.py recipes/audiophi_tiny.yaml
 
 The same command again resumes a run that was interrupted. Keys: audiophi/training/recipe.py.
 
 Exit codes: 0 finished; 85 stopped by SIGTERM or SIGUSR1 with a checkpoint, to be run again
-(audiophi/training/signals.py); 1 stopped by what somebody must look at first: the data, the disk, the loss; 2 a wrong command line or recipe.
+(audiophi/training/signals.py); 1 stopped by what somebody must look at first: the data, the disk, the loss; 2 a wrong
+command line or recipe.
 """
 
 import errno
@@ -43,7 +44,3 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}{hint}", file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

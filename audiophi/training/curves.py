@@ -1,6 +1,6 @@
 """curves.png: loss, WER and listening gap over the seconds of training, from a run's history.jsonl.
 
-python -m training.curves outputs/quickstart
+python -m audiophi.training.curves outputs/quickstart
 """
 
 import sys

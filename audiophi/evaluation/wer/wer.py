@@ -1,7 +1,7 @@
 """Corpus-level word error rate in percent as a metric for Hugging Face's `evaluate`, which works without the Hub:
 
     import evaluate
-    evaluate.load("evaluation/wer").compute(predictions=["the cat"], references=["the cat sat"])
+    evaluate.load("audiophi/evaluation/wer").compute(predictions=["the cat"], references=["the cat sat"])
 
 `evaluate.load("wer")` downloads its module, returns a fraction and does not normalise; this one is what eval.py
 reports.
