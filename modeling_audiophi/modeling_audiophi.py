@@ -146,10 +146,7 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
         has_audio = any(value is not None for value in (input_features, input_values, audio_hidden_states))
         if has_audio or audio_embeds is not None:
             if inputs_embeds is not None:
-                raise ValueError(
-                    "give audio or inputs_embeds, not both: leave out inputs_embeds, or put the audio's embeddings "
-                    "(get_audio_features(...).pooler_output) into them"
-                )
+                raise ValueError("give audio or inputs_embeds, not both: pooler_output may be put into the latter")
             if input_ids is None:
                 raise ValueError("audio inputs need input_ids with the audio placeholders; the processor makes them")
         audio, prompt = None, None
@@ -217,14 +214,14 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
         embeds = self.get_input_embeddings()(input_ids)
         if audio_embeds is None and past_length:
             return embeds
-        placeholders = (input_ids == self.config.audio_token_id)[..., None].to(embeds.device)
-        wanted = int(placeholders.sum())
+        places = (input_ids == self.config.audio_token_id)[..., None].to(embeds.device)
+        wanted = int(places.sum())
         if audio_embeds is None:
             check_placeholders(wanted, 0)
             return self.reach_audio_parts(embeds)
         if wanted != len(audio_embeds):
             raise ValueError(f"the prompt has {wanted} audio placeholders, but {len(audio_embeds)} audio_embeds")
-        return embeds.masked_scatter(placeholders.expand_as(embeds), audio_embeds.to(embeds.device, embeds.dtype))
+        return embeds.masked_scatter(places.expand_as(embeds), audio_embeds.to(embeds.device, embeds.dtype))
 
     def reach_audio_parts(self, embeds):
         """The same `embeds` of a prompt without audio. In training, the parts that read audio get gradients of zero
@@ -270,7 +267,7 @@ class AudioPhiForConditionalGeneration(
         return self.model.get_audio_features(*args, **kwargs)
 
     @torch.no_grad()
-    def transcribe_alignment(self, **audio_inputs):
+    def read_alignment(self, **audio_inputs):
         """What the alignment head hears, without the language model: a list of LLM token ids per clip.
 
         Takes the audio inputs of `forward`. Raises ValueError on a model without an alignment head.
@@ -314,15 +311,15 @@ class AudioPhiForConditionalGeneration(
         use_cache=None,
         **kwargs,
     ):
-        """Losses and logits.
+        """Losses and logits, an `AudioPhiOutput`.
 
         `labels` (B, L) with -100 where nothing is to be predicted: the head runs at labelled positions only, and
         logits are not returned unless `return_logits=True`. `align_labels` (C, S): LLM token ids of each clip's
-        transcript, -100 padded; without input_ids the language model is not run at all, and align_logits are returned
-        only with `return_logits=True`. `sound_labels` (C, S): likewise the words that describe each clip, in
-        any order, for a readout that learns from them (`learns_sounds`). `num_items_in_batch` (labelled tokens) and
-        `align_items_in_batch` (clips) divide the summed losses under gradient accumulation. Returns
-        `AudioPhiOutput`.
+        transcript, -100 padded, NO_TARGET first where there is none; without input_ids the language model is not run at
+        all, and align_logits are returned only with `return_logits=True`. `sound_labels` (C, S): likewise the words
+        that describe each clip, in any order, for a readout that `learns_sounds`; all -100 where there are none.
+        `num_items_in_batch` (labelled tokens) and `align_items_in_batch` (clips) divide the summed losses under
+        gradient accumulation.
         """
         audio_inputs = {
             "input_features": input_features,

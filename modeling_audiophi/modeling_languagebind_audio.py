@@ -2,7 +2,7 @@
 
 A window of 10.36 s is a picture, 112 mel bins x 1036 frames, cut into 8 x 74 patches of 14 x 14. The patch tokens of
 the penultimate layer, pooled over frequency, are 74 tokens of 140 ms. The pooled embedding that LanguageBind is known
-for is not offered: one vector for a whole clip cannot carry a caption. Parameter names are those of
+for is not offered: one vector for a whole clip cannot carry a sentence. Parameter names are those of
 `vision_model.*` in the released checkpoint (`pre_layrnorm` included).
 """
 

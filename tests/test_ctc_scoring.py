@@ -136,7 +136,7 @@ def test_full_weight_writes_what_the_alignment_hears(make_tiny_model, waveform):
     scale, head.scale.data = head.scale.data.clone(), torch.tensor(300.0)
     try:
         audio = {name: value for name, value in inputs.items() if name.startswith(("input_feat", "audio_"))}
-        heard = model.transcribe_alignment(**audio)[0]
+        heard = model.read_alignment(**audio)[0]
         out = model.generate(**inputs, max_new_tokens=len(heard) + 3, do_sample=False, ctc_weight=1.0)
     finally:
         head.scale.data = scale
@@ -204,7 +204,7 @@ ENDS = (1, 2)
 
 def heard(model, processor, clip):
     audio = {name: value for name, value in prompts(processor, [[clip]]).items() if name.startswith(("input_f", "aud"))}
-    return model.transcribe_alignment(**audio)[0][:12]
+    return model.read_alignment(**audio)[0][:12]
 
 
 @pytest.mark.parametrize("explicit", [True, False])

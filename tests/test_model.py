@@ -134,7 +134,7 @@ def test_long_audio_is_encoded_in_windows_and_joined(make_tiny_model, waveform):
     assert torch.equal(audio.pooler_output, expected.pooler_output)
     windows = expected.tokens_mask.sum(1).tolist()
     assert len(windows) == 4 and audio.tokens_mask.sum(1).tolist() == [sum(windows[:3]), windows[3]]
-    assert len(model.transcribe_alignment(**audio_only(inputs))) == 2
+    assert len(model.read_alignment(**audio_only(inputs))) == 2
     with pytest.raises(ValueError, match="adds up to 3 windows, but the audio input has 4 rows"):
         model.get_audio_features(**{**audio_only(inputs), "audio_num_windows": torch.tensor([3])})
 
@@ -238,7 +238,7 @@ def test_no_alignment_head_is_said(make_tiny_model, waveform):
     model, processor = make_tiny_model(align=False)
     inputs = audio_only(prompts(processor, [[waveform(1.0)]]))
     with pytest.raises(ValueError, match="no alignment head"):
-        model.transcribe_alignment(**inputs)
+        model.read_alignment(**inputs)
 
 
 @pytest.mark.parametrize("readout", READOUTS)
@@ -281,7 +281,7 @@ def test_a_few_steps_of_align_learn_a_clip(make_tiny_model, waveform):
         optimizer.zero_grad()
         model(**inputs, align_labels=labels).loss.backward()
         optimizer.step()
-    assert model.transcribe_alignment(**inputs) == targets
+    assert model.read_alignment(**inputs) == targets
 
 
 def test_accumulated_gradients_equal_those_of_the_whole_batch(make_tiny_model, waveform):

@@ -210,7 +210,7 @@ def test_resized_embeddings(build, waveform, name):
     rows = model.config.text_config.vocab_size
     audio_id, vocab_ids = model.config.audio_token_id, model.model.alignment.vocab_ids.clone()
     with torch.no_grad():
-        expected, heard = model(**inputs).logits, model.transcribe_alignment(**audio_of(inputs))
+        expected, heard = model(**inputs).logits, model.read_alignment(**audio_of(inputs))
     bias = None if model.lm_head.bias is None else model.lm_head.bias.clone()
     table = model.resize_token_embeddings(rows + 7, pad_to_multiple_of=8)
     size = table.num_embeddings
@@ -227,7 +227,7 @@ def test_resized_embeddings(build, waveform, name):
         assert logits.shape[-1] == size and close(logits[..., :rows], expected, 1e-5)
         model(input_ids=torch.tensor([[size - 1, 1]]))
     assert model.config.audio_token_id == audio_id and torch.equal(model.model.alignment.vocab_ids, vocab_ids)
-    assert model.transcribe_alignment(**audio_of(inputs)) == heard
+    assert model.read_alignment(**audio_of(inputs)) == heard
     loss = model(**inputs, labels=labelled(processor, inputs)).loss
     assert torch.isfinite(loss) and model.generate(**inputs, max_new_tokens=2).shape[1] > inputs["input_ids"].shape[1]
     model.resize_token_embeddings(rows)  # and back
