@@ -1,4 +1,4 @@
-"""load_audio_dataset on every kind of source, and read_clip on good and bad rows."""
+"""load_examples and stream_examples on every kind of source, good and bad rows."""
 
 import io
 import json
@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from audiophi.data.datasets import load_audio_dataset, read_clip
+from audiophi.data.datasets import load_examples, stream_examples
+from audiophi.data.example import RowError
 from processing import AudioError
 
-COLUMNS = ["audio", "text", "id", "speaker", "seconds"]
 ROWS = [("a", "one", "s1"), ("b", "two", "s1"), ("c", "three", "s2"), ("d", "four", "s3")]
 
 
@@ -50,13 +50,31 @@ def manifest_rows(audio="audio", text="text"):
     ]
 
 
-def check(table, names="abcd", streaming=False):
-    rows = list(table)
-    assert list(table.column_names) == COLUMNS
+def load(spec, streaming=False, **options):
+    """All rows of a source; those that cannot be used as their errors."""
+    if streaming:
+        given = spec if isinstance(spec, dict) else {"path": spec}
+        return list(stream_examples([{**given, **options}]))
+    examples, found = load_examples(spec, **options), []
+    for number in range(len(examples)):
+        try:
+            found.append(examples[number])
+        except RowError as error:
+            found.append(error)
+    return found
+
+
+def read(example):
+    return example.clips[0].read(example.id)
+
+
+def check(rows, names="abcd"):
     expected = [row for row in ROWS if row[0] in names]
-    assert [(row["id"], row["text"], row["speaker"]) for row in rows] == expected
+    assert [(row.id, row.reference, row.speaker) for row in rows] == expected
+    assert [row.task for row in rows] == ["transcribe"] * len(expected)
+    assert all(row.clips[0].transcript == row.reference for row in rows)
     for row, (name, _, _) in zip(rows, expected, strict=True):
-        assert len(read_clip(row, require_text=True)) == 800 + "abcd".index(name)
+        assert len(read(row)) == 800 + "abcd".index(name)
 
 
 @pytest.fixture(autouse=True)
@@ -74,10 +92,9 @@ def streaming(request):
 
 def test_jsonl(folder, streaming):
     spec = write_jsonl(folder / "list.jsonl", manifest_rows())
-    table = load_audio_dataset(spec, streaming=streaming)
-    check(table)
-    assert isinstance(table, datasets.IterableDataset if streaming else datasets.Dataset)
-    assert next(iter(table))["seconds"] == 0.05
+    rows = load(spec, streaming)
+    check(rows)
+    assert rows[0].clips[0].seconds == 0.05
 
 
 @pytest.mark.parametrize("suffix, separator", [("csv", ","), ("tsv", "\t")])
@@ -85,7 +102,7 @@ def test_csv_with_settable_columns(folder, streaming, suffix, separator):
     lines = [("clip", "said", "speaker", "id"), *((f"audio/{n}.wav", t, s, n) for n, t, s in ROWS)]
     path = folder / f"list.{suffix}"
     path.write_text("\n".join(separator.join(line) for line in lines))
-    check(load_audio_dataset(str(path), audio_column="clip", text_column="said", streaming=streaming))
+    check(load(str(path), audio_column="clip", text_column="said", streaming=streaming))
 
 
 @pytest.mark.parametrize("embedded", [True, False], ids=["bytes", "paths"])
@@ -99,25 +116,24 @@ def test_parquet(folder, streaming, embedded):
         "id": [n for n, _, _ in ROWS],
     }
     datasets.Dataset.from_dict(rows).to_parquet(folder / "train.parquet")
-    table = load_audio_dataset(str(folder / "train.parquet"), streaming=streaming)
-    found = list(table)
-    assert [row["speaker"] for row in found] == ["1", "1", "2", "3"] and [row["text"] for row in found][3] == "four"
-    assert len(read_clip(found[2])) == 802
-    assert len(list(load_audio_dataset(str(folder), split="train", streaming=streaming))) == 4
-    filtered = load_audio_dataset({"path": str(folder), "filter": {"speaker_id": 1}, "limit": 1}, streaming=streaming)
-    assert [row["id"] for row in filtered] == ["a"]
+    found = load(str(folder / "train.parquet"), streaming)
+    assert [row.speaker for row in found] == ["1", "1", "2", "3"] and [row.reference for row in found][3] == "four"
+    assert len(read(found[2])) == 802
+    assert len(list(load(str(folder), split="train", streaming=streaming))) == 4
+    filtered = load({"path": str(folder), "filter": {"speaker_id": 1}, "limit": 1}, streaming=streaming)
+    assert [row.id for row in filtered] == ["a"]
     with pytest.raises(ValueError, match="no Parquet file of split 'dev'"):
-        load_audio_dataset(str(folder), split="dev")
+        load(str(folder), split="dev")
 
 
-def test_parquet_without_ids_gets_row_numbers(folder, streaming):
+def test_parquet_without_ids_is_named_by_its_paths(folder, streaming):
     rows = {"file_name": ["audio/a.wav", "audio/b.wav"], "text": ["one", "two"], "split": ["x", "y"]}
     datasets.Dataset.from_dict(rows).to_parquet(folder / "list.parquet")
-    table = load_audio_dataset(str(folder / "list.parquet"), streaming=streaming)
-    assert [(row["id"], row["speaker"]) for row in table] == [("row-0", None), ("row-1", None)]
-    assert len(read_clip(list(table)[1])) == 801
+    table = load(str(folder / "list.parquet"), streaming=streaming)
+    assert [(row.id, row.speaker) for row in table] == [("audio/a.wav", None), ("audio/b.wav", None)]
+    assert len(read(table[1])) == 801
     assert [
-        row["text"] for row in load_audio_dataset(str(folder / "list.parquet"), split="y", streaming=streaming)
+        row.reference for row in load(str(folder / "list.parquet"), split="y", streaming=streaming)
     ] == ["two"]
 
 
@@ -129,7 +145,7 @@ def test_audiofolder_with_metadata(folder, streaming, kind):
     else:
         lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
         (folder / "metadata.csv").write_text("\n".join(lines))
-    check(load_audio_dataset(str(folder), streaming=streaming))
+    check(load(str(folder), streaming=streaming))
 
 
 def test_audio_files_in_label_folders(tmp_path, streaming):
@@ -137,12 +153,11 @@ def test_audio_files_in_label_folders(tmp_path, streaming):
         for label in ("dog_bark", "rain"):
             (tmp_path / split / label).mkdir(parents=True)
             (tmp_path / split / label / "1.wav").write_bytes(wav())
-    rows = list(load_audio_dataset(str(tmp_path), split="test", streaming=streaming))
-    assert [(row["id"], row["text"]) for row in rows] == [
-        ("test/dog_bark/1.wav", "dog bark"),
-        ("test/rain/1.wav", "rain"),
-    ]
-    assert len(list(load_audio_dataset(str(tmp_path), streaming=streaming))) == 4
+    rows = load(str(tmp_path), streaming, split="test", task="caption")
+    assert [(row.id, row.label) for row in rows] == [("test/dog_bark/1.wav", "dog bark"), ("test/rain/1.wav", "rain")]
+    assert len(load(str(tmp_path), streaming, task="caption")) == 4
+    # A folder's name is no transcript.
+    assert all("has no text" in str(row) for row in load(str(tmp_path), streaming))
 
 
 def test_librispeech_tree(tmp_path, streaming):
@@ -152,52 +167,39 @@ def test_librispeech_tree(tmp_path, streaming):
         (chapter / f"{speaker}-121.trans.txt").write_text(f"{speaker}-121-0000 GO\n{speaker}-121-0001 STAY HERE\n")
         for number in range(2):
             soundfile.write(chapter / f"{speaker}-121-000{number}.flac", np.zeros(800), 16_000)
-    rows = list(load_audio_dataset(str(tmp_path / "LibriSpeech"), split="dev-clean", streaming=streaming))
-    assert [(row["id"], row["text"], row["speaker"]) for row in rows] == [
+    rows = list(load(str(tmp_path / "LibriSpeech"), split="dev-clean", streaming=streaming))
+    assert [(row.id, row.reference, row.speaker) for row in rows] == [
         ("84-121-0000", "GO", "84"),
         ("84-121-0001", "STAY HERE", "84"),
     ]
-    assert len(read_clip(rows[0])) == 800
-    assert len(list(load_audio_dataset(str(tmp_path), streaming=streaming))) == 4
+    assert len(read(rows[0])) == 800
+    assert len(list(load(str(tmp_path), streaming=streaming))) == 4
     with pytest.raises(ValueError, match="no folder 'dev-other'"):
-        list(load_audio_dataset(str(tmp_path), split="dev-other", streaming=streaming))
+        list(load(str(tmp_path), split="dev-other", streaming=streaming))
 
 
 def test_split_filter_exclude_and_limit(folder, streaming):
     spec = write_jsonl(folder / "list.jsonl", manifest_rows())
-    check(load_audio_dataset(spec, split="test", streaming=streaming), "cd")
-    check(load_audio_dataset({"path": spec, "filter": {"speaker": ["s1", "s3"]}}, streaming=streaming), "abd")
-    check(load_audio_dataset({"path": spec, "exclude": {"speaker": "s1"}, "limit": 1}, streaming=streaming), "c")
+    check(load(spec, split="test", streaming=streaming), "cd")
+    check(load({"path": spec, "filter": {"speaker": ["s1", "s3"]}}, streaming=streaming), "abd")
+    check(load({"path": spec, "exclude": {"speaker": "s1"}, "limit": 1}, streaming=streaming), "c")
 
 
-def test_mixture_without_weights_has_every_row_once(folder, streaming):
+def test_sources_without_weights_come_one_after_the_other(folder):
     spec = write_jsonl(folder / "list.jsonl", manifest_rows())
     parts = [{"path": spec, "split": "train"}, {"path": spec, "split": "test"}, {"path": spec, "split": "train"}]
-    assert [row["id"] for row in load_audio_dataset(parts, streaming=streaming)] == list("abcdab")
+    assert [row.id for row in stream_examples(parts)] == list("abcdab")
 
 
-def test_mixture_weights_are_shares_of_the_rows(tmp_path):
+def test_weights_are_shares_of_a_stream(tmp_path):
     big = write_jsonl(tmp_path / "big.jsonl", [{"audio": "x.wav", "text": "big", "id": str(i)} for i in range(90)])
-    small = write_jsonl(
-        tmp_path / "small.jsonl", [{"audio": "y.wav", "text": "small", "id": str(i)} for i in range(10)]
-    )
+    small = write_jsonl(tmp_path / "small.jsonl", [{"audio": "y.wav", "text": "small"} for i in range(10)])
     mixture = [{"path": big, "weight": 3}, {"path": small}]
-    rows = list(load_audio_dataset(mixture, seed=1))
-    counts = {text: [row["id"] for row in rows if row["text"] == text] for text in ("big", "small")}
-    assert len(counts["big"]) == len(set(counts["big"])) == 75  # a quarter of 100 goes to the small one
-    assert len(counts["small"]) == 25 and len(set(counts["small"])) == 10
-    assert rows == list(load_audio_dataset(mixture, seed=1)) != list(load_audio_dataset(mixture, seed=2))
-    drawn = [row["text"] for row in load_audio_dataset(mixture, streaming=True, seed=1)]
+    drawn = [row.reference for row in stream_examples(mixture, seed=1)]
     assert {"big", "small"} == set(drawn) and 0.6 < drawn.count("big") / len(drawn) < 0.9
-    assert drawn == [row["text"] for row in load_audio_dataset(mixture, streaming=True, seed=1)]
-
-
-def test_mixed_kinds_of_sources_concatenate(folder):
-    spec = write_jsonl(folder / "list.jsonl", manifest_rows())
-    audio = [{"bytes": wav(), "path": None}]
-    datasets.Dataset.from_dict({"audio": audio, "text": ["five"]}).to_parquet(folder / "more.parquet")
-    rows = load_audio_dataset([spec, str(folder / "more.parquet")])
-    assert len(rows) == 5 and len(read_clip(rows[4])) == 800
+    assert drawn == [row.reference for row in stream_examples(mixture, seed=1)]
+    assert drawn != [row.reference for row in stream_examples(mixture, seed=2)]
+    assert drawn.count("big") >= 90 and drawn.count("small") >= 10  # until every one has been read
 
 
 def test_hub_data_set(monkeypatch, streaming):
@@ -218,21 +220,21 @@ def test_hub_data_set(monkeypatch, streaming):
         return table.to_iterable_dataset() if streaming else table
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
-    rows = list(load_audio_dataset("openslr/librispeech_asr:clean:train.100", streaming=streaming))
+    rows = load("openslr/librispeech_asr:clean:train.100", streaming)
     assert asked == [("openslr/librispeech_asr", "clean", "train.100")]
-    assert [(row["id"], row["speaker"], row["text"]) for row in rows] == [("84-1", "84", "GO")]
-    assert len(read_clip(rows[0])) == 800
-    list(load_audio_dataset("openslr/librispeech_asr:other", split="test", streaming=streaming))
+    assert [(row.id, row.speaker, row.reference) for row in rows] == [("84-1", "84", "GO")]
+    assert len(read(rows[0])) == 800
+    list(load("openslr/librispeech_asr:other", split="test", streaming=streaming))
     assert asked[1] == ("openslr/librispeech_asr", "other", "test")
 
 
 def test_hub_data_set_without_a_split_names_the_choices(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: {"train": None, "test": None})
     with pytest.raises(ValueError, match="choose a split, .* of train, test"):
-        load_audio_dataset("org/name")
+        load("org/name")
 
 
-def test_bad_rows_are_met_when_they_are_read(folder, streaming):
+def test_bad_rows_cost_themselves(folder, streaming):
     (folder / "audio" / "noise.wav").write_text("no audio")
     rows = [
         {"audio": "audio/a.wav", "text": "one", "id": "good"},
@@ -241,18 +243,21 @@ def test_bad_rows_are_met_when_they_are_read(folder, streaming):
         {"audio": "audio/b.wav", "id": "no-text"},
         {"audio": "audio/b.wav", "text": "  ", "id": "blank"},
         {"text": "one", "id": "no-audio"},
+        {"audio": "audio/b.wav", "text": float("nan"), "id": "nan"},
+        {"audio": "audio/b.wav", "text": ["a", "b"], "id": "list"},
     ]
-    table = load_audio_dataset(write_jsonl(folder / "list.jsonl", rows), streaming=streaming)
-    bad = {}
-    for row in table:
+    found, bad = load(write_jsonl(folder / "list.jsonl", rows), streaming), {}
+    for given, row in zip(rows, found, strict=True):
+        if isinstance(row, RowError):
+            bad[given["id"]] = str(row)
+            continue
         try:
-            read_clip(row, require_text=True)
+            read(row)
         except AudioError as error:
-            bad[row["id"]] = str(error)
-    assert set(bad) == {"missing", "noise", "no-text", "blank", "no-audio"}
-    assert (
-        "missing.wav" in bad["missing"] and "no-text: has no text" in bad["no-text"] and "no audio" in bad["no-audio"]
-    )
+            bad[given["id"]] = str(error)
+    assert set(bad) == {row["id"] for row in rows} - {"good"}
+    assert "missing.wav" in bad["missing"] and "no-text: has no text" in bad["no-text"]
+    assert "no audio" in bad["no-audio"] and "nan: has no text" in bad["nan"] and "no text but list" in bad["list"]
 
 
 @pytest.mark.parametrize(
@@ -268,8 +273,7 @@ def test_bad_rows_are_met_when_they_are_read(folder, streaming):
         ("NUMBERS", {}, "line 1 is not a JSON object"),
         ("STRANGE", {}, "no column looks like audio .* Columns: foo"),
         ("EMPTY", {}, "holds no audio files"),
-        ([], {}, "empty list"),
-        ([{"path": "LIST", "weight": 0}, "LIST"], {}, "above 0"),
+        ({"path": "LIST", "task": "trascribe"}, {}, "did you mean 'transcribe'"),
         ("no/such/list.jsonl", {}, "no such file or folder"),
         ("./nowhere", {}, "no such file or folder"),
     ],
@@ -294,4 +298,17 @@ def test_bad_specifications_are_refused_by_name(folder, spec, options, message):
         return names.get(value, value)
 
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        load_audio_dataset(fill(spec), **options)
+        load(fill(spec), **options)
+
+
+def test_bad_mixtures_are_refused(folder):
+    spec = write_jsonl(folder / "list.jsonl", manifest_rows())
+    for parts, message in (([], "empty list"), ([{"path": spec, "weight": 0}, {"path": spec}], "above 0")):
+        with pytest.raises(ValueError, match=message):
+            list(stream_examples(parts))
+
+
+def test_columns_that_nobody_uses_are_said(folder, caplog):
+    rows = [{**row, "translation": "eins"} for row in manifest_rows()]
+    load(write_jsonl(folder / "list.jsonl", rows))
+    assert "not used: 'translation'" in caplog.text

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow.parquet as pq
+
 from .dataset_files import audio_files, csv_columns, manifest_rows, read_csv
 from .example import AUDIO
 
@@ -52,18 +54,23 @@ class Release:
 
 def _files(path: Path, pattern: str, fits: Callable[[Path], bool]) -> dict[str, Path]:
     found = [path] if path.is_file() else [*path.glob(pattern), *path.glob(f"*/{pattern}")]
-    return {file.stem: file for file in reversed(found) if re.fullmatch(glob_pattern(pattern), file.name) and fits(file)}
+    return {file.stem: file for file in reversed(found) if file.match(pattern) and fits(file)}
 
 
-def glob_pattern(pattern: str) -> str:
-    return re.escape(pattern).replace(r"\*", ".*")
+def _rows(file: Path) -> Iterator[dict]:
+    """Rows of a JSON, JSONL or Parquet file."""
+    if file.suffix != ".parquet":
+        yield from manifest_rows(file)
+        return
+    for batch in pq.ParquetFile(file).iter_batches(64):
+        yield from batch.to_pylist()
 
 
 def _first(file: Path) -> dict:
-    """The first row of a JSON or JSONL file; {} for what is none."""
+    """The first row of a file; {} for one that cannot be read."""
     try:
-        return next(iter(manifest_rows(file)), {})
-    except ValueError:
+        return next(_rows(file), {})
+    except (ValueError, OSError):
         return {}
 
 
@@ -135,18 +142,19 @@ def _find_voicebench(path: Path) -> dict[str, Path]:
         first = _first(file)
         return {"prompt", "audio"} <= first.keys() and bool({"reference", "output"} & first.keys())
 
-    return _files(path, "*.jsonl", fits)
+    return {**_files(path, "*.jsonl", fits), **_files(path, "*.parquet", fits)}
 
 
 def _read_voicebench(file: Path, split: str, folder: Path) -> Iterator[dict]:
     """The question is spoken: the user's turn is the clip alone."""
-    for number, row in enumerate(manifest_rows(file)):
+    for number, row in enumerate(_rows(file)):
         right = row.get("reference", row.get("output"))
         letter = isinstance(right, str) and re.fullmatch("[A-D]", right.strip()) is not None
         audio = row["audio"]
-        audio = audio.get("path") if isinstance(audio, dict) else audio
+        if isinstance(audio, str):
+            audio = str(folder / audio)
         yield {
-            "audio": str(folder / audio), "messages": [{"role": "user", "content": [AUDIO]}], "answer": right,
+            "audio": audio, "messages": [{"role": "user", "content": [AUDIO]}], "answer": right,
             "choices": list("ABCD") if letter else None, "metric": "choice" if letter else "contains",
             "kind": file.stem, "transcript": row["prompt"], "id": str(row.get("id", number)),
         }  # fmt: skip

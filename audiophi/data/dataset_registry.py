@@ -16,6 +16,7 @@ KINDS = {
     "clotho_aqa": CLOTHO_AQA, "mmau": MMAU, "air_bench": AIR_BENCH, "voicebench": VOICEBENCH,
     "speech_ifeval": SPEECH_IFEVAL,
 }  # fmt: skip
+ONLY_BY_PREFIX = {"voicebench"}  # its columns could be anybody's
 
 
 def split_kind(path: str) -> tuple[str | None, str]:
@@ -36,7 +37,8 @@ def split_kind(path: str) -> tuple[str | None, str]:
     place = Path(path).expanduser()
     if not place.exists() or (place.is_dir() and metadata_file(place) is not None):
         return None, path
-    return next((name for name, kind in KINDS.items() if kind.matches(place)), None), path
+    known = (name for name, kind in KINDS.items() if name not in ONLY_BY_PREFIX and kind.matches(place))
+    return next(known, None), path
 
 
 def missing_audio_is_normal(path: str) -> bool:

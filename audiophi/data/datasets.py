@@ -62,7 +62,11 @@ class Examples(Sequence):
 
     def of(self, values: dict, number: int) -> Example:
         """A row's values as an example."""
-        return self._task.example(self.columns.row(values, number, self._folder, self._reach, self._labels))
+        row = self.columns.row(values, number, self._folder, self._reach, self._labels)
+        try:
+            return self._task.example(row)
+        except RowError as error:
+            raise RowError(f"{self.path}: row {number + 1}, {error}") from None
 
     def take(self, count: int) -> "Examples":
         """The first `count` rows."""
