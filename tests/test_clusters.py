@@ -32,7 +32,6 @@ from audiophi.training.checkpoints import complete_checkpoints
 from audiophi.training.continuing import check_same_recipe, remember_recipe
 from audiophi.training.corpus import BadRows, StreamingSet
 from audiophi.training.recipe import RecipeError, recipe_from_dict
-from audiophi.training.stages import training_arguments
 from tests.tiny_runs import ALIGN, ENVIRONMENT, LM, ROOT, largest_difference, train
 
 CONFIGS = ROOT / "configs" / "accelerate"
@@ -41,8 +40,6 @@ KINDS = {
     "ddp": ("MULTI_GPU", 8, 1),
     "multi_node": ("MULTI_GPU", 16, 2),
     "fsdp2": ("FSDP", 8, 1),
-    "deepspeed_zero2": ("DEEPSPEED", 8, 1),
-    "deepspeed_zero3": ("DEEPSPEED", 8, 1),
     "cpu_2_processes": ("MULTI_GPU", 2, 1),
     "cpu_2_processes_fsdp2": ("FSDP", 2, 1),
 }
@@ -66,29 +63,6 @@ def test_accelerate_reads_the_config(name):
     assert told.num_processes == processes and told.mixed_precision == "no"
     if kind == "FSDP":
         assert told.use_fsdp and int(told.fsdp_version) == 2
-    if kind == "DEEPSPEED":
-        settings = json.loads((ROOT / told.deepspeed_config_file).read_text())
-        assert settings["zero_optimization"]["stage"] == int(name[-1])
-        automatic = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-        assert all(settings[key] == "auto" for key in automatic), "the recipe decides"
-
-
-@pytest.mark.parametrize("zero", [2, 3])
-def test_deepspeed_reads_its_config(zero, settings, tmp_path, monkeypatch):
-    """With the values that Trainer fills in for "auto", by DeepSpeed's own parser; nothing is run."""
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    parser = pytest.importorskip("deepspeed.runtime.config", reason="pip install deepspeed")
-    from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
-
-    recipe = recipe_from_dict(settings({**ALIGN, "batch_size": 3, "grad_accum": 2, "precision": "bf16"}))
-    arguments = training_arguments(recipe, recipe.stages[0], 0, tmp_path)
-    config = HfTrainerDeepSpeedConfig(str(CONFIGS / f"deepspeed_zero{zero}.json"))
-    config.trainer_config_process(arguments)
-    model = SimpleNamespace(config=SimpleNamespace(hidden_size=576))
-    config.trainer_config_finalize(arguments, model, 10)
-    parsed = parser.DeepSpeedConfig(config.config)
-    assert parsed.zero_config.stage == zero and parsed.gradient_accumulation_steps == 2
-    assert parsed.train_micro_batch_size_per_gpu == 3 and parsed.gradient_clipping == 1.0
 
 
 def test_slurm_script_is_bash():

@@ -6,6 +6,10 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PATHS = re.compile(
+    r"(?<![\w/.$<>-])(?:audiophi|modeling_audiophi|processing|training|evaluation|publishing|cli|tools|benchmarks|recipes)"
+    r"/[\w/*]*\w\.(?:py|yaml)\b"
+)
 
 
 def test_every_dependency_is_explained_in_the_readme():
@@ -19,12 +23,21 @@ def test_every_dependency_is_explained_in_the_readme():
         assert re.match(r"[\w-]+", requirement)[0] in table, requirement
 
 
-def test_source_files_that_the_readme_names_exist():
-    named = set(re.findall(r"[\w/]+\.(?:py|svg|yaml)\b", (ROOT / "README.md").read_text()))
-    missing = {
-        name for name in named if not (ROOT / name).exists() and not list((ROOT / "modeling_audiophi").glob(name))
+def test_files_that_are_named_exist():
+    """In the documentation, configurations and the code's own comments; names without a folder are the model's."""
+    named = {}
+    for path in (path for kind in ("md", "py", "yaml", "sbatch", "toml") for path in ROOT.glob(f"**/*.{kind}")):
+        parts = path.relative_to(ROOT).parts
+        if not {".venv", "dev", "fixtures", "outputs", "cache", "checkpoints"} & {*parts}:
+            for name in PATHS.findall(path.read_text(encoding="utf-8")):
+                named.setdefault(name, "/".join(parts))
+    assert len(named) > 50
+    missing = {name: where for name, where in named.items() if not list(ROOT.glob(name))}
+    assert not missing
+    alone = {*re.findall(r"(?<![\w/*])\w+\.py\b", (ROOT / "README.md").read_text())}
+    assert len(alone) > 5 and not {
+        name for name in alone if not any((ROOT / folder / name).exists() for folder in (".", "modeling_audiophi"))
     }
-    assert len(named) > 10 and not missing
 
 
 def test_continuous_integration_runs_the_tests():
@@ -33,7 +46,7 @@ def test_continuous_integration_runs_the_tests():
 
 
 def test_modules_stay_readable():
-    """Under 400 lines each."""
+    """Under 600 lines each: a long one had better be one idea."""
     modules = [path for path in ROOT.glob("**/*.py") if not {".venv", "tests"} & set(path.relative_to(ROOT).parts)]
-    long = {path.name: lines for path in modules if (lines := len(path.read_text().splitlines())) >= 400}
+    long = {path.name: lines for path in modules if (lines := len(path.read_text().splitlines())) >= 600}
     assert len(modules) > 30 and not long
