@@ -1,2 +1,2 @@
-"""Word error rates and caption scores, and whether the model listens: normalisation, counting, prediction of data sets,
-baselines."""
+"""Predictions of a model for a data set (`loop.py`, `conditions.py`) and their scores: transcripts.py, captions.py,
+answers.py, by the metrics beside them."""

@@ -66,28 +66,42 @@ def character_error_rate(counts: Sequence[ErrorCounts]) -> float | None:
 def bootstrap_interval(
     counts: Sequence[ErrorCounts], speakers: Sequence[str | None], samples: int = 1000, seed: int = 0
 ) -> tuple[list[float] | None, str]:
-    """95 % interval of the WER ([low, high] in percent) and what was resampled: "speaker" or "utterance".
+    """95 % interval of the WER ([low, high] in percent) and what was resampled: "speaker" or "utterance"."""
+    errors, words = [count.errors for count in counts], [count.words for count in counts]
+    return ratio_interval(errors, words, speakers, "utterance", samples, seed)
+
+
+def ratio_interval(
+    parts: Sequence[float],
+    wholes: Sequence[float],
+    speakers: Sequence[str | None],
+    unit: str = "row",
+    samples: int = 1000,
+    seed: int = 0,
+) -> tuple[list[float] | None, str]:
+    """95 % interval of sum(parts) / sum(wholes) ([low, high] in percent) and what was resampled: "speaker" or `unit`.
 
     Percentile bootstrap (Bisani & Ney 2004). Utterances of one speaker share their difficulty, so speakers are
     resampled where every utterance has one and there are at least MIN_SPEAKERS; resampling utterances would give too
-    narrow an interval there. None when the references have no words.
+    narrow an interval there. None when the wholes are 0.
     """
     by_speaker = all(speakers) and len(set(speakers)) >= MIN_SPEAKERS
-    groups = {} if by_speaker else {index: [count] for index, count in enumerate(counts)}
-    if by_speaker:
-        for speaker, count in zip(speakers, counts, strict=True):
-            groups.setdefault(speaker, []).append(count)
-    unit = "speaker" if by_speaker else "utterance"
-    errors = np.array([sum(count.errors for count in group) for group in groups.values()], dtype=float)
-    words = np.array([sum(count.words for count in group) for group in groups.values()], dtype=float)
-    if words.sum() == 0:
+    names = list(speakers) if by_speaker else range(len(parts))
+    sums: dict = {}
+    for name, part, whole in zip(names, parts, wholes, strict=True):
+        before = sums.get(name, (0.0, 0.0))
+        sums[name] = (before[0] + part, before[1] + whole)
+    part = np.array([pair[0] for pair in sums.values()], dtype=float)
+    whole = np.array([pair[1] for pair in sums.values()], dtype=float)
+    unit = "speaker" if by_speaker else unit
+    if whole.sum() == 0:
         return None, unit
     rng = np.random.default_rng(seed)
     rates = []
     for _ in range(samples):
-        drawn = rng.integers(len(groups), size=len(groups))
-        if words[drawn].sum():
-            rates.append(100.0 * errors[drawn].sum() / words[drawn].sum())
+        drawn = rng.integers(len(sums), size=len(sums))
+        if whole[drawn].sum():
+            rates.append(100.0 * part[drawn].sum() / whole[drawn].sum())
     low, high = np.percentile(rates, [2.5, 97.5])
     return [float(low), float(high)], unit
 

@@ -1,37 +1,31 @@
-"""Predictions of captions and their scores: used by `eval.py --task caption` and during training.
+"""Predictions of captions and their scores.
 
-A *prediction* is what `scoring.py` says, with references (all of the clip's captions) and label (None without classes)
-instead of error counts.
+Beside what `loop.py` says, a prediction has references (all of the clip's captions) and label (None without classes).
 """
 
 from collections.abc import Iterable
 
-from .caption_metrics import SCORES, caption_scores, label_accuracy
+from .caption_metrics import SCORES, caption_scores, has_metrics, label_accuracy, official_scores
 from .metrics import derangement, percent
 
-TABLE = (
-    ("CIDEr-D", "cider_d"),
-    ("  another clip's audio", "cider_d_shuffled"),
-    ("ROUGE-L", "rouge_l"),
-    *((f"BLEU-{n}", f"bleu_{n}") for n in range(1, 5)),
-    ("label accuracy %", "label_accuracy"),
-    ("  another clip's audio", "label_accuracy_shuffled"),
-    ("listening gap", "listening_gap"),
-    ("clips", "clips"),
-    ("captions that differ", "distinct_captions"),
-    ("never stopped %", "never_stopped"),
-    ("empty %", "empty"),
-    ("real-time factor", "rtf"),
-)
+__all__ = ["check_packages", "has_metrics", "summarize"]
 
 
-def caption_fields(row: dict, hypothesis: str | None) -> dict:
-    """What a prediction of a caption has beside what was heard."""
-    return {"references": row.get("captions") or [row["text"]], "label": row.get("label")}
+def check_packages(official: bool = False) -> None:
+    """MetricsMissing where a package, program or file is missing without which captions cannot be scored."""
+    probe = (["a dog barks", "it is raining"], [["a dog is barking"], ["rain falls"]])
+    caption_scores(*probe)
+    if official:
+        official_scores(*probe)
 
 
-def summarize_captions(
-    predictions: Iterable[dict], classes: Iterable[str] = (), seed: int = 0, with_package: bool = True
+def summarize(
+    predictions: Iterable[dict],
+    classes: Iterable[str] = (),
+    seed: int = 0,
+    with_package: bool = True,
+    official: bool = False,
+    **_,
 ) -> dict:
     """Scores of predictions (those with an error are left out), as `caption_metrics` defines them.
 
@@ -39,7 +33,7 @@ def summarize_captions(
     `..._shuffled`: the caption of another clip (of another class, or where there are none with another caption)
     against each clip's references and label; decoding without sampling makes that what the model says with the other
     clip's audio. `listening_gap`: true minus shuffled, of `listening_gap_of`: label_accuracy (percent) where clips have
-    classes, else cider_d. Without `with_package`: no scores but the classes'.
+    classes, else cider_d. Without `with_package`: no scores but the classes'. `official`: DCASE's set, too.
     """
     score = caption_scores if with_package else lambda heard, wanted: dict.fromkeys(SCORES)
     scored = sorted(
@@ -59,8 +53,10 @@ def summarize_captions(
     pair = (accuracy, shuffled_accuracy) if labelled else (own["cider_d"], other["cider_d"])
     seconds = sum(p["seconds"] for p in scored)
     endings = [p["stopped"] for p in scored if p["stopped"] is not None]
+    texts = ([p["hypothesis"] for p in scored], [p["references"] for p in scored])
     return {
         **own,
+        **({"official": official_scores(*texts) if len(scored) > 1 else None} if official else {}),
         "cider_d_shuffled": other["cider_d"],
         "label_accuracy": accuracy,
         "label_accuracy_shuffled": shuffled_accuracy,
