@@ -5,10 +5,22 @@ import torch
 
 from audiophi.data.alignment_text import AlignmentTokenizer
 from audiophi.data.augment import Augment
-from audiophi.data.collator import AudioPhiCollator
+from audiophi.data.collator import AudioPhiCollator, training_item
+from audiophi.data.example import Clip, Example, content_of
+from modeling_audiophi.alignment_audiophi import NO_TARGET
 
 RATE = 16_000
-STACK = [[4, 4, 3, 1]]
+ASKED = "Transcribe the speech."
+
+
+def item(clips, text, instruction=ASKED, task="transcribe", **options):
+    """One example as the collator takes it; `clips` encoded."""
+    known = text if task == "transcribe" else None
+    example = Example(task, 0, "x", "data", tuple(Clip(None, known) for _ in clips), references=(text,))
+    if task == "answer":
+        turns = ({"role": "user", "content": content_of(len(clips), instruction)},)
+        example = Example(task, 0, "x", "data", example.clips, turns, (text,))
+    return training_item(example, clips, wordings=[instruction], **options)
 
 
 @pytest.fixture(scope="module")
@@ -27,16 +39,22 @@ def align_tokenizer(processor):
 
 
 @pytest.fixture
-def examples(waveform):
+def audio(waveform):
+    return [(waveform(1.0), RATE), (waveform(2.6, 1), RATE)]
+
+
+@pytest.fixture
+def examples(processor, audio):
+    first, second = map(processor.encode_audio, audio)
     return [
-        {"audio": (waveform(1.0), RATE), "text": "The QUICK, brown fox!", "id": "a"},
-        {"audio": (waveform(2.6, 1), RATE), "text": "no", "id": "b", "instruction": "Write down what you hear."},
+        item([first], "The QUICK, brown fox!", id="a"),
+        item([second], "no", "Write down what you hear.", id="b"),
     ]
 
 
 def cached(frames, text="no", size=6, **extra):
     states = torch.randn(frames, size, generator=torch.Generator().manual_seed(frames))
-    return {"audio_hidden_states": states, "text": text, **extra}
+    return {**item([{"audio_hidden_states": states}], text), **extra}
 
 
 def test_labels_are_the_normalised_text_and_the_end_token_and_nothing_else(processor, examples):
@@ -75,9 +93,9 @@ def test_padding_side_changes_no_content(processor, examples, side):
         assert torch.equal(batch["labels"][row][real], alone["labels"][0])
 
 
-def test_training_prompt_equals_the_inference_prompt(processor, examples):
+def test_training_prompt_equals_the_inference_prompt(processor, examples, audio):
     training = AudioPhiCollator(processor, "lm")(examples[:1])
-    content = [{"type": "audio", "audio": examples[0]["audio"]}, {"type": "text", "text": "Transcribe the speech."}]
+    content = [{"type": "audio", "audio": audio[0]}, {"type": "text", "text": "Transcribe the speech."}]
     prompt = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=True, return_dict=True, add_generation_prompt=True
     )
@@ -103,11 +121,63 @@ def test_both_is_the_two_together(processor, align_tokenizer, examples):
     assert all(torch.equal(both[name], value) for name, value in {**lm, **align}.items())
 
 
-def test_keep_leaves_the_text_as_written(processor, examples):
-    batch = AudioPhiCollator(processor, "lm", text_case="keep")(examples)
-    assert (
-        processor.tokenizer.decode(batch["labels"][0][batch["labels"][0] != -100]) == " The QUICK, brown fox!<|im_end|>"
+def decoded(processor, labels):
+    return processor.tokenizer.decode(labels[labels != -100])
+
+
+def test_answers_are_verbatim(processor, examples):
+    text = 'Steps:\n1. Open "x.py" (3.5 EUR)\n{"a": [1, 2]}'
+    written = item(examples[0]["clips"], text, "How?", "answer")
+    kept = item(examples[0]["clips"], "The QUICK, brown fox!", text_case="keep")
+    batch = AudioPhiCollator(processor, "lm")([written, kept])
+    assert decoded(processor, batch["labels"][0]) == text + "<|im_end|>"
+    assert decoded(processor, batch["labels"][1]) == " The QUICK, brown fox!<|im_end|>"
+
+
+def test_what_ctc_may_learn(processor, align_tokenizer, examples):
+    """The words; nothing at all; blank only where nobody speaks."""
+    clip = examples[0]["clips"][0]
+    silent = {**item([clip], "x", "What?", "answer"), "transcripts": [""]}
+    rows = [examples[0], item([clip], "x", "What?", "answer"), silent]
+    targets = AudioPhiCollator(processor, "both", align_tokenizer)(rows)["align_labels"]
+    assert targets[0, 0] >= 0 and targets[1, 0] == NO_TARGET and (targets[2] == -100).all()
+    alone = AudioPhiCollator(processor, "align", align_tokenizer)([silent])
+    assert alone["align_labels"].tolist() == [[-100]]
+
+
+def test_words_that_say_what_is_heard(processor, align_tokenizer, examples):
+    clip = examples[0]["clips"][0]
+    rows = [examples[0], item([clip], "A dog, barking.", task="caption")]
+    labels = AudioPhiCollator(processor, "align", align_tokenizer, learn_sounds=True)(rows)["sound_labels"]
+    assert (labels[0] == -100).all() and align_tokenizer.decode(labels[1].tolist()) == "a dog barking"
+
+
+def test_text_several_clips_and_turns_in_one_batch(model_and_processor, align_tokenizer, examples):
+    model, processor = model_and_processor
+    clips = [example["clips"][0] for example in examples]
+    turns = (
+        {"role": "user", "content": content_of(1, "One?")},
+        {"role": "assistant", "content": "First."},
+        {"role": "user", "content": content_of(1, "And this?")},
     )
+    two = Example("answer", 0, "two", "data", (Clip(None), Clip(None)), turns, ("Second.",))
+    text = Example("answer", 0, "text", "data", (), ({"role": "user", "content": content_of(0, "2 + 2?")},), ("4",))
+    rows = [
+        training_item(two, clips, wordings=[]),
+        training_item(text, [], wordings=[]),
+        item(clips, "Both.", "Compare.", "answer"),
+        examples[0],
+    ]
+    batch = AudioPhiCollator(processor, "both", align_tokenizer)(rows)
+    assert (batch["input_ids"] == processor.audio_token_id).sum(1).tolist() == [2, 0, 2, 1]
+    assert len(batch["audio_num_windows"]) == 5 == len(batch["align_labels"])
+    learned = [decoded(processor, labels) for labels in batch["labels"]]
+    assert learned[:3] == ["First.<|im_end|>Second.<|im_end|>", "4<|im_end|>", "Both.<|im_end|>"]
+    last = AudioPhiCollator(processor, "lm", loss_on="last")(rows)
+    assert decoded(processor, last["labels"][0]) == "Second.<|im_end|>"
+    assert torch.equal(last["labels"][1:], batch["labels"][1:])
+    only = AudioPhiCollator(processor, "lm")(rows[1:2])
+    assert "audio_num_windows" not in only and torch.isfinite(model(**only).loss)
 
 
 @pytest.mark.parametrize("mode", ["align", "lm", "both"])
@@ -122,15 +192,15 @@ def test_the_model_takes_every_kind_of_batch(model_and_processor, examples, mode
 @pytest.mark.parametrize("mode", ["align", "lm", "both"])
 def test_cached_encoder_outputs_give_the_same_loss_as_audio(model_and_processor, examples, mode):
     model, processor = model_and_processor
-    options = {"align_tokenizer": AlignmentTokenizer(processor.tokenizer, merges=0), "adapter_length_rule": STACK}
-    collate = AudioPhiCollator(processor, mode, **options)
+    collate = AudioPhiCollator(processor, mode, AlignmentTokenizer(processor.tokenizer, merges=0))
     live = collate(examples)
     with torch.no_grad():
         hidden, mask = model.model.encode(live["input_features"], live["input_features_mask"])
         windows = [states[real] for states, real in zip(hidden, mask, strict=True)]
+        states = [windows[0], windows[1:]]
         stored = [
-            {**examples[0], "audio_hidden_states": windows[0]},
-            {**examples[1], "audio_hidden_states": windows[1:]},
+            {**example, "clips": [{"audio_hidden_states": kept}]}
+            for example, kept in zip(examples, states, strict=True)
         ]
         batch = collate(stored)
         assert "input_features" not in batch and batch["audio_num_windows"].tolist() == [1, 2]
@@ -139,28 +209,10 @@ def test_cached_encoder_outputs_give_the_same_loss_as_audio(model_and_processor,
         torch.testing.assert_close(model(**batch).loss, model(**live).loss, atol=1e-5, rtol=1e-5)
 
 
-def test_features_made_beforehand_equal_audio(processor, examples):
-    collate = AudioPhiCollator(processor, "lm")
-    ready = [
-        {**processor.encode_audio(e["audio"]), "text": e["text"], "instruction": e.get("instruction")} for e in examples
-    ]
-    from_audio, from_features = collate(examples), collate(ready)
-    assert all(torch.equal(from_audio[name], from_features[name]) for name in from_audio)
-
-
-def test_cached_states_are_counted_per_window(processor):
-    collate = AudioPhiCollator(processor, "lm", adapter_length_rule=STACK)
-    batch = collate([cached(5), {**cached(5), "audio_hidden_states": [torch.zeros(5, 6), torch.zeros(1, 6)]}])
-    assert (batch["input_ids"] == processor.audio_token_id).sum(1).tolist() == [2, 3]
-    assert batch["audio_hidden_mask"].sum(1).tolist() == [5, 5, 1]
-    given = AudioPhiCollator(processor, "lm")([cached(5, num_audio_tokens=7)])
-    assert (given["input_ids"] == processor.audio_token_id).sum() == 7
-
-
 class TestAugmentation:
     def batch(self, processor, examples, seed=0):
         collate = AudioPhiCollator(
-            processor, "lm", adapter_length_rule=STACK, augment=Augment(noise=0.5, time_masks=2, seed=seed)
+            processor, "lm", augment=Augment(noise=0.5, time_masks=2, seed=seed)
         )
         return collate(examples)
 
@@ -171,7 +223,7 @@ class TestAugmentation:
         alone = self.batch(processor, examples[:1])["audio_hidden_states"]
         assert torch.equal(states[0], swapped[1]) and torch.equal(states[0, :40], alone[0])
         assert (states[0, 40:] == 0).all()
-        assert not torch.equal(states[0, :40], examples[0]["audio_hidden_states"])
+        assert not torch.equal(states[0, :40], examples[0]["clips"][0]["audio_hidden_states"])
 
     @pytest.mark.parametrize("change", [{"epoch": 4}, {"id": 2}])
     def test_differs_by_epoch_and_example(self, processor, change):
@@ -180,42 +232,40 @@ class TestAugmentation:
         assert not torch.equal(first, other)
 
     def test_differs_by_seed_and_between_windows(self, processor):
-        example = {**cached(40, id=1), "audio_hidden_states": [torch.ones(8, 6).cumsum(1)] * 2}
+        example = {**cached(40, id=1), "clips": [{"audio_hidden_states": [torch.ones(8, 6).cumsum(1)] * 2}]}
         states = self.batch(processor, [example])["audio_hidden_states"]
         assert not torch.equal(states[0], states[1])
         assert not torch.equal(states, self.batch(processor, [example], seed=1)["audio_hidden_states"])
 
     def test_leaves_the_examples_and_the_padding_alone(self, processor, examples):
-        ready = [{**processor.encode_audio(e["audio"]), "text": e["text"], "id": e["id"]} for e in examples]
-        before = ready[1]["input_features"].clone()
-        batch = self.batch(processor, ready)
-        assert torch.equal(ready[1]["input_features"], before)
+        before = examples[1]["clips"][0]["input_features"].clone()
+        batch = self.batch(processor, examples)
+        assert torch.equal(examples[1]["clips"][0]["input_features"], before)
         features, mask = batch["input_features"].transpose(1, 2), batch["input_features_mask"]
         assert (features[~mask] == 0).all() and (~mask).any()
-        plain = AudioPhiCollator(processor, "lm")(ready)
+        plain = AudioPhiCollator(processor, "lm")(examples)
         assert not torch.equal(batch["input_features"], plain["input_features"])
         assert torch.equal(batch["input_ids"], plain["input_ids"])
 
 
 @pytest.mark.parametrize(
-    "options, example, message",
+    "options, message",
     [
-        ({"mode": "ctc"}, None, "mode 'ctc' is not one of align, lm, both"),
-        ({"mode": "align"}, None, "needs align_tokenizer"),
-        ({"mode": "lm"}, {"text": "a", "id": "x7"}, "example x7 has neither audio, features nor cached states"),
-        ({"mode": "lm"}, {"text": "a", "audio_hidden_states": torch.zeros(4, 2)}, "need adapter_length_rule"),
-        (
-            {"mode": "lm", "text_case": "UPPER"},
-            {"text": "a", "audio_hidden_states": torch.zeros(4, 2), "num_audio_tokens": 1},
-            "text case 'UPPER'",
-        ),
+        ({"mode": "ctc"}, "mode 'ctc' is not one of align, lm, both"),
+        ({"mode": "align"}, "needs align_tokenizer"),
+        ({"loss_on": "first"}, "loss_on 'first' is not one of all, last"),
     ],
 )
-def test_mistakes_are_named(processor, options, example, message):
+def test_mistakes_are_named(processor, options, message):
     with pytest.raises(ValueError, match=message):
-        AudioPhiCollator(processor, **options)([example])
+        AudioPhiCollator(processor, **options)
+
+
+def test_an_unknown_text_case_is_refused(examples):
+    with pytest.raises(ValueError, match="text case 'UPPER'"):
+        item(examples[0]["clips"], "a", text_case="UPPER")
 
 
 def test_mixed_kinds_of_clips_in_a_batch_are_refused(processor, examples):
     with pytest.raises(ValueError, match="clips of one batch"):
-        AudioPhiCollator(processor, "lm", adapter_length_rule=STACK)([examples[0], cached(4)])
+        AudioPhiCollator(processor, "lm")([examples[0], cached(4)])
