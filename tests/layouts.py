@@ -5,6 +5,28 @@ import csv
 import numpy as np
 import soundfile
 
+from audiophi.data.datasets import load_examples, stream_examples
+from audiophi.data.example import RowError
+
+
+def load(spec, streaming=False, **options):
+    """All rows of a source; those that cannot be used as their errors."""
+    if streaming:
+        given = spec if isinstance(spec, dict) else {"path": spec}
+        return list(stream_examples([{**given, **options}]))
+    examples, found = load_examples(spec, **options), []
+    for number in range(len(examples)):
+        try:
+            found.append(examples[number])
+        except RowError as error:
+            found.append(error)
+    return found
+
+
+def read(example):
+    """The waveform of an example's only clip."""
+    return example.clips[0].read(example.id)
+
 
 def tone(path, number, seconds=0.8, rate=16_000):
     """A clip that differs from every other one."""

@@ -4,12 +4,11 @@ import json
 
 import pytest
 
-from audiophi.data.datasets import load_audio_dataset, read_clip
 from audiophi.training.bad_rows import BadRows, TooManyBadRows
 from audiophi.training.corpus import Corpus
 from audiophi.training.recipe import Source
 from processing import AudioError
-from tests.layouts import tone, write_csv
+from tests.layouts import load, read, tone, write_csv
 
 
 @pytest.fixture
@@ -32,23 +31,23 @@ def audiocaps(tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_lines_of_one_clip_are_its_captions(audiocaps, streaming):
-    rows = list(load_audio_dataset(str(audiocaps), split="test", streaming=streaming))
-    assert [row["id"] for row in rows] == ["7fmOlUlwoNg_20", "_BJ455B1aAs_0"]
-    assert rows[0]["captions"] == [f"7fmOlUlwoNg way {way}" for way in range(5)]
-    assert all(len(read_clip(row)) == 12_800 for row in rows)
+    rows = list(load(str(audiocaps), split="test", streaming=streaming))
+    assert [row.id for row in rows] == ["7fmOlUlwoNg_20", "_BJ455B1aAs_0"]
+    assert list(rows[0].references) == [f"7fmOlUlwoNg way {way}" for way in range(5)]
+    assert all(len(read(row)) == 12_800 for row in rows)
 
 
 def test_audio_elsewhere(audiocaps, tmp_path):
     (audiocaps / "audio").rename(tmp_path / "wavs")
-    rows = load_audio_dataset({"path": str(audiocaps / "test.csv"), "audio_folder": str(tmp_path / "wavs")})
-    assert [len(read_clip(row)) for row in rows] == [12_800, 12_800]
+    rows = load({"path": str(audiocaps / "test.csv"), "audio_folder": str(tmp_path / "wavs")})
+    assert [len(read(row)) for row in rows] == [12_800, 12_800]
 
 
 def test_missing_clips_are_kept_for_the_reader_to_count(audiocaps):
-    rows = load_audio_dataset(str(audiocaps), split="train")
-    assert len(rows) == 2 and len(read_clip(rows[0])) == 12_800
+    rows = load(str(audiocaps), split="train")
+    assert len(rows) == 2 and len(read(rows[0])) == 12_800
     with pytest.raises(AudioError, match="-UDGBjjwyaqE_20"):
-        read_clip(rows[1])
+        read(rows[1])
 
 
 def test_missing_clips_are_listed_and_not_fatal_in_training(audiocaps, tmp_path):
@@ -73,4 +72,4 @@ def test_without_any_audio_the_run_stops(audiocaps, tmp_path):
 
 def test_an_unknown_split_is_named(audiocaps):
     with pytest.raises(ValueError, match="no val.csv of AudioCaps; splits here: test, train"):
-        load_audio_dataset(str(audiocaps), split="val")
+        load(str(audiocaps), split="val")

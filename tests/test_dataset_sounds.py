@@ -5,10 +5,9 @@ import json
 import datasets
 import pytest
 
-from audiophi.data.captions import PHRASES, class_captions, class_name
-from audiophi.data.datasets import load_audio_dataset, read_clip
 from audiophi.evaluation.caption_metrics import names_class
-from tests.layouts import tone, write_csv
+from audiophi.tasks.caption_templates import PHRASES, class_captions, class_name
+from tests.layouts import load, read, tone, write_csv
 
 ESC50 = list(PHRASES)[:50]
 ESC10 = (
@@ -36,16 +35,16 @@ def esc50(tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_esc50(esc50, streaming):
-    rows = list(load_audio_dataset(str(esc50), streaming=streaming))
-    assert [row["label"] for row in rows] == ["dog", "chirping birds", "sea waves"]
-    assert rows[2]["captions"] == class_captions("sea_waves") and rows[2]["text"] == "Sea waves."
-    assert {row["task"] for row in rows} == {"caption"} and len(read_clip(rows[0])) == 12_800
-    assert [row["id"] for row in load_audio_dataset({"path": str(esc50), "filter": {"fold": [2]}})] == [
+    rows = list(load(str(esc50), streaming=streaming))
+    assert [row.label for row in rows] == ["dog", "chirping birds", "sea waves"]
+    assert list(rows[2].references) == class_captions("sea_waves") and rows[2].reference == "Sea waves."
+    assert {row.task for row in rows} == {"caption"} and len(read(rows[0])) == 12_800
+    assert [row.id for row in load({"path": str(esc50), "filter": {"fold": [2]}})] == [
         "2-1000-A-1.wav"
     ]
-    assert len(load_audio_dataset({"path": str(esc50), "filter": {"esc10": ["True"]}})) == 2
+    assert len(load({"path": str(esc50), "filter": {"esc10": ["True"]}})) == 2
     with pytest.raises(ValueError, match="folds instead of splits"):
-        list(load_audio_dataset(str(esc50), split="train", streaming=streaming))
+        list(load(str(esc50), split="train", streaming=streaming))
 
 
 def test_urbansound8k(tmp_path):
@@ -55,9 +54,9 @@ def test_urbansound8k(tmp_path):
         tone(tmp_path / "audio" / f"fold{fold}" / name, fold)
         rows.append({"slice_file_name": name, "fsID": 100, "fold": fold, "classID": 2, "class": "children_playing"})
     write_csv(tmp_path / "metadata" / "UrbanSound8K.csv", rows)
-    rows = load_audio_dataset(str(tmp_path))
-    assert [row["label"] for row in rows] == ["children playing"] * 2
-    assert all(len(read_clip(row)) == 12_800 for row in rows)
+    rows = load(str(tmp_path))
+    assert [row.label for row in rows] == ["children playing"] * 2
+    assert all(len(read(row)) == 12_800 for row in rows)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "parquet, class ids"])
@@ -74,35 +73,30 @@ def test_any_data_with_a_label_column(tmp_path, kind, streaming):
         if "ids" in kind:
             table = table.class_encode_column("kind")
         table.to_parquet(spec)
-    (row,) = load_audio_dataset(str(spec), label_column="kind", task="caption", streaming=streaming)
-    assert row["label"] == "dog bark" and row["captions"] == class_captions("dog bark")  # the text only repeats it
-    assert row["task"] == "caption" and len(read_clip(row)) == 12_800 and row["id"] == "one"
-    (row,) = load_audio_dataset(str(spec), label_column="mood", task="caption", streaming=streaming)
-    assert row["label"] == "glad" and row["captions"] == ["dog bark"]  # a text of its own is a caption
+    (row,) = load(str(spec), label_column="kind", task="caption", streaming=streaming)
+    assert row.label == "dog bark" and list(row.references) == class_captions("dog bark")  # the text only repeats it
+    assert row.task == "caption" and len(read(row)) == 12_800 and row.id == "one"
+    (row,) = load(str(spec), label_column="mood", task="caption", streaming=streaming)
+    assert row.label == "glad" and list(row.references) == ["dog bark"]  # a text of its own is a caption
     with pytest.raises(ValueError, match="no column 'klass'"):
-        list(load_audio_dataset(str(spec), label_column="klass", task="caption", streaming=streaming))
+        list(load(str(spec), label_column="klass", task="caption", streaming=streaming))
 
 
 def test_given_captions_come_first(tmp_path):
     row = {"audio": "a.wav", "text": "x", "label": "rain", "captions": ["It rains.", " ", "Rain  falls."]}
     (tmp_path / "metadata.jsonl").write_text(json.dumps(row) + "\n")
-    (found,) = load_audio_dataset(str(tmp_path), task="caption")
-    assert found["captions"] == ["It rains.", "Rain falls."] and found["text"] == "It rains."
+    (found,) = load(str(tmp_path), task="caption")
+    assert list(found.references) == ["It rains.", "Rain falls."] and found.reference == "It rains."
 
 
-def test_speech_and_sounds_in_one_table(esc50, tmp_path):
-    tone(tmp_path / "speech" / "a.wav", 9)
-    (tmp_path / "speech" / "metadata.jsonl").write_text('{"audio": "a.wav", "text": "HELLO", "speaker": "s"}\n')
-    speech = {"path": str(tmp_path / "speech")}
-    assert "task" not in load_audio_dataset(speech).column_names
-    rows = list(load_audio_dataset([speech, {"path": str(esc50), "instruction": "What is that?"}]))
-    assert [row["task"] for row in rows] == ["transcribe"] + ["caption"] * 3
-    assert rows[0]["captions"] is None and rows[0]["text"] == "HELLO" and rows[0]["speaker"] == "s"
-    assert [row["instruction"] for row in rows] == [None] + ["What is that?"] * 3
-    with pytest.raises(ValueError, match="task 'sing' is not one of transcribe, caption"):
-        load_audio_dataset({**speech, "task": "sing"})
+def test_a_question_and_silence_of_a_source(esc50):
+    rows = load({"path": str(esc50), "instruction": "What is that?", "task": "caption", "speech": False})
+    assert [row.task for row in rows] == ["caption"] * 3
+    assert {row.messages[0]["content"][1]["text"] for row in rows} == {"What is that?"}
+    assert {row.clips[0].transcript for row in rows} == {""}  # nobody speaks
+    assert {row.clips[0].transcript for row in load(str(esc50))} == {None}  # that is not known
     with pytest.raises(ValueError, match="audio_folder is for clotho"):
-        load_audio_dataset({**speech, "audio_folder": "x"})
+        load({"path": str(esc50 / "audio"), "audio_folder": "x", "task": "caption"})
 
 
 @pytest.mark.parametrize("classes", [ESC50, ESC10, URBANSOUND8K, INSTRUMENTS, {*ESC10, *URBANSOUND8K, *INSTRUMENTS}])

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import soundfile
 
-from audiophi.data.datasets import load_examples, stream_examples
+from audiophi.data.datasets import stream_examples
 from audiophi.data.example import RowError
 from processing import AudioError
+from tests.layouts import load, read
 
 ROWS = [("a", "one", "s1"), ("b", "two", "s1"), ("c", "three", "s2"), ("d", "four", "s3")]
 
@@ -48,24 +49,6 @@ def manifest_rows(audio="audio", text="text"):
         }
         for n, t, s in ROWS
     ]
-
-
-def load(spec, streaming=False, **options):
-    """All rows of a source; those that cannot be used as their errors."""
-    if streaming:
-        given = spec if isinstance(spec, dict) else {"path": spec}
-        return list(stream_examples([{**given, **options}]))
-    examples, found = load_examples(spec, **options), []
-    for number in range(len(examples)):
-        try:
-            found.append(examples[number])
-        except RowError as error:
-            found.append(error)
-    return found
-
-
-def read(example):
-    return example.clips[0].read(example.id)
 
 
 def check(rows, names="abcd"):
