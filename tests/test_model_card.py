@@ -3,9 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -295,7 +292,7 @@ def test_data_sets_are_recognised_by_name(path, title, licence):
     assert (found.licence.kind == "unknown") == (found.by == "not known") == (title == "metadata.jsonl")
 
 
-# ---- the Hub's own tools, and an installation ------------------------------------------------------------------------
+# ---- the Hub's own tools ---------------------------------------------------------------------------------------------
 
 VALIDATE = """
 import sys
@@ -356,45 +353,3 @@ def test_the_hubs_own_tools_take_it(published, measured, tiny_whisper_dir, tiny_
         # transformers' push reads the card and writes it again: nothing of it may get lost.
         first = next(c for c in hub.repositories["acme/phi"].commits.values() if "README.md" in c)
         assert first["README.md"].read() == files["README.md"] and "model.safetensors" not in first
-
-
-def test_an_installation_has_the_template(tmp_path):
-    """The wheel, installed: the template comes along, and all packages that the commands import."""
-    source = tmp_path / "source"
-    ignored = (".git", ".venv", "outputs", "data", "checkpoints", "tests", "*.egg-info", "build")
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*ignored))
-    build = f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})"
-    done = subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    packages = {path.parts[0] for path in map(Path, zipfile.ZipFile(wheel).namelist())}
-    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"} <= packages
-    options = [
-        "--no-deps",
-        "--quiet",
-        "--no-index",
-        "--ignore-installed",
-        "--no-compile",
-        "--prefix",
-        tmp_path / "there",
-    ]
-    subprocess.run([sys.executable, "-m", "pip", "install", *options, wheel], check=True)
-    (package,) = (tmp_path / "there").rglob("publishing")
-    ask = f"import sys; sys.path.insert(0, {str(package.parent)!r})\n" + (
-        "from publishing.template import template_path; print(template_path())"
-    )
-    found = subprocess.run([sys.executable, "-c", ask], cwd=tmp_path, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr
-    path = Path(found.stdout.strip())
-    assert path.is_relative_to(tmp_path / "there") and path.read_text() == (ROOT / "model_card.md").read_text()
-
-
-def test_the_template_of_a_folder_that_pip_target_made(tmp_path, monkeypatch):
-    """`pip install --target` puts it elsewhere than its record says."""
-    (tmp_path / "share" / "audiophi").mkdir(parents=True)
-    monkeypatch.setattr(template, "__file__", str(tmp_path / "publishing" / "template.py"))
-    monkeypatch.setattr("importlib.metadata.files", lambda name: [])
-    with pytest.raises(CardError, match="install the package anew"):
-        template.template_path()
-    shutil.copyfile(ROOT / "model_card.md", tmp_path / "share" / "audiophi" / "model_card.md")
-    assert template.template_path() == tmp_path / "share" / "audiophi" / "model_card.md"
