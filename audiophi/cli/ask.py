@@ -13,4 +13,4 @@ def add_arguments(parser) -> None:
 def run(args) -> int:
     if not args.question.strip():
         args.error("the question is empty")
-    return hear(args, args.question, args.format)
+    return hear(args, {"instruction": args.question}, args.format)

@@ -1,11 +1,11 @@
-"""What `transcribe`, `caption` and `ask` share: which files, one model for all of them, results as they come."""
+"""What `perform.py` and `ask.py` share: which files, one model for all of them, results as they come."""
 
 import argparse
 import json
 import sys
 from pathlib import Path
 
-from .results import ResultFile
+from .results import ResultFile, when_changed
 
 DEFAULT_MODEL = Path(__file__).resolve().parents[2] / "checkpoints" / "audiophi-tiny"
 
@@ -58,9 +58,9 @@ def load_pipeline(args: argparse.Namespace):
     return pipeline("audio-text-to-text", model=model, processor=processor, device=args.device)
 
 
-def hear(args: argparse.Namespace, instruction: str, form: str) -> int:
-    """Ask `instruction` about every file, print or write the answers in `form` → exit code. OSError, ValueError where
-    no file can be heard at all."""
+def hear(args: argparse.Namespace, question: dict[str, str], form: str) -> int:
+    """Ask `question` ({"task": name} or {"instruction": words}) about every file, print or write the answers in `form`
+    → exit code. OSError, ValueError where no file can be heard at all."""
     from tqdm import tqdm
 
     for name in ("batch_size", "max_new_tokens", "num_beams"):
@@ -70,14 +70,16 @@ def hear(args: argparse.Namespace, instruction: str, form: str) -> int:
     if form == "srt" and (len(files) > 1 or args.output):
         args.error("--format srt is for one file, printed; with --output the times of many are in the JSON lines")
     failed = 0
-    with ResultFile(args.output, {"model": str(args.model), "instruction": instruction}) as results:
+    made_with = {name: getattr(args, name) for name in ("max_new_tokens", "num_beams", "dtype")}
+    made_with["model"] = newest_change(args.model)
+    with ResultFile(args.output, {"model": str(args.model), **question, "made_with": made_with}) as results:
         todo = [file for file in files if file not in results.done]
         if len(todo) < len(files):
             print(f"{len(files) - len(todo)} of {len(files)} files are already in {args.output}", file=sys.stderr)
         if not todo:
             return 0
         pipe = load_pipeline(args)
-        settings = {"instruction": instruction, "batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
+        settings = {**question, "batch_size": args.batch_size, "max_new_tokens": args.max_new_tokens}
         if args.num_beams:
             settings["num_beams"] = args.num_beams
         # A generator, because a list would be answered only when all of it is done.
@@ -98,6 +100,13 @@ def hear(args: argparse.Namespace, instruction: str, form: str) -> int:
     if failed:
         print(f"audiophi: {failed} of {len(todo)} files failed", file=sys.stderr)
     return 1 if failed else 0
+
+
+def newest_change(model: str) -> str | None:
+    """When a checkpoint's folder last changed, UTC; None for one on the Hub."""
+    return (
+        max((when_changed(str(file)) for file in Path(model).iterdir()), default=None) if Path(model).is_dir() else None
+    )
 
 
 def as_result(file: str, answer: dict) -> dict:

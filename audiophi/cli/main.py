@@ -1,7 +1,6 @@
 """AudioPhi on the command line.
 
-    audiophi transcribe FILE… [--format txt|json|srt] [--output results.jsonl]
-    audiophi caption FILE…
+    audiophi TASK FILE… [--format txt|json] [--output results.jsonl]      one of the tasks below
     audiophi ask "question" FILE…
     audiophi demo [--model DIR_OR_ID]
     audiophi info DIR_OR_ID
@@ -17,11 +16,13 @@ import argparse
 import sys
 from importlib import import_module
 
-from . import ask, caption, card, info, push, transcribe
+from audiophi.tasks import TASKS
+
+from . import ask, card, info, push
+from .perform import Perform
 
 COMMANDS = {
-    "transcribe": transcribe,
-    "caption": caption,
+    **{name: Perform(task) for name, task in TASKS.items() if task.command},
     "ask": ask,
     "info": info,
     "card": card,
