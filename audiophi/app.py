@@ -102,9 +102,21 @@ def picture(waveform, rate, columns=1200):
     return figure
 
 
-def beams(pipe):
-    """How many beams the checkpoint decodes with."""
-    return pipe.model.generation_config.num_beams or 1
+def decoding(pipe, instruction):
+    """How the checkpoint decodes what it answers to an instruction: a generation config."""
+    chat = [{"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": instruction}]}]
+    task = instruction if instruction in pipe.processor.tasks else pipe.processor.task_of(chat)
+    return pipe.engine.arguments(task)["generation_config"]
+
+
+def beams(pipe, instruction):
+    """With how many beams the checkpoint decodes what it answers to an instruction."""
+    return decoding(pipe, instruction).num_beams or 1
+
+
+def wordings(pipe):
+    """Every instruction that the checkpoint was trained on."""
+    return list(dict.fromkeys(words for task in pipe.processor.tasks.values() for words in task["instructions"]))
 
 
 def answer(pipe, waveform, instruction, search=True):
@@ -127,14 +139,14 @@ def answer(pipe, waveform, instruction, search=True):
     yield words, "Listening …"
     with ThreadPoolExecutor(1) as thread:
         try:
-            search = search and beams(pipe) > 1
+            search = search and beams(pipe, settings["instruction"]) > 1
             draft = thread.submit(pipe, clip, streamer=streamer, **settings)
             for piece in streamer:
                 words += piece
                 yield words, "Draft: word by word …" if search else "Word by word …"
             text, how = draft.result()["generated_text"], "greedy"
             if search:
-                how = f"{beams(pipe)} beams"
+                how = f"{beams(pipe, settings['instruction'])} beams"
                 final = thread.submit(pipe, clip, **settings)
                 while not final.done():
                     yield text, f"Draft complete. Searching with {how} … {time.monotonic() - began:.0f} s"
@@ -159,20 +171,26 @@ def readable():
 def explanation(pipe, longest):
     """Markdown: what happens to a recording."""
     lines = []
-    if beams(pipe) > 1:
+    asked = wordings(pipe)
+    most = max((beams(pipe, words) for words in asked), default=1)
+    if most > 1:
         lines.append(
             "The words that appear at once are a **draft**: each is chosen for good as it comes (greedy). This "
-            f"checkpoint decodes with **{beams(pipe)} beams**, which change their mind until the end and so cannot be "
+            f"checkpoint decodes with **{most} beams**, which change their mind until the end and so cannot be "
             "streamed. They run after the draft and their answer replaces it; unticking the box keeps the draft."
         )
     else:
         lines.append("The words appear as they are chosen (greedy): this checkpoint decodes without beams.")
-    if getattr(pipe.model.generation_config, "ctc_weight", 0):
-        lines.append("In transcripts the alignment head, which spells what it hears, votes on every word of both.")
-    if pipe.window_seconds:
+    voted = [words for words in asked if getattr(decoding(pipe, words), "ctc_weight", 0)]
+    if voted:
         lines.append(
-            f"Recordings longer than {pipe.window_seconds:.0f} s are transcribed piece by piece, cut at pauses; for "
-            "any other instruction the model hears them as a whole, as far as they fit."
+            f"Asked “{voted[0]}”, the alignment head, which spells what it hears, votes on every word of both."
+        )
+    cut = [task["instructions"][0] for task in pipe.processor.tasks.values() if task["in_pieces"]]
+    if pipe.window_seconds and cut:
+        lines.append(
+            f"Asked “{'” or “'.join(cut)}”, it works on recordings longer than {pipe.window_seconds:.0f} s piece by "
+            "piece, cut at pauses; for any other instruction it hears them as a whole, as far as they fit."
         )
     lines.append(
         f"At most {longest:.0f} s, {MAX_FILE_SIZE.upper()}. Recordings are not kept: they leave the server after "
@@ -183,7 +201,8 @@ def explanation(pipe, longest):
 
 def build(pipe, name, longest=MAX_SECONDS):
     """The page, `gr.Blocks`, for a loaded pipeline that users know by `name`."""
-    wordings = list(dict.fromkeys(words for known in pipe.processor.instructions.values() for words in known))
+    known = wordings(pipe)
+    most = max((beams(pipe, words) for words in known), default=1)
     rate = pipe.processor.sampling_rate
 
     def show(path):
@@ -201,14 +220,12 @@ def build(pipe, name, longest=MAX_SECONDS):
                 audio = gr.Audio(sources=["upload", "microphone"], type="filepath", label="Audio", elem_id="audio",
                                  buttons=["download"])  # fmt: skip
                 instruction = gr.Textbox(
-                    wordings[0], label="Instruction", lines=1, max_lines=4, elem_id="instruction",
+                    known[0] if known else "", label="Instruction", lines=1, max_lines=4, elem_id="instruction",
                 )  # fmt: skip
-                gr.Examples(
-                    [[words] for words in wordings], instruction, label="Instructions it knows (others can be tried)"
-                )
-                search = gr.Checkbox(
-                    True, label=f"After the draft, search with {beams(pipe)} beams", visible=beams(pipe) > 1
-                )
+                if known:
+                    label = "Instructions it was trained on (others can be tried)"
+                    gr.Examples([[words] for words in known], instruction, label=label)
+                search = gr.Checkbox(True, label=f"After the draft, search with {most} beams", visible=most > 1)
                 with gr.Row():
                     stop = gr.Button("Stop", elem_id="stop")
                     go = gr.Button("Answer", variant="primary", elem_id="go")

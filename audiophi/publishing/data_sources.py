@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from audiophi.tasks import TASKS, task_of_source
 from audiophi.training.recipe import Recipe, Source
 from audiophi.training.recipe_values import build
 
@@ -21,7 +22,7 @@ class DataSet:
     licence: Licence
     hub_id: str | None = None
     languages: tuple[str, ...] = ("en",)
-    caption: bool = False
+    described: bool = False  # its texts, or templates of its classes, describe clips
 
 
 # By the beginning of a folder's or repository's name, in lower case, letters and digits only.
@@ -37,16 +38,16 @@ DATASETS = {
         "Clotho",
         Licence(None, "non-commercial", "captions: Tampere University, non-commercial with attribution; clips: each by "
                 "its licence on Freesound"),
-        caption=True,
+        described=True,
     ),
     "audiocaps": DataSet(
         "AudioCaps",
         Licence(None, "unknown", "captions MIT, audio of YouTube's uploaders"),
-        caption=True,
+        described=True,
     ),
-    "esc50": DataSet("ESC-50", parse_licence("cc-by-nc-3.0"), caption=True),
-    "esc10": DataSet("ESC-10", parse_licence("cc-by-3.0"), caption=True),
-    "urbansound8k": DataSet("UrbanSound8K", parse_licence("cc-by-nc-3.0"), caption=True),
+    "esc50": DataSet("ESC-50", parse_licence("cc-by-nc-3.0"), described=True),
+    "esc10": DataSet("ESC-10", parse_licence("cc-by-3.0"), described=True),
+    "urbansound8k": DataSet("UrbanSound8K", parse_licence("cc-by-nc-3.0"), described=True),
     "syntheticspeech": DataSet(
         "synthetic speech",
         Licence(None, "permissive", "made by tools/make_synthetic_speech.py of AudioPhi"),
@@ -105,7 +106,6 @@ class Described:
     licence: Licence
     hub_id: str | None
     languages: tuple[str, ...]
-    caption: bool
     by: str  # how that is known: "stated", "recognised by its name", "the Hub", "not known"
     config: str | None = None
 
@@ -151,7 +151,6 @@ def describe_data(path: str, about: About, answers: HubAnswers) -> Described:
         licence=licence or unknown("where it came from, and state it in the file of --about"),
         hub_id=stated.dataset if stated.dataset and is_hub_id(stated.dataset) else known_id,
         languages=tuple(stated.language or (known.languages if known else ())),
-        caption=bool(known and known.caption),
         by=by,
         config=config if on_hub and known_id else None,
     )
@@ -162,12 +161,23 @@ def training_sources(recipes: Iterable[Recipe]) -> list[Source]:
     return [source for recipe in recipes for stage in recipe.stages for source in stage.data or recipe.data.train]
 
 
-def tasks_of(recipes: Iterable[Recipe]) -> set[str]:
-    """ "transcribe", "caption": what the recipes teach."""
-    tasks = set()
+def tasks_of(recipes: Iterable[Recipe], saved: Iterable[str] = ()) -> list[str]:
+    """Names of the tasks that the recipes teach and that can be measured, in their order.
+
+    `saved`: those that the checkpoint says it was trained on, taken where there is no recipe, or where one has a source
+    of which only its columns, which are not here, tell the task.
+    """
+    found: set[str] = set()
     for source in training_sources(recipes):
-        known = known_dataset(source.path)
-        caption = source.task == "caption" or (source.task is None and known is not None and known.caption)
-        if source.task != "no_speech":
-            tasks.add("caption" if caption else "transcribe")
-    return tasks
+        known, named = known_dataset(source.path), getattr(source, "task", None)
+        if named is None:
+            columns = {"references"} if known is not None and known.described else set()
+            asks = getattr(source, "instruction_column", None) or getattr(source, "answer_column", None)
+            named = task_of_source(columns | ({"instruction"} if asks else set()), source.instruction).name
+            if known is None and not asks and source.instruction is None and saved:
+                found.update(saved)
+                continue
+        found.add(named)
+    names = found or set(saved)
+    names = {name for name in names if name in TASKS and TASKS[name].report}
+    return sorted(names, key=lambda name: TASKS[name].order)

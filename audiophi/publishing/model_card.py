@@ -6,11 +6,14 @@ check_card(folder)                                          what somebody has ch
 """
 
 import difflib
+import json
 from dataclasses import asdict
 from pathlib import Path
 
 from huggingface_hub import ModelCard
 
+from audiophi.tasks import TASKS, default_task
+from audiophi.tasks.base import Task
 from audiophi.training.recipe import Recipe
 
 from .architecture import describe_parts, millions, parameters_by_part, read_config, stored
@@ -36,7 +39,7 @@ def make_card(folder: str | Path, inputs: Inputs) -> ModelCard:
     evaluations = [(metrics, check_metrics(metrics, path, folder)) for path, metrics in inputs.metrics.items()]
     sources = described_sources(recipes, about, inputs.answers)
     licences = part_licences(config, recipes, sources, about, inputs.answers)
-    tasks = tasks_of(recipes) or ({"transcribe"} if config.transcribe_endings is None else {"transcribe", "caption"})
+    tasks = [TASKS[name] for name in tasks_of(recipes, saved_tasks(folder))] or [default_task()]
 
     card = ModelCard(template_path().read_text(encoding="utf-8"))
     header = card.data
@@ -46,7 +49,7 @@ def make_card(folder: str | Path, inputs: Inputs) -> ModelCard:
     header.language = about.language or sorted({code for source in sources for code in source.languages}) or None
     header.base_model = hub_ids(config, recipes) or None
     header.datasets = list(dict.fromkeys(source.hub_id for source in sources if source.hub_id)) or None
-    header.tags += [tag for task, tag in TAGS.items() if task in tasks] + about.tags
+    header.tags += [task.report.tag for task in tasks] + about.tags
     header.model_name = name
     results = [eval_results(metrics, task, about, inputs.answers) for metrics, task in evaluations]
     if len({found[0].unique_identifier for found in results}) < len(results):
@@ -55,15 +58,13 @@ def make_card(folder: str | Path, inputs: Inputs) -> ModelCard:
     if header.eval_results is None:
         header.model_name = None
 
-    caption_only = tasks == {"caption"}
     sections = [results_section(m, task, name, about, inputs.answers) for m, task in evaluations]
     values = {
         "name": name,
         "repository": inputs.repository or name,
         "summary": about.summary or summary(config, tasks),
-        "example": "rain.wav" if caption_only else "speech.wav",
-        "instruction": ', instruction="caption"' if caption_only else "",
-        "output": " or ".join(OUTPUTS[task] for task in sorted(tasks, reverse=True)),
+        "example": tasks[0].report.example,
+        "output": " or ".join(task.report.output for task in tasks),
         "architecture": architecture(config),
         "holds": holds(config, folder),
         "components": "\n".join(component_rows(config, licences)),
@@ -76,11 +77,13 @@ def make_card(folder: str | Path, inputs: Inputs) -> ModelCard:
     return ModelCard(str(card))  # as it is read from a file, so that writing it again changes nothing
 
 
-TAGS = {"transcribe": "automatic-speech-recognition", "caption": "audio-captioning"}
-OUTPUTS = {
-    "transcribe": "the words that were said",
-    "caption": 'a description of the sound (`instruction="caption"`)',
-}
+def saved_tasks(folder: Path) -> list[str]:
+    """The tasks that the checkpoint in `folder` knows."""
+    file = folder / "processor_config.json"
+    saved = json.loads(file.read_text(encoding="utf-8")).get("tasks") if file.is_file() else None
+    return [task["name"] for task in saved or ()]
+
+
 GAP = (
     "The *listening gap* is what another clip's audio costs: the score with the wrong audio against the score with the "
     "right one. A model that writes likely words without listening has a gap of 0."
@@ -128,9 +131,8 @@ def hub_ids(config, recipes: list[Recipe]) -> list[str]:
     return [name for name in names if is_hub_id(name)]
 
 
-def summary(config, tasks: set[str]) -> str:
-    what = {"transcribe": "speech to text", "caption": "descriptions of sounds"}
-    does = " and ".join(what[task] for task in sorted(tasks, reverse=True))
+def summary(config, tasks: list[Task]) -> str:
+    does = " and ".join(task.report.summary for task in tasks)
     names = [short_name(base["id"]) for base in config.base_components.values()] or ["an audio encoder", "an LLM"]
     return f"{does[:1].upper()}{does[1:]} by a small language model: {' → adapter → '.join(names)}. Made with AudioPhi."
 
@@ -199,8 +201,8 @@ def stages_table(recipe: Recipe) -> str:
     return "\n".join(rows)
 
 
-def not_measured(tasks: set[str]) -> str:
-    commands = [eval_command({}, "CHECKPOINT", task == "caption") for task in sorted(tasks, reverse=True)]
+def not_measured(tasks: list[Task]) -> str:
+    commands = [eval_command({"task": task.name}, "CHECKPOINT") for task in tasks]
     lines = "\n".join(f"{command} --output_dir OUT" for command in commands)
     return (
         f"Nothing was measured. What measures it, and puts it here:\n\n```sh\n{lines}\n"
