@@ -3,7 +3,8 @@
     python tools/make_hub_fixture.py tests/fixtures/hub_repo_v1
 
 writes that folder, the tiny components it names beside it (`..._components`), and what it said about a fixed clip
-(`....json`). A later format gets a fixture of its own; this one stays.
+(`....json`). Almost all of it is the code that ships: weights are as few as they can be, and the vocabulary is bytes. A
+later format gets a fixture of its own; this one stays.
 """
 
 import argparse
@@ -29,9 +30,17 @@ from transformers import (  # noqa: E402
 
 from modeling_audiophi import AudioPhiForConditionalGeneration  # noqa: E402
 from processing import AudioPhiProcessor  # noqa: E402
-from tests.conftest import prompts, random_like_trained, tiny_tokenizer  # noqa: E402
+from tests.conftest import (  # noqa: E402
+    GENERATION_TASKS,
+    PROCESSOR_TASKS,
+    prompts,
+    random_like_trained,
+    tiny_tokenizer,
+)
 
 SECONDS = 1.1
+WIDTH, HEADS = 8, 2
+BYTES = 262  # as vocabulary: all bytes and the special tokens, nothing merged
 
 
 def clip():
@@ -42,22 +51,22 @@ def clip():
 
 
 def make_components(folder):
-    tokenizer = tiny_tokenizer()
+    tokenizer = tiny_tokenizer(BYTES)
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes = {"hidden_size": WIDTH, "intermediate_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": HEADS}
     text = LlamaConfig(
         vocab_size=len(tokenizer), max_position_embeddings=512, tie_word_embeddings=True, **sizes, **special
     )
     random_like_trained(LlamaForCausalLM(text)).save_pretrained(folder / "acme--tiny-llm")
     tokenizer.save_pretrained(folder / "acme--tiny-llm")
     audio = WhisperConfig(
-        vocab_size=8, num_mel_bins=16, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4,
-        decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=8, max_source_positions=100,
-        max_target_positions=4, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=3,
-        suppress_tokens=None, begin_suppress_tokens=None,
+        vocab_size=8, num_mel_bins=WIDTH, d_model=WIDTH, encoder_layers=1, decoder_layers=1,
+        encoder_attention_heads=HEADS, decoder_attention_heads=HEADS, encoder_ffn_dim=WIDTH, decoder_ffn_dim=WIDTH,
+        max_source_positions=100, max_target_positions=4, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=3, suppress_tokens=None, begin_suppress_tokens=None,
     )  # fmt: skip
     random_like_trained(WhisperForConditionalGeneration(audio)).save_pretrained(folder / "acme--tiny-whisper")
-    WhisperFeatureExtractor(feature_size=16, chunk_length=2).save_pretrained(folder / "acme--tiny-whisper")
+    WhisperFeatureExtractor(feature_size=WIDTH, chunk_length=2).save_pretrained(folder / "acme--tiny-whisper")
 
 
 def make_repository(folder):
@@ -67,15 +76,16 @@ def make_repository(folder):
     model = AudioPhiForConditionalGeneration.from_components(
         "acme/tiny-whisper",
         "acme/tiny-llm",
-        adapter={"type": "transformer", "hidden_size": 32, "kernel_size": 3, "num_layers": 1, "num_heads": 4},
+        adapter={"type": "transformer", "hidden_size": WIDTH, "kernel_size": 3, "num_layers": 1, "num_heads": HEADS},
         audio_token_id=processor.audio_token_id,
         readout="mixed",
         encoder_layer="mix",
         align_vocab_ids=range(10, 60),
-        align_spelling={"texts": [f"word{number}" for number in range(50)], "buckets": 64, "size": 8},
+        align_spelling={"texts": [f"word{number}" for number in range(50)], "buckets": 16, "size": 4},
         lora={"text": {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}},
     ).eval()
     processor.match_model(model.config)
+    processor.tasks, model.generation_config.tasks = PROCESSOR_TASKS, GENERATION_TASKS
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
