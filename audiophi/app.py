@@ -186,7 +186,7 @@ def explanation(pipe, longest):
         lines.append(
             f"Asked “{voted[0]}”, the alignment head, which spells what it hears, votes on every word of both."
         )
-    cut = [task["instructions"][0] for task in pipe.processor.tasks.values() if task["in_pieces"]]
+    cut = [task["instructions"][0] for task in pipe.processor.tasks.values() if task.get("in_pieces")]
     if pipe.window_seconds and cut:
         lines.append(
             f"Asked “{'” or “'.join(cut)}”, it works on recordings longer than {pipe.window_seconds:.0f} s piece by "

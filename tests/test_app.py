@@ -23,8 +23,9 @@ ASK = "Transcribe the speech."
 def pipe(make_tiny_model):
     """A pipeline whose checkpoint decodes with beams and the alignment head; `heard` on it lists results."""
     model, processor = make_tiny_model(readout="collapse")
-    model.generation_config.update(num_beams=2, length_penalty=0.0, suppress_tokens=None)
-    model.generation_config.ctc_weight = 0.5
+    settings = {"num_beams": 2, "length_penalty": 0.0, "ctc_weight": 0.5}
+    model.generation_config.update(suppress_tokens=None)
+    model.generation_config.tasks = {"transcribe": settings, "caption": {}}
     return pipeline("audio-text-to-text", model=model, processor=processor, device="cpu", max_new_tokens=8)
 
 
@@ -165,7 +166,8 @@ def test_the_page_offers_the_known_instructions(pipe):
         for sample in block.samples
     ]
     assert {ASK, "Describe the sound."} <= {*offered}
-    assert {*offered} == {words for known in pipe.processor.instructions.values() for words in known}
+    assert {*offered} == {words for task in pipe.processor.tasks.values() for words in task["instructions"]}
+    assert app.beams(pipe, "transcribe the speech") == 2 and app.beams(pipe, "Who speaks?") == 1
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path):

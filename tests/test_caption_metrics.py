@@ -14,7 +14,7 @@ from audiophi.evaluation.caption_metrics import (
     stem,
     tokenize,
 )
-from audiophi.evaluation.caption_scoring import summarize_captions
+from audiophi.evaluation.captions import summarize as summarize_captions
 
 CLASSES = ["dog bark", "rain", "sea waves", "engine idling", "violin or fiddle"]
 

@@ -1,6 +1,7 @@
 """The command line, on a tiny checkpoint: what is printed and written, resuming, bad files, exit codes."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -100,6 +101,12 @@ def test_results_are_written_as_they_come_and_continued(audiophi, clips, tmp_pat
     (clips / "bad.wav").unlink()
     heard.clear()
     assert audiophi("transcribe", clips, "--output", out) == 0 and heard == []
+    # Nor are they those of other settings, or of a file that has changed since.
+    assert audiophi("transcribe", clips / "a.wav", "--output", out, "--num_beams", "2") == 0 and len(heard) == 1
+    heard.clear()
+    os.utime(clips / "a.wav", (1e9, 1e9))
+    assert audiophi("transcribe", clips / "a.wav", "--output", out) == 0 and len(heard) == 1
+    heard.clear()
     # Another question is not answered by these results.
     assert audiophi("ask", "Who?", clips / "a.wav", "--output", out) == 0 and len(heard) == 1
     assert lines_of(out.read_text())[-1]["instruction"] == "Who?"

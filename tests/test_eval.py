@@ -3,16 +3,22 @@
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import soundfile as sf
-import torch
 
 from audiophi.cli import eval as eval_script
-from audiophi.data.datasets import load_audio_dataset
+from audiophi.data.datasets import load_examples
+from audiophi.data.example import Clip, Example
+from audiophi.evaluation.conditions import complete, silence
+from audiophi.evaluation.loop import Listener, Progress, predict
 from audiophi.evaluation.predictions import PredictionFile, fingerprint
-from audiophi.evaluation.scoring import AudioPhiTranscriber, transcribe_dataset, transcribe_silence
+from audiophi.tasks import TASKS
+from modeling_audiophi.engine_audiophi import Engine
+
+TASK = TASKS["transcribe"]
 
 METRICS = {
     "wer", "wer_ci95", "cer", "substitutions", "deletions", "insertions", "words", "utterances", "normalizer",
@@ -58,7 +64,7 @@ def test_metrics_and_predictions(checkpoint, corpus, tmp_path, capsys):
     for p in predictions:
         assert p["reference"] and {"hypothesis", "substitutions", "deletions", "insertions", "seconds"} <= set(p)
     printed = capsys.readouterr().out
-    assert "listening gap" in printed and printed.count("said:") == 2 and "red green blue" in printed
+    assert "listening gap" in printed and printed.count("right:") == 2 and "red green blue" in printed
 
 
 def test_unreadable_rows_are_counted_and_do_not_fail(checkpoint, corpus, tmp_path):
@@ -98,13 +104,14 @@ def test_an_interrupted_evaluation_continues(checkpoint, corpus, tmp_path, monke
     (out / "predictions.jsonl").write_bytes(lines[0] + lines[1] + lines[2][:20])
     (out / "metrics.json").unlink()
     seen = []
-    original = eval_script.transcribe_dataset
+    original = eval_script.predict
 
-    def spy(rows, transcribe, batch_size, sampling_rate, done):
-        seen.extend(done)
-        return original(rows, transcribe, batch_size, sampling_rate, done)
+    def spy(rows, hear, task, batch_size, sampling_rate, done, progress):
+        if len(rows) == 5:  # not the silences
+            seen.extend(done)
+        return original(rows, hear, task, batch_size, sampling_rate, done, progress)
 
-    monkeypatch.setattr(eval_script, "transcribe_dataset", spy)
+    monkeypatch.setattr(eval_script, "predict", spy)
     assert run_eval(checkpoint, corpus, out) == 0
     assert len(seen) == 2
     continued = json.loads((out / "metrics.json").read_text())
@@ -131,12 +138,15 @@ def test_fingerprint_changes_with_the_weights(tmp_path):
     assert fingerprint(str(tmp_path)) != before
 
 
+def listener(made, **settings):
+    return Listener(Engine(*made), TASK, with_alignment=True, **settings)
+
+
 def test_transcripts_do_not_depend_on_the_batch(make_tiny_model, corpus):
-    model, processor = make_tiny_model(adapter="conv_mlp", readout="collapse")
-    transcribe = AudioPhiTranscriber(model, processor, max_new_tokens=6)
-    rows = load_audio_dataset(str(corpus))
+    listen = listener(make_tiny_model(adapter="conv_mlp", readout="collapse"), max_new_tokens=6)
+    rows = load_examples(str(corpus))
     alone, together = (
-        {p["row"]: (p["hypothesis"], p["hypothesis_align"]) for p in transcribe_dataset(rows, transcribe, size)}
+        {p["row"]: (p["hypothesis"], p["hypothesis_align"]) for p in predict(rows, listen, TASK, size)}
         for size in (1, 5)
     )
     assert alone == together
@@ -145,46 +155,91 @@ def test_transcripts_do_not_depend_on_the_batch(make_tiny_model, corpus):
 
 def test_shuffled_audio_equals_decoding_the_other_clip(make_tiny_model, corpus):
     """The shortcut behind wer_shuffled_audio: with one instruction for all, only the audio decides what is heard."""
-    model, processor = make_tiny_model(adapter="mlp")
-    transcribe = AudioPhiTranscriber(model, processor, max_new_tokens=5)
-    rows = load_audio_dataset(str(corpus))
-    heard = {p["row"]: p["hypothesis"] for p in transcribe_dataset(rows, transcribe)}
-    swapped = [{**rows[index], "audio": rows[(index + 1) % 5]["audio"]} for index in range(5)]
-    for p in transcribe_dataset(swapped, transcribe):
+    listen = listener(make_tiny_model(adapter="mlp"), max_new_tokens=5)
+    rows = load_examples(str(corpus))
+    heard = {p["row"]: p["hypothesis"] for p in predict(rows, listen, TASK)}
+    swapped = {index: replace(rows[index], clips=rows[(index + 1) % 5].clips) for index in range(5)}
+    for p in predict(swapped, listen, TASK):
         assert p["hypothesis"] == heard[(p["row"] + 1) % 5]
 
 
-def test_stopping_is_noticed(make_tiny_model, waveform):
+def test_the_encoder_runs_once_for_both_readings(make_tiny_model, corpus, monkeypatch):
     model, processor = make_tiny_model(adapter="mlp")
-    transcribe = AudioPhiTranscriber(model, processor, max_new_tokens=4)
-    end = processor.end_token_id
-    with torch.no_grad():
-        model.lm_head.weight.zero_()  # all logits equal: greedy takes token 0, which ends nothing
-    assert end != 0 and transcribe([waveform(0.5)])[0]["stopped"] is False
-    transcribe.model.generate = lambda **inputs: torch.cat(
-        [inputs["input_ids"], torch.full((1, 2), end, dtype=torch.long)], dim=1
-    )
-    result = transcribe([waveform(0.5)])[0]
-    assert result["stopped"] is True and result["hypothesis"] == ""
+    listen, calls = listener((model, processor), max_new_tokens=3), []
+    original = model.model.encode
+    monkeypatch.setattr(model.model, "encode", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
+    (p,) = predict({0: load_examples(str(corpus))[0]}, listen, TASK)
+    assert p["hypothesis"] is not None and p["hypothesis_align"] is not None and calls == [1]
+
+
+def test_what_is_asked_of_all_rows(make_tiny_model, corpus):
+    model, processor = make_tiny_model(adapter="mlp")
+    example, clip = load_examples(str(corpus))[0], np.zeros(8_000, dtype=np.float32)
+    for instruction in (None, "Say it in French."):
+        chat = Listener(Engine(model, processor), TASK, instruction).prompt(example, [clip])
+        assert chat[-1]["content"][-1]["text"] == (instruction or "Transcribe the speech.")
 
 
 def test_training_mode_is_restored(make_tiny_model, waveform):
     model, processor = make_tiny_model(adapter="mlp")
     model.train()
-    AudioPhiTranscriber(model, processor, max_new_tokens=2)([waveform(0.5)])
+    listener((model, processor), max_new_tokens=2)(
+        [(Example("transcribe", 0, "a", "x", (Clip(None),)), [waveform(0.5)])]
+    )
     assert model.training
 
 
-def test_silence_is_decoded_once_per_length(waveform):
-    calls = []
+def test_silence_is_decoded_once_per_length():
+    seconds, calls = [1.1, 1.3, 1.5, 0.2], []
+    rows = [
+        Example("transcribe", n, f"id{n}", "x", (Clip({"path": f"{n}.wav"}),), references=("red",)) for n in range(4)
+    ]
+    own = [{"row": n, "clip_seconds": [value]} for n, value in enumerate(seconds)]
 
-    def transcribe(clips):
-        calls.extend(len(clip) for clip in clips)
-        assert not any(clip.any() for clip in clips)
-        return [{"hypothesis": str(len(clip))} for clip in clips]
+    def hear(batch):
+        calls.extend(len(clip) for _, (clip,) in batch)
+        assert not any(clip.any() for _, (clip,) in batch)
+        return [{"hypothesis": str(len(c)), "hypothesis_align": None, "stopped": True} for _, (c,) in batch]
 
-    heard = transcribe_silence([1.1, 1.3, 1.5, 0.2], transcribe)
-    assert sorted(calls) == [8_000, 24_000] and heard == {0.5: "8000", 1.5: "24000"}
+    plan = silence(rows, own, TASK, 16_000)
+    asked = list(predict(plan, hear, TASK))
+    heard = {p["row"]: p["hypothesis"] for p in complete(plan, asked, own, rows, TASK)}
+    assert sorted(calls) == [8_000, 24_000] and heard == {0: "24000", 1: "24000", 2: "24000", 3: "8000"}
+
+
+def test_the_time_to_go_is_by_the_audio_done(monkeypatch):
+    progress = Progress(10, began=0.0)
+    monkeypatch.setattr("time.monotonic", lambda: 20.0)
+    assert np.isnan(progress.eta())
+    progress.read_rows, progress.read_seconds, progress.done_rows, progress.done_seconds = 5, 50.0, 1, 20.0
+    assert progress.eta() == 80.0  # 30 s read and not done, 50 s not read, a second of audio a second
+
+
+def test_own_scores_are_there_before_a_baseline_starts(checkpoint, corpus, tmp_path, monkeypatch, capsys):
+    out, at_start = tmp_path / "out", []
+
+    class Recogniser:
+        sampling_rate = 16_000
+
+        def __init__(self, *_):
+            at_start.append((json.loads((out / "metrics.json").read_text()), capsys.readouterr().out))
+            if len(at_start) == 1:
+                raise ValueError("no such recogniser")
+
+        def __call__(self, rows):
+            return [{"hypothesis": e.reference, "hypothesis_align": None, "stopped": None} for e, _ in rows]
+
+    monkeypatch.setattr("audiophi.evaluation.baseline.BaselineListener", Recogniser)
+    assert run_eval(checkpoint, corpus, out, "--baseline", "some/recogniser") == 1
+    metrics, printed = at_start[0]
+    assert METRICS <= set(metrics) and metrics["unfinished"] == ["baseline"] and "listening gap" in printed
+    before = (out / "predictions.jsonl").stat().st_mtime_ns
+    capsys.readouterr()
+    assert run_eval(checkpoint, corpus, out, "--baseline", "some/recogniser") == 0  # goes on where it stopped
+    assert "5 of 5 rows are already" in capsys.readouterr().out
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["baseline"]["wer"] == 0 and "unfinished" not in metrics
+    assert (out / "predictions.jsonl").stat().st_mtime_ns == before
 
 
 @pytest.mark.slow

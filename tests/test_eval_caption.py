@@ -72,10 +72,11 @@ def test_scores_are_of_the_predictions(checkpoint, esc50, tmp_path, monkeypatch)
     class Knows:
         sampling_rate = 16_000
 
-        def __call__(self, clips):
-            return [{"hypothesis": names[len(clip)], "hypothesis_align": None, "stopped": True} for clip in clips]
+        def __call__(self, rows):
+            heard = [names[len(clip)] for _, (clip,) in rows]
+            return [{"hypothesis": words, "hypothesis_align": None, "stopped": True} for words in heard]
 
-    monkeypatch.setattr(eval_script, "load_transcriber", lambda args, dtype: Knows())
+    monkeypatch.setattr(eval_script, "load_listener", lambda args: Knows())
     assert run_eval(checkpoint, esc50, tmp_path / "out") == 0
     metrics, _ = read(tmp_path / "out")
     assert (metrics["label_accuracy"], metrics["label_accuracy_shuffled"], metrics["listening_gap"]) == (100, 0, 100)
@@ -89,16 +90,16 @@ def test_an_interrupted_evaluation_continues(checkpoint, esc50, tmp_path, monkey
     lines = (out / "predictions.jsonl").read_bytes().splitlines(keepends=True)
     (out / "predictions.jsonl").write_bytes(b"".join(lines[:3]) + lines[3][:15])
     (out / "metrics.json").unlink()
-    original, calls = eval_script.load_transcriber, []
+    original, calls = eval_script.load_listener, []
 
-    def counted(args, dtype):
-        transcribe = original(args, dtype)
+    def counted(args):
+        listen = original(args)
         return type("Spy", (), {
-            "sampling_rate": transcribe.sampling_rate,
-            "__call__": lambda self, clips: calls.extend(clips) or transcribe(clips),
+            "sampling_rate": listen.sampling_rate,
+            "__call__": lambda self, rows: calls.extend(rows) or listen(rows),
         })()  # fmt: skip
 
-    monkeypatch.setattr(eval_script, "load_transcriber", counted)
+    monkeypatch.setattr(eval_script, "load_listener", counted)
     assert run_eval(checkpoint, esc50, out) == 0
     assert len(calls) == 2
     continued, _ = read(out)
@@ -121,6 +122,8 @@ def test_what_does_not_go_together_is_said(checkpoint, esc50, tmp_path, capsys, 
     out = tmp_path / "out"
     assert run_eval(checkpoint, esc50, out, task="transcribe") == 1
     assert "--task caption" in capsys.readouterr().err
+    arguments = ["--model", checkpoint, "--data", str(esc50), "--output_dir", str(out)]
+    assert eval_script.main(arguments) == 1 and "add --task caption" in capsys.readouterr().err
     assert run_eval(checkpoint, esc50, out, "--label_column", "colour") == 1
     assert "no column 'colour'" in capsys.readouterr().err
     for wrong in (["--label_column", "x"], ["--official"], ["--audio_folder", "x"]):
@@ -133,6 +136,6 @@ def test_what_does_not_go_together_is_said(checkpoint, esc50, tmp_path, capsys, 
 
 def test_official_metrics_are_asked_for_before_the_model_is_loaded(checkpoint, esc50, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("AAC_METRICS_JAVA_PATH", str(tmp_path / "java"))
-    monkeypatch.setattr(eval_script, "load_transcriber", None)
+    monkeypatch.setattr(eval_script, "load_listener", None)
     assert run_eval(checkpoint, esc50, tmp_path / "out", "--official") == 1
     assert "aac-metrics-download" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from audiophi.evaluation.conditions import silence_length
 from audiophi.evaluation.metrics import (
     bootstrap_interval,
     character_error_rate,
@@ -13,8 +14,8 @@ from audiophi.evaluation.metrics import (
     derangement,
     word_error_rate,
 )
-from audiophi.evaluation.scoring import errors_of, silence_length, summarize
 from audiophi.evaluation.text_normalization import NORMALIZER_NAME, normalize
+from audiophi.evaluation.transcripts import errors_of, rate_so_far, summarize
 
 WORDS = st.sampled_from("red green blue yellow black white".split())
 SENTENCES = st.lists(WORDS, max_size=6).map(" ".join)
@@ -115,7 +116,9 @@ def test_summary():
         prediction(1, "blue", "", stopped=False, hypothesis_align="green", seconds=1.2),
         {"row": 2, "id": "2", "error": "damaged", "readable": False},
     ]
-    scores = summarize(predictions, silence={2.0: "", 1.5: "blue"})
+    quiet = [prediction(0, "red green", ""), prediction(1, "blue", "blue"), {"row": 2, "error": "damaged"}]
+    scores = summarize(predictions, conditions={"silence": quiet})
+    assert rate_so_far(predictions) == "66.67" and rate_so_far([]) == "-"
     assert scores["wer"] == pytest.approx(100 * 2 / 3)
     assert (scores["utterances"], scores["words"], scores["deletions"]) == (2, 3, 2)
     assert scores["wer_align"] == pytest.approx(100 / 3)

@@ -17,11 +17,12 @@ from audiophi.publishing.card_files import collect, shorten
 from audiophi.publishing.data_sources import About, describe_data
 from audiophi.publishing.licences import COMPONENTS, HubAnswers, component_licence
 from audiophi.publishing.model_card import make_card
-from audiophi.publishing.results import CAPTION, SPEECH
 from audiophi.publishing.template import CardError
+from audiophi.tasks import TASKS
 from tests.loopback_hub import LoopbackHub
 from tests.stranger import run_stranger
 
+SPEECH, CAPTION = TASKS["transcribe"].report, TASKS["caption"].report
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "recipes"
 BASES = {
@@ -115,8 +116,8 @@ def test_results_are_those_of_metrics_json(published, measured):
     wer = results[SPEECH.type, "wer"]
     metrics = json.loads(files[0].read_text())
     low, high = metrics["wer_ci95"]
-    assert wer.metric_args == {"normalizer": metrics["normalizer"], "ci95": [low, high]}
-    assert f"({low:.2f} to {high:.2f})" in card.text and "4 clips, 9 words" in card.text
+    assert wer.metric_args == {"ci95": [low, high], "normalizer": metrics["normalizer"]}
+    assert f"({low:.2f} to {high:.2f})" in card.text and "4 utterances" in card.text and "9 words" in card.text
     assert "`python eval.py --task caption --model tiny --data clips --max_new_tokens 5`" in card.text
     index = card.data.to_dict()["model-index"]
     assert [result["task"]["type"] for result in index[0]["results"]] == [SPEECH.type, CAPTION.type]
@@ -249,7 +250,7 @@ def test_the_projects_own_recipes(published, checkpoint, tmp_path):
     assert header.license == "cc-by-nc-sa-4.0" and header.datasets == ["openslr/librispeech_asr"]
     card = card_of(published, recipes=[RECIPES / "phi2_languagebind_clotho.yaml"])
     assert (card.data.license, card.data.license_name) == ("other", "non-commercial-see-licences")
-    assert "audio-captioning" in card.data.tags and 'instruction="caption"' in card.text
+    assert "audio-captioning" in card.data.tags and 'task="caption"' in card.text
     pair = [RECIPES / "audiophi_tiny.yaml", RECIPES / "audiophi_tiny_continued.yaml"]
     assert "It goes on from" not in card_of(published, recipes=pair).text
     assert "It goes on from `outputs/audiophi_tiny/final`" in card_of(published, recipes=pair[1:]).text

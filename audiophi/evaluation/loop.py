@@ -94,7 +94,7 @@ class Progress:
         left, done = self.read_seconds - self.done_seconds + left_rows * each, self.done_seconds
         if not done:  # rows without audio
             left, done = self.rows - self.done_rows, self.done_rows
-        return (time.monotonic() - self.began) / done * left if done else float("nan")
+        return (time.monotonic() - self.began) / done * max(0.0, left) if done else float("nan")
 
 
 def predict(
