@@ -11,7 +11,7 @@ class TooManyBadRows(ValueError):
 
 
 class BadRows:
-    """Counts unusable rows and lists them in a JSONL file: id, source, reason.
+    """Counts unusable rows, known by source and number, and lists them in a JSONL file: id, source, row, reason.
 
     Args:
         path: the list; emptied here by the main process. max_share: of `total` rows (set `total` when it is known).
@@ -22,21 +22,22 @@ class BadRows:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if PartialState().is_main_process:
             self.path.write_text("")
-        self.reasons: dict[tuple[str, str], str] = {}
-        self.expected: set[tuple[str, str]] = set()
+        self.reasons: dict[tuple[str, int], str] = {}
+        self.expected: set[tuple[str, int]] = set()
 
     def __len__(self) -> int:
         return len(self.reasons) - len(self.expected)
 
-    def add(self, source: str, row_id: str, reason: str, expected: bool = False) -> None:
+    def add(self, source: str, number: int, row_id: str, reason: str, expected: bool = False) -> None:
         """Records a row once; raises TooManyBadRows when the share is exceeded. `expected` rows, as the missing files
         of a set that nobody has all of, are listed but not counted."""
-        if (source, row_id) in self.reasons:
+        if (source, number) in self.reasons:
             return
-        self.reasons[source, row_id] = reason
+        self.reasons[source, number] = reason
         if expected:
-            self.expected.add((source, row_id))
-        line = json.dumps({"id": row_id, "source": source, "reason": reason}, ensure_ascii=False)
+            self.expected.add((source, number))
+        told = {"id": row_id, "source": source, "row": number, "reason": reason}
+        line = json.dumps(told, ensure_ascii=False)
         line = line.encode("utf-8", "backslashreplace").decode()  # a file's name need not be UTF-8
         listed = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         if line not in listed:  # other processes and data loader workers write to the same list

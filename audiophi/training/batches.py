@@ -31,7 +31,9 @@ class BatchSchedule(Sampler[list[Draw]]):
         sources: index of each row's source in the mixture. weights: of each source; its share of an epoch's draws is
         its
             weight over the sum (None counts as 1). No weights at all: every row once per epoch.
-        steps, epochs: give one. batch_size (clips) or batch_seconds (padded seconds), per micro-batch: give one.
+        tokens: of text, of each row.
+        steps, epochs: give one. batch_size (clips) or batch_seconds (padded seconds), per micro-batch: give one;
+            batch_tokens (padded tokens of text) beside either.
     """
 
     def __init__(
@@ -42,6 +44,8 @@ class BatchSchedule(Sampler[list[Draw]]):
         epochs: float | None = None,
         batch_size: int | None = None,
         batch_seconds: float | None = None,
+        batch_tokens: int | None = None,
+        tokens: list[int] | None = None,
         grad_accum: int = 1,
         sources: list[int] | None = None,
         weights: list[float | None] | None = None,
@@ -55,7 +59,9 @@ class BatchSchedule(Sampler[list[Draw]]):
         self.seconds = np.asarray(seconds, dtype=np.float64)
         self.sources = np.zeros(len(seconds), dtype=int) if sources is None else np.asarray(sources)
         self.weights = weights if weights and any(weight is not None for weight in weights) else None
+        self.tokens = np.zeros(len(seconds), dtype=int) if tokens is None else np.asarray(tokens)
         self.batch_size, self.batch_seconds, self.grad_accum = batch_size, batch_seconds, grad_accum
+        self.batch_tokens = batch_tokens
         self.speeds, self.seed, self.rank, self.world_size = list(speeds), seed, rank, world_size
         self.split = grad_accum * world_size
         if steps is None:
@@ -82,13 +88,18 @@ class BatchSchedule(Sampler[list[Draw]]):
     def longest(self) -> list[Draw]:
         """The micro-batch with the most padded seconds in the first pass: what memory must hold."""
         batches = [batch for step in self._epoch(0) for batch in self._micro_batches(step)]
-        return max(batches, key=lambda batch: len(batch) * max(self._length(draw) for draw in batch))
+        return max(batches, key=self._cost)
 
     def median(self) -> list[Draw]:
         """A micro-batch of median cost in the first pass, to time a step."""
         batches = [batch for step in self._epoch(0) for batch in self._micro_batches(step)]
-        batches.sort(key=lambda batch: len(batch) * max(self._length(draw) for draw in batch))
+        batches.sort(key=self._cost)
         return batches[len(batches) // 2]
+
+    def _cost(self, batch: list[Draw]) -> tuple[float, int]:
+        """Padded seconds, then padded tokens of text."""
+        tokens = len(batch) * max(int(self.tokens[draw.row]) for draw in batch)
+        return len(batch) * max(self._length(draw) for draw in batch), tokens
 
     def _length(self, draw: Draw) -> float:
         return self.seconds[draw.row] / draw.speed
@@ -113,19 +124,23 @@ class BatchSchedule(Sampler[list[Draw]]):
         rows = self._rows(rng)
         speeds = np.array(self.speeds)[rng.integers(len(self.speeds), size=len(rows))]
         length = self.seconds[rows] / speeds
-        order = np.argsort(length * rng.uniform(0.8, 1.25, size=len(rows)), kind="stable")
+        # Rows without audio are as long as their text.
+        cost = np.where(length > 0, length, 1e-3 * self.tokens[rows])
+        order = np.argsort(cost * rng.uniform(0.8, 1.25, size=len(rows)), kind="stable")
         steps: list[list[int]] = [[]]
-        longest = 0.0
+        longest, wordiest = 0.0, 0
         for i in order:
-            longest = max(longest, length[i])
+            longest, wordiest = max(longest, length[i]), max(wordiest, self.tokens[rows[i]])
             if self.batch_size is not None:
                 full = len(steps[-1]) >= self.batch_size * self.split
             else:
                 # A step has at least one clip for every micro-batch, however short batch_seconds is.
-                full = len(steps[-1]) >= self.split and longest * (len(steps[-1]) + 1) > self.batch_seconds * self.split
-            if full:
+                full = longest * (len(steps[-1]) + 1) > self.batch_seconds * self.split
+            if self.batch_tokens is not None:
+                full = full or wordiest * (len(steps[-1]) + 1) > self.batch_tokens * self.split
+            if full and len(steps[-1]) >= self.split:
                 steps.append([])
-                longest = length[i]
+                longest, wordiest = length[i], self.tokens[rows[i]]
             steps[-1].append(i)
         if len(steps) > 1 and len(steps[-1]) < self.split:
             tail = steps.pop()

@@ -1,11 +1,13 @@
 """Recipe -> model and processor that fit each other, and which parameters a stage trains."""
 
 import json
+from collections.abc import Iterable
 from functools import partial
 
 import torch
 
 from audiophi.data.alignment_text import AlignmentTokenizer
+from audiophi.tasks import decoding, saved_tasks
 from modeling_audiophi import AudioPhiAdapterConfig, AudioPhiConfig, AudioPhiForConditionalGeneration, resolve_component
 from modeling_audiophi.generation_audiophi import GENERATION_SETTINGS
 from modeling_audiophi.quantization_audiophi import matrices_for_4bit
@@ -29,14 +31,14 @@ def build_processor(recipe: Recipe) -> AudioPhiProcessor:
     )
 
 
-def learns_captions(recipe: Recipe) -> bool:
-    """Whether the recipe's readout learns from captions in the loss `align`, so that the alignment must know their
-    words."""
+def learns_sounds(recipe: Recipe) -> bool:
+    """Whether the recipe's readout learns in the loss `align` from words that say what is heard, so that the alignment
+    must know them."""
     name = recipe.readout
     if name is None:
         config = None if recipe.init_from is None else AudioPhiConfig.from_pretrained(recipe.init_from)
         name = "frames" if config is None else config.readout
-    return READOUTS[name].learns_captions
+    return READOUTS[name].learns_sounds
 
 
 def build_align_tokenizer(recipe: Recipe, processor: AudioPhiProcessor) -> AlignmentTokenizer | None:
@@ -45,10 +47,10 @@ def build_align_tokenizer(recipe: Recipe, processor: AudioPhiProcessor) -> Align
 
 
 def build_model(
-    recipe: Recipe, processor: AudioPhiProcessor, align_vocab_ids: list[int] | None
+    recipe: Recipe, processor: AudioPhiProcessor, align_vocab_ids: list[int] | None, tasks: Iterable[str] = ()
 ) -> AudioPhiForConditionalGeneration:
-    """An untrained model of the recipe's components, or the checkpoint `init_from`; the processor learns its length
-    rule.
+    """An untrained model of the recipe's components, or the checkpoint `init_from`, which is trained on `tasks`; the
+    processor learns its windows and what it is asked.
 
     Raises RecipeError for adapter settings that do not exist, ValueError for components that do not fit.
     """
@@ -81,22 +83,26 @@ def build_model(
         )
     if recipe.components.quantize_text == "4bit":
         quantize_text(model)
-    set_generation(model, recipe)
+    set_generation(model, recipe, tasks)
     processor.match_model(model.config)
     # The pipeline asks as the model was asked; other usual wordings are known to mean the same.
-    for task, asked in (("transcribe", recipe.instructions), ("caption", recipe.caption_instructions)):
-        processor.instructions[task] = list(dict.fromkeys([*asked, *processor.instructions[task]]))
+    processor.tasks = {**processor.tasks, **saved_tasks(tasks, recipe.instructions)}
     return model
 
 
-def set_generation(model: AudioPhiForConditionalGeneration, recipe: Recipe) -> None:
-    """The recipe's `generation` as defaults of generate(). RecipeError for an unknown key."""
+def set_generation(model: AudioPhiForConditionalGeneration, recipe: Recipe, tasks: Iterable[str]) -> None:
+    """The recipe's `generation` as defaults of generate(), for all decoding and for `tasks`. RecipeError for an unknown
+    key."""
     settings = model.generation_config
-    unknown = [key for key in recipe.generation if not hasattr(settings, key) and key not in GENERATION_SETTINGS]
-    if unknown:
-        raise RecipeError(f"generation: {', '.join(unknown)} is not a setting of transformers' GenerationConfig")
-    for key, value in recipe.generation.items():
+    common, by_task = decoding(tasks, recipe.generation)
+    known = getattr(settings, "tasks", None) or {}
+    for given in (common, *by_task.values()):
+        unknown = [key for key in given if not hasattr(settings, key) and key not in GENERATION_SETTINGS]
+        if unknown:
+            raise RecipeError(f"generation: {', '.join(unknown)} is not a setting of transformers' GenerationConfig")
+    for key, value in common.items():
         setattr(settings, key, value)
+    settings.tasks = {**known, **{name: {**known.get(name, {}), **given} for name, given in by_task.items()}}
 
 
 def check_adapter_keys(adapter: dict) -> None:
@@ -187,10 +193,10 @@ def apply_tuning(model: AudioPhiForConditionalGeneration, stage: Stage) -> None:
 def unused_parameters(model: AudioPhiForConditionalGeneration, stage: Stage) -> tuple[str, ...]:
     """Prefixes of adapter parameters that a stage's loss does not reach."""
     readout = model.model.readout
-    if stage.loss == "align" and not readout.learns_captions:
+    if stage.loss == "align" and not readout.learns_sounds:
         return ("model.readout.",)
-    if stage.loss == "lm" and readout.learns_captions:
-        return ("model.readout.captions.",)
+    if stage.loss == "lm" and readout.learns_sounds:
+        return ("model.readout.sound_words.",)
     if stage.loss == "lm" and model.config.readout == "frames":
         return ("model.alignment.",)
     return ()

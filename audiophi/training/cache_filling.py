@@ -89,10 +89,15 @@ def encode_missing(
     missing = []
     for row in rows:
         try:
-            missing += [(row, speed) for speed in speeds if corpus.key(row, speed) not in cache]
+            missing += [
+                (row, clip, speed)
+                for clip in range(len(row.lengths))
+                for speed in speeds
+                if corpus.key(row, clip, speed) not in cache
+            ]
         except (OSError, ValueError) as error:  # ValueError: a NUL in a file's name
             drop(row, str(error))
-    missing.sort(key=lambda item: item[0].seconds / item[1])
+    missing.sort(key=lambda item: item[0].lengths[item[1]] / item[2])
     waiting: list[tuple[str, dict]] = []
     encoded, seconds = 0, 0.0
 
@@ -109,17 +114,18 @@ def encode_missing(
             del valid[:count]
         waiting.clear()
 
-    for number, (row, speed) in enumerate(missing):
+    for number, (row, place, speed) in enumerate(missing):
+        key = corpus.key(row, place, speed)
+        if key in cache or key in [k for k, _ in waiting]:
+            continue  # several rows may ask about one clip
         try:
-            waveform = corpus.waveform(row, speed, processor.sampling_rate)
+            waveform = corpus.waveform(row, place, speed, processor.sampling_rate)
             clip = processor.encode_audio((waveform, processor.sampling_rate))
         except (AudioError, OSError) as error:
             drop(row, str(error))
             continue
-        key = corpus.key(row, speed)
-        if key not in cache and key not in [k for k, _ in waiting]:
-            waiting.append((key, clip))
-            encoded, seconds = encoded + 1, max(seconds, row.seconds / speed)
+        waiting.append((key, clip))
+        encoded, seconds = encoded + 1, max(seconds, row.lengths[place] / speed)
         if seconds * len(waiting) >= batch_seconds:
             flush()
             seconds = 0.0
@@ -172,7 +178,7 @@ def encoder_of(recipe: str):
 def corpus_of(recipe: str, bad_rows: str) -> Corpus:
     """The clips of `cached_sources`, the same in every process."""
     recipe = recipe_from_dict(json.loads(recipe))
-    return Corpus(cached_sources(recipe), BadRows(Path(bad_rows), recipe.data.max_bad_rows), recipe.text_case)
+    return Corpus(cached_sources(recipe), BadRows(Path(bad_rows), recipe.data.max_bad_rows))
 
 
 def encode_rows(batch: dict, recipe: str, bad_rows: str, threads: int | None) -> dict:

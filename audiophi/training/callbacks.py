@@ -1,5 +1,5 @@
-"""What is watched while a stage trains: progress with ETA, WER or caption scores and the listening gap on a small
-development set, the history file."""
+"""What is watched while a stage trains: progress with ETA, the tasks' scores on a small development set, the history
+file."""
 
 import contextlib
 import itertools
@@ -14,20 +14,16 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
-from audiophi.evaluation.caption_metrics import has_metrics
-from audiophi.evaluation.caption_scoring import summarize_captions
-from audiophi.evaluation.scoring import AudioPhiTranscriber, shuffled_error_rate, summarize
+from audiophi.data.example import with_clips
+from audiophi.tasks import TASKS, wordings
+from modeling_audiophi.engine_audiophi import Engine
 from processing.audio_io import AudioError
-from processing.prompts import INSTRUCTIONS
 
 from .checkpoints import write_atomically
 from .corpus import Corpus
 from .uploads import HubUpload
 
-SHOWN = (
-    *("wer", "wer_align", "listening_gap", "listening_gap_align", "never_stopped"),
-    *("cider_d", "label_accuracy", "label_accuracy_shuffled"),
-)
+LOSSES = ("loss", "lm_loss", "align_loss", "sound_loss")
 
 
 class History:
@@ -56,12 +52,12 @@ class History:
 
 
 class Development:
-    """A few development clips, read once, and the model's scores on them. Each process transcribes its part of them.
+    """A few development rows, read once, and the model's scores on them. Each process answers its part of them.
 
     Args:
-        corpus: rows with text. clips: how many of them, spread evenly over the corpus.
+        corpus: rows of any tasks that have scores. clips: how many of them, spread evenly over the corpus.
         batch_size, max_new_tokens: for generation.
-        instructions: by task; a source's own comes before.
+        instructions: by task, as the recipe has them; the first is asked where a row does not ask itself.
     """
 
     def __init__(
@@ -71,7 +67,7 @@ class Development:
         clips: int,
         batch_size: int,
         max_new_tokens: int,
-        instructions: dict[str, str] = INSTRUCTIONS,
+        instructions: dict[str, list[str]] | None = None,
     ):
         self.processor, self.batch_size = processor, batch_size
         self.max_new_tokens, self.instructions = max_new_tokens, instructions
@@ -80,15 +76,14 @@ class Development:
         for number in sorted(set(picked.tolist())):
             row = corpus.rows[number]
             try:
-                waveform = corpus.waveform(row, 1.0, processor.sampling_rate)
-                features = processor.encode_audio((waveform, processor.sampling_rate))
+                waveforms = [corpus.waveform(row, n, 1.0, processor.sampling_rate) for n in range(len(row.lengths))]
+                features = [processor.encode_audio((waveform, processor.sampling_rate)) for waveform in waveforms]
             except (AudioError, OSError) as error:
                 corpus.drop(row, str(error))
                 continue
-            speaker = corpus.audio(row).get("speaker")
-            self.rows.append((row, speaker, features))
-        self.rows.sort(key=lambda item: -item[0].seconds)
-        self._hidden: dict[int, dict] | None = None
+            self.rows.append((corpus.example(row), row.seconds, features))
+        self.rows.sort(key=lambda item: -item[1])
+        self._hidden: dict[int, list[dict]] | None = None
         state = PartialState()
         self.mine = range(state.process_index, len(self.rows), state.num_processes)
 
@@ -98,74 +93,71 @@ class Development:
         self._hidden = None
         if not frozen_encoder:
             return
+        was_training = model.training
+        model.eval()
         encoded = {}
         for number in self.mine:
-            features = self.rows[number][2]
-            batch = self.processor.pad_audio([features])
-            batch.pop("audio_num_windows")
-            values = batch.pop(self.processor.feature_key).to(model.device)
-            was_training = model.training
-            model.eval()
-            hidden, mask = model.model.encode(values, next(iter(batch.values())).to(model.device))
-            model.train(was_training)
-            tokens = features["num_audio_tokens"]
-            encoded[number] = {
-                "audio_hidden_states": hidden,
-                "audio_hidden_mask": mask,
-                "num_audio_tokens": tokens,
-            }
+            encoded[number] = []
+            for clip in self.rows[number][2]:
+                batch = self.processor.pad_audio([clip])
+                batch.pop("audio_num_windows")
+                values = batch.pop(self.processor.feature_key).to(model.device)
+                hidden, mask = model.model.encode(values, next(iter(batch.values())).to(model.device))
+                encoded[number].append({"audio_hidden_states": hidden, "audio_hidden_mask": mask})
+        model.train(was_training)
         self._hidden = encoded
 
     def evaluate(self, model, with_lm: bool) -> tuple[dict, list[dict]]:
-        """Scores (see evaluation.scoring.summarize, plus the gap of the alignment's own reading) and the predictions,
-        in every process those of all of them.
+        """Scores (each task's `development`) and the predictions, in every process those of all of them. Without the
+        LLM, only of tasks whose words the alignment head reads.
 
         The random state is left as it was, so that evaluating does not change training.
         """
         clips = self._hidden or {number: self.rows[number][2] for number in self.mine}
-        groups: dict[tuple[str, str], list[int]] = {}
-        for number, (row, _, _) in enumerate(self.rows):
-            if with_lm or row.task == "transcribe":  # without the LLM there are no captions
-                groups.setdefault((row.task, row.instruction or self.instructions[row.task]), []).append(number)
+        groups: dict[str, list[int]] = {}
+        for number, (example, _, _) in enumerate(self.rows):
+            if with_lm or TASKS[example.task].reads_alignment:
+                groups.setdefault(example.task, []).append(number)
         order = {number: place for place, number in enumerate(itertools.chain(*groups.values()))}
-        predictions = []
+        engine, predictions = Engine(model, self.processor), []
         with preserved_random_state():
-            for (task, instruction), numbers in groups.items():
-                aligned = task == "transcribe"  # the alignment head has no part in a caption
-                transcribe = AudioPhiTranscriber(
-                    model, self.processor, instruction, self.max_new_tokens, None if aligned else 0.0, with_lm, aligned
-                )
+            for name, numbers in groups.items():
                 mine = [number for number in numbers if number in self.mine]
                 for start in range(0, len(mine), self.batch_size):
-                    batch = mine[start : start + self.batch_size]
-                    before = time.perf_counter()
-                    results = transcribe([clips[number] for number in batch])
-                    spent = (time.perf_counter() - before) / len(results)
-                    for number, result in zip(batch, results, strict=True):
-                        predictions.append({**self._known(number), "compute_seconds": spent, **result})
+                    predictions += self._answered(engine, name, mine[start : start + self.batch_size], clips, with_lm)
         if PartialState().num_processes > 1:
             predictions = gather_object(predictions)
         predictions.sort(key=lambda prediction: order[prediction["row"]])
-        return development_scores(predictions), predictions
+        scores = {}
+        for name in groups:
+            scores |= TASKS[name].development([p for p in predictions if p["task"] == name])
+        return scores, predictions
 
-    def _known(self, number: int) -> dict:
-        row, speaker, _ = self.rows[number]
-        known = {"row": number, "id": row.id, "task": row.task, "speaker": speaker, "seconds": row.seconds}
-        return {**known, "reference": row.text, "references": row.captions or [row.text], "label": row.label}
-
-
-def development_scores(predictions: list[dict]) -> dict:
-    """Scores of transcripts, if there are any, and of captions, if there are any (without aac-metrics only what needs
-    no package)."""
-    spoken = [p for p in predictions if p["task"] == "transcribe"]
-    captions = [p for p in predictions if p["task"] == "caption"]
-    scores = summarize(spoken) if spoken else {}
-    if scores.get("wer_align") is not None:
-        shuffled = shuffled_error_rate(spoken, "hypothesis_align")
-        scores["listening_gap_align"] = None if shuffled is None else shuffled - scores["wer_align"]
-    if captions:
-        scores = {**summarize_captions(captions, with_package=has_metrics()), **scores}
-    return scores
+    def _answered(self, engine: Engine, name: str, batch: list[int], clips: dict, with_lm: bool) -> list[dict]:
+        """Predictions of a batch of rows of one task."""
+        task, before = TASKS[name], time.perf_counter()
+        asked = wordings(name, self.instructions)
+        prompts = [
+            with_clips(task.messages(self.rows[number][0], asked), [{"encoded": clip} for clip in clips[number]])
+            for number in batch
+        ]
+        aligned = task.reads_alignment and engine.model.model.alignment is not None
+        settings = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        answers = engine(prompts, task.asked_as or name, with_alignment=aligned, with_lm=with_lm, **settings)
+        spent = (time.perf_counter() - before) / len(batch)
+        found = []
+        for number, answer in zip(batch, answers, strict=True):
+            example, seconds, _ = self.rows[number]
+            text = answer.texts[0] if answer.texts else None
+            found.append(
+                {
+                    "row": number, "id": example.id, "task": name, "speaker": example.speaker, "seconds": seconds,
+                    "reference": example.reference, "hypothesis": text, "stopped": answer.stopped,
+                    "hypothesis_align": " ".join(answer.heard) if answer.heard else None, "compute_seconds": spent,
+                    **task.fields(example, text),
+                }
+            )  # fmt: skip
+        return found
 
 
 @contextlib.contextmanager
@@ -236,8 +228,7 @@ class StageCallback(TrainerCallback):
         self.history.append(stage=self.stage.name, step=state.global_step, seconds=self._seconds(), **logs)
         rate = (self.trainer.clock.seconds - self._first_seconds) / max(1, state.global_step - self._first_step)
         left = duration(rate * (state.max_steps - state.global_step))
-        names = ("loss", "lm_loss", "align_loss", "caption_loss")
-        losses = "  ".join(f"{name} {logs[name]:.3f}" for name in names if name in logs)
+        losses = "  ".join(f"{name} {logs[name]:.3f}" for name in LOSSES if name in logs)
         norms = " ".join(
             f"{k.removeprefix('grad_norm_')} {v:.2g}" for k, v in logs.items() if k.startswith("grad_norm_")
         )
@@ -255,19 +246,20 @@ class StageCallback(TrainerCallback):
         before = time.perf_counter()
         with self.trainer.model_to_evaluate() as model:
             scores, predictions = self.development.evaluate(model, self.with_lm)
-        shown = {name: scores[name] for name in SHOWN if scores.get(name) is not None}
+        names = dict.fromkeys(name for prediction in predictions for name in TASKS[prediction["task"]].shown)
+        shown = {name: scores[name] for name in names if scores.get(name) is not None}
         if not state.is_world_process_zero:
             return
         self.history.append(stage=self.stage.name, step=state.global_step, seconds=self._seconds(), **shown)
         self.trainer.log({f"eval_{name}": value for name, value in shown.items()})
-        if not predictions:  # captions only, and a stage without the LLM
+        if not predictions:  # no task that the alignment head reads, and a stage without the LLM
             return
         sample = predictions[len(predictions) // 2]
-        heard = sample["hypothesis"] if self.with_lm else sample["hypothesis_align"]
+        heard = (sample["hypothesis"] if self.with_lm else sample["hypothesis_align"]) or ""
         numbers = "  ".join(f"{name} {value:.3g}" for name, value in shown.items())
         print(
             f"  dev at step {state.global_step}: {numbers}  ({time.perf_counter() - before:.0f} s)\n"
-            f"    said:  {sample['reference'].lower()[:110]}\n    heard: {heard[:110]}",
+            f"    said:  {sample['reference'][:110]}\n    heard: {heard[:110]}",
             flush=True,
         )
 

@@ -15,6 +15,7 @@ from .build import PARTS, part_of
 from .callbacks import duration, preserved_random_state
 from .checkpoints import write_atomically
 from .corpus import Corpus
+from .prompt_room import PromptRoom
 
 
 def parameter_table(model: torch.nn.Module) -> list[tuple[str, int, int]]:
@@ -26,26 +27,30 @@ def parameter_table(model: torch.nn.Module) -> list[tuple[str, int, int]]:
     return [(part, *counts[part]) for part in PARTS]
 
 
-def token_rate(model, processor, corpus: Corpus, instructions: list[str], sampled: int = 200) -> dict[str, float]:
-    """Audio tokens per second, and the longest prompt (audio + instruction + transcript) against the LLM's context.
+def token_rate(room: PromptRoom, corpus: Corpus, sampled: int = 200) -> dict[str, float] | None:
+    """Audio tokens per second that the adapter makes, and the longest prompt against the LLM's context; None for text
+    alone.
 
-    Long prompts are found among the `sampled` longest clips; with the "collapse" readout this is what is left before
-    the collapse.
+    Long prompts are found among the `sampled` longest rows; with a readout that collapses them, audio counts only in
+    what the adapter makes.
     """
-    rate = processor.sampling_rate
-    audio = [(row, processor.num_audio_tokens(int(row.seconds * rate))) for row in corpus.rows]
-    longest = sorted(audio, key=lambda item: -item[1])[:sampled]
-    texts = processor.tokenizer(
-        [max((row.text, *row.captions), key=len) for row, _ in longest], add_special_tokens=False
-    )["input_ids"]
-    instructions = instructions + [row.instruction for row in corpus.rows if row.instruction]
-    words = [{"role": "user", "content": max(instructions, key=len)}, {"role": "assistant", "content": ""}]
-    frame = len(processor.apply_chat_template(words, tokenize=True, return_dict=True)["input_ids"][0])
+    rate, config = room.processor.sampling_rate, room.config
+
+    def made(row) -> int:
+        counts = [room.processor.frame_counts(int(seconds * rate)) for seconds in row.lengths]
+        return sum(config.num_audio_tokens(frames) for frames in counts)
+
+    heard = [row for row in corpus.rows if row.lengths]
+    if not heard:
+        return None
+    tokens = {row: made(row) for row in heard}
+    longest = sorted(heard, key=lambda row: -tokens[row])[:sampled]
+    words = [room.tokens(corpus.example(row), []) for row in longest]
     return {
-        "tokens_per_second": sum(tokens for _, tokens in audio) / sum(row.seconds for row, _ in audio),
-        "longest_audio": longest[0][1],
-        "longest_prompt": max(tokens + len(text) for (_, tokens), text in zip(longest, texts, strict=True)) + frame,
-        "context": getattr(model.config.text_config, "max_position_embeddings", 0) or 0,
+        "tokens_per_second": sum(tokens.values()) / sum(row.seconds for row in heard),
+        "longest_audio": tokens[longest[0]],
+        "longest_prompt": max(tokens[row] + count for row, count in zip(longest, words, strict=True)),
+        "context": room.context or 0,
     }
 
 

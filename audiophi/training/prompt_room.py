@@ -1,42 +1,60 @@
 """Which rows make prompts that the LLM's context can hold: one that is longer would end the run when its turn comes."""
 
-from collections.abc import Iterable
-
-from audiophi.data.alignment_text import normalise_transcript
+from audiophi.data.example import Example, with_clips
+from audiophi.tasks import TASKS, wordings
 
 
 class PromptRoom:
-    """What the context leaves for audio and words beside the chat's marks and the longest instruction.
+    """What the context leaves for audio beside the words of a row.
 
     Args:
-        processor: with its length rule. context: of the LLM, in tokens.
-        instructions: all that may be asked.
-        counts_audio: whether every audio token goes to the LLM; with a readout that collapses them only the words are
-            certain.
+        processor: of the model. config: the model's.
+        instructions: of the recipe, by task.
         text_case: see `normalise_transcript`.
     """
 
-    def __init__(
-        self, processor, context: int, instructions: Iterable[str], counts_audio: bool, text_case: str = "lower"
-    ):
-        self.tokenizer, self.context = processor.tokenizer, context
-        self.counts_audio, self.text_case = counts_audio, text_case
-        frame = [{"role": "user", "content": max(instructions, key=len)}, {"role": "assistant", "content": ""}]
-        ids = processor.apply_chat_template(frame, tokenize=True, return_dict=True)["input_ids"]
-        self.left = context - len(ids[0])
+    def __init__(self, processor, config, instructions: dict[str, list[str]], text_case: str = "lower"):
+        self.processor, self.config, self.text_case = processor, config, text_case
+        self.context = getattr(config.text_config, "max_position_embeddings", None)
+        self.instructions = instructions
+        frame = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+        self.frame = len(processor.apply_chat_template(frame, tokenize=True, return_dict=True)["input_ids"][0])
 
-    def excess(self, texts: Iterable[str], audio_tokens: int) -> str | None:
-        """Why a row with these possible texts does not fit; None for one that does."""
-        audio_tokens = audio_tokens if self.counts_audio else 0
-        texts = [normalise_transcript(text, self.text_case) for text in texts]
+    def words(self, example: Example) -> tuple[list[str], int]:
+        """All texts of the longest prompt that a row can make, and how many turns it has."""
+        task = TASKS[example.task]
+        turns = task.messages(example, [max(wordings(example.task, self.instructions), key=len, default="")])
+        texts = []
+        for message in with_clips(turns, [{} for _ in example.clips]):
+            content = message["content"]
+            texts += [content] if isinstance(content, str) else [item.get("text", "") for item in content]
+        return [*texts, max((task.target(text, self.text_case) for text in example.references), key=len)], len(turns)
+
+    def audio_tokens(self, samples: list[int]) -> int:
+        """Tokens of clips of so many samples each; with a readout that collapses them only the words are certain."""
+        if self.config.readout != "frames":
+            return 0
+        return sum(self.config.num_audio_tokens(self.processor.frame_counts(count)) for count in samples)
+
+    def tokens(self, example: Example, samples: list[int]) -> int:
+        """Positions of a row's longest prompt."""
+        texts, turns = self.words(example)
+        words = sum(map(len, self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]))
+        return self.audio_tokens(samples) + words + self.frame * max(1, turns // 2 + turns % 2)
+
+    def excess(self, example: Example, samples: list[int]) -> str | None:
+        """Why a row whose clips have so many samples each does not fit; None for one that does."""
+        if not self.context:
+            return None
+        texts, turns = self.words(example)
+        audio = self.audio_tokens(samples)
         # No tokenizer makes more tokens than there are bytes: most rows need not be tokenised to know.
-        if audio_tokens + max(len(text.encode()) + 1 for text in texts) <= self.left:
+        if audio + sum(len(text.encode()) for text in texts) + self.frame * (turns + 1) <= self.context:
             return None
-        words = max(len(self.tokenizer(" " + text, add_special_tokens=False)["input_ids"]) for text in texts)
-        if audio_tokens + words <= self.left:
+        total = self.tokens(example, samples)
+        if total <= self.context:
             return None
-        audio = f"{audio_tokens} audio tokens and " if audio_tokens else ""
+        told = f"{audio} audio tokens and " if audio else ""
         return (
-            f"{audio}{words} tokens of text exceed the context of {self.context}, of which the prompt leaves "
-            f"{self.left}; cut it into shorter clips"
+            f"{told}{total - audio} tokens of text exceed the context of {self.context}; cut it into shorter clips"
         )

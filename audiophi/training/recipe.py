@@ -9,16 +9,19 @@ wrong type and settings that contradict each other are `RecipeError`s which name
 import dataclasses
 import difflib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from audiophi.tasks import TASKS, task_named
+
 from .recipe_values import RecipeError, build
 
 POSITIVE_STAGE_KEYS = (
-    *("steps", "epochs", "minutes", "batch_size", "batch_seconds", "grad_accum"),
+    *("steps", "epochs", "minutes", "batch_size", "batch_seconds", "batch_tokens", "grad_accum"),
     *("eval_steps", "save_steps", "save_minutes", "max_grad_norm", "max_loss_rise"),
 )
 
@@ -54,11 +57,11 @@ class Source:
 
     `weight`: the source's share of an epoch's draws is its weight over the sum of weights (no weights: every row once).
     `filter` keeps and `exclude` drops rows by the values of a column, e.g. `{speaker: ["1272"]}`. `limit` keeps the
-    first rows. Rows longer than `max_seconds` are left out (not counted as bad). `task`: transcribe; no_speech for
-    audio in which nobody speaks, whose transcript is empty; caption for sounds (the default of Clotho, AudioCaps,
-    ESC-50, UrbanSound8K, which may be given as `clotho:FOLDER` ...), with captions of the source or by templates from
-    `label_column`. The task decides what the user asks, unless the source has its own `instruction`. `audio_folder`:
-    where the audio of such a set is, if not beside its CSVs. `allow_urls`: fetch what its rows name by URL.
+    first rows. Rows longer than `max_seconds` are left out (not counted as bad). `task`: a name of audiophi/tasks; not
+    given, the source's kind and its columns decide. The task decides what the user asks, unless the source has its own
+    `instruction` or a column of questions (`instruction_column`, `answer_column`, chats). `speech: false`: nobody
+    speaks in the clips, so CTC may learn silence from them. `audio_folder`: where the audio of Clotho, AudioCaps, ...
+    is, if not beside its CSVs. `allow_urls`: fetch what its rows name by URL.
     """
 
     path: str
@@ -67,8 +70,12 @@ class Source:
     audio_column: str | None = None
     text_column: str | None = None
     label_column: str | None = None
+    instruction_column: str | None = None
+    answer_column: str | None = None
+    transcript_column: str | None = None
     audio_folder: str | None = None
-    task: Literal["transcribe", "caption", "no_speech"] | None = None
+    task: str | None = None
+    speech: bool | None = None
     instruction: str | None = None
     filter: dict[str, list] | None = None
     exclude: dict[str, list] | None = None
@@ -141,6 +148,7 @@ class Stage:
     minutes: float | None = None  # at most: fewer steps on a machine that, timed at the start, is too slow for all
     batch_size: int | None = None  # clips per device and micro-batch; or
     batch_seconds: float | None = None  # padded seconds of audio per device and micro-batch
+    batch_tokens: int | None = None  # beside either: padded tokens of text per device and micro-batch
     grad_accum: int = 1
     learning_rate: float = 1e-3  # adapter, alignment head, readout, layer mix
     llm_learning_rate: float = 2e-4
@@ -177,8 +185,8 @@ class Recipe:
     readout: Literal["frames", "collapse", "mixed"] | None = None  # null: frames, or what `init_from` has
     alignment: Alignment | None = None
     text_case: Literal["lower", "keep"] = "lower"
-    instructions: list[str] = field(default_factory=lambda: ["Transcribe the speech."])
-    caption_instructions: list[str] = field(default_factory=lambda: ["Describe the sound."])
+    instructions: dict[str, list[str]] = field(default_factory=dict)  # task: what is asked; not given, its own wordings
+    loss_on: Literal["all", "last"] = "all"  # which of the assistant's turns are learned
     cache: bool = True  # keep the frozen encoder's outputs on disk
     cache_dir: str = "cache"
     cache_dtype: Literal["float16", "float32"] = "float16"
@@ -186,9 +194,8 @@ class Recipe:
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights in final/
     push_to_hub: str | None = None  # org/name: final/ is uploaded there (made private if it is new), later if need be
     push_stages: bool = False  # upload each finished stage's model, too
-    generation: dict[str, Any] = field(
-        default_factory=dict
-    )  # defaults of generate(), saved with the model: num_beams, ...
+    # Defaults of generate(), saved with the model: {num_beams: 2, TASK: {ctc_weight: 0.5}}, those of a task by its name.
+    generation: dict[str, Any] = field(default_factory=dict)
     evaluation: Evaluation = field(default_factory=Evaluation)
     seed: int = 0
     logging_steps: int = 10
@@ -269,6 +276,22 @@ def _apply(data: dict, dotted: str, value: Any) -> None:
             node = node[key]
 
 
+def sources_of(recipe: Recipe) -> Iterator[tuple[str, list[Source]]]:
+    """(dotted key, sources) of all the data that a recipe names."""
+    yield "data.train", recipe.data.train
+    yield "data.eval", recipe.data.eval
+    for number, stage in enumerate(recipe.stages):
+        if stage.data:
+            yield f"stages.{number}.data", stage.data
+
+
+def check_task(name: str, where: str) -> None:
+    try:
+        task_named(name)
+    except ValueError as error:
+        raise RecipeError(f"{where}: {error}") from None
+
+
 def _check(recipe: Recipe) -> None:
     """Contradictions that types cannot express."""
 
@@ -277,8 +300,9 @@ def _check(recipe: Recipe) -> None:
             raise RecipeError(message)
 
     refuse(not recipe.stages, "stages: a recipe needs at least one stage")
-    for key in ("instructions", "caption_instructions"):
-        refuse(not getattr(recipe, key), f"{key}: give at least one instruction, it is the user's turn in every prompt")
+    for name, asked in recipe.instructions.items():
+        check_task(name, f"instructions.{name}")
+        refuse(not asked, f"instructions.{name}: give at least one instruction, it is the user's turn in every prompt")
     refuse(not 0 <= recipe.data.max_bad_rows <= 1, "data.max_bad_rows is a share between 0 and 1")
     refuse(not recipe.data.speeds or min(recipe.data.speeds) <= 0, "data.speeds: give one or more factors above 0")
     refuse(recipe.logging_steps < 1, "logging_steps must be 1 or more")
@@ -291,12 +315,17 @@ def _check(recipe: Recipe) -> None:
         recipe.readout in ("collapse", "mixed") and recipe.alignment is None and recipe.init_from is None,
         f"readout: {recipe.readout} needs the alignment head; add `alignment: {{merges: null}}`",
     )
-    refuse(
-        any(source.task == "no_speech" for source in recipe.data.eval),
-        "data.eval: task no_speech is for training only, without words there is no error rate",
-    )
-    # Readout mixed learns from captions, too; which readout a checkpoint has is not known yet.
-    captions = recipe.readout == "mixed" or (recipe.readout is None and recipe.init_from is not None)
+    for where, sources in sources_of(recipe):
+        for number, source in enumerate(sources):
+            if source.task is not None:
+                check_task(source.task, f"{where}.{number}.task")
+    for source in recipe.data.eval:
+        refuse(
+            source.task is not None and TASKS[source.task].report is None,
+            f"data.eval: task {source.task} is for training only, it has no score",
+        )
+    # Readout mixed learns from more than words; which readout a checkpoint has is not known yet.
+    sounds = recipe.readout == "mixed" or (recipe.readout is None and recipe.init_from is not None)
     names = [stage.name for stage in recipe.stages]
     refuse(len(set(names)) < len(names), f"stages: names must differ, got {', '.join(names)}")
     for i, stage in enumerate(recipe.stages):
@@ -331,7 +360,7 @@ def _check(recipe: Recipe) -> None:
         )
         refuse(
             stage.loss == "align"
-            and {stage.tune.encoder, stage.tune.adapter, (stage.tune.readout if captions else None) or "frozen"}
+            and {stage.tune.encoder, stage.tune.adapter, (stage.tune.readout if sounds else None) or "frozen"}
             == {"frozen"},
             f"{at}.tune: the align loss reaches encoder and adapter only (and readout mixed), and they are frozen",
         )
@@ -355,13 +384,6 @@ def _check(recipe: Recipe) -> None:
         )
         refuse(
             recipe.data.streaming and stage.steps is None, f"{at}: a stream has no known length; give steps, not epochs"
-        )
-        refuse(
-            stage.loss == "align"
-            and not captions
-            and all(source.task == "caption" for source in stage.data or recipe.data.train),
-            f"{at}.loss: align needs transcripts, words in the order in which they are heard; train captions with lm, "
-            "or with readout: mixed",
         )
         for source in stage.data or recipe.data.train:
             refuse(

@@ -1,6 +1,5 @@
 """What a stage trains on: corpus, cached encoder outputs, order of batches, augmentation, collator."""
 
-import copy
 import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -10,15 +9,15 @@ from transformers import TrainingArguments
 
 from audiophi.data.augment import Augment
 from audiophi.data.collator import AudioPhiCollator
-from modeling_audiophi.adapters import adapter_class
 
 from .batches import BatchSchedule
 from .cache_filling import fill_cache, open_cache, uses_cache
-from .corpus import Corpus, StreamingSet, TrainingSet
+from .corpus import Corpus, TrainingSet
 from .feature_cache import FeatureCache
 from .plan import token_rate
 from .prompt_room import PromptRoom
 from .recipe import Recipe, RecipeError, Stage
+from .streams import StreamingSet
 
 if TYPE_CHECKING:
     from .stages import Run
@@ -60,26 +59,27 @@ def stage_data(run: "Run", stage: Stage, number: int, arguments: TrainingArgumen
     recipe = run.recipe
     rank, world_size = arguments.process_index, arguments.world_size
     sources = stage.data or recipe.data.train
+    sounds = run.model.model.readout.learns_sounds
+    room = PromptRoom(run.processor, run.model.config, recipe.instructions, recipe.text_case)
     if recipe.data.streaming:
-        captions = run.model.model.readout.learns_captions
-        context = getattr(run.model.config.text_config, "max_position_embeddings", None)
-        asked = [source.instruction for source in sources if source.instruction]
-        room = prompt_room(run, context, asked) if context and stage.loss != "align" else None
-        stream = StreamingSet(sources, run.bad, run.processor, stage, recipe, rank, world_size, captions, room)
+        fits = None if stage.loss == "align" else room
+        stream = StreamingSet(sources, run.bad, run.processor, stage, recipe, rank, world_size, sounds, fits)
         return stream, None, None, None
     corpus = run.corpora[data_key(recipe, stage)]
-    if stage.loss == "align" and not run.model.model.readout.learns_captions:
-        corpus = with_transcripts(run, corpus)
+    if stage.loss == "align":
+        corpus = teaching_alignment(run, corpus, sounds)
     cache = stage_cache(run, stage, corpus)
-    rate = token_rate(run.model, run.processor, corpus, recipe.instructions + recipe.caption_instructions)
+    rate = token_rate(room, corpus)
     if stage.loss != "align":
-        corpus = without_long_prompts(run, corpus, rate["context"])
+        corpus = without_long_prompts(run, corpus, room)
     schedule = BatchSchedule(
         [row.seconds for row in corpus.rows],
         steps=stage.steps,
         epochs=stage.epochs,
         batch_size=stage.batch_size,
         batch_seconds=stage.batch_seconds,
+        batch_tokens=stage.batch_tokens,
+        tokens=[row.tokens for row in corpus.rows],
         grad_accum=stage.grad_accum,
         sources=[row.table for row in corpus.rows],
         weights=[source.weight for source in sources],
@@ -88,53 +88,41 @@ def stage_data(run: "Run", stage: Stage, number: int, arguments: TrainingArgumen
         rank=rank,
         world_size=world_size,
     )
-    words = (recipe.instructions, recipe.seed, stage.time_stretch, recipe.caption_instructions)
+    words = (recipe.instructions, recipe.seed, stage.time_stretch, recipe.text_case)
     dataset = TrainingSet(corpus, run.processor, cache, *words)
     return dataset, schedule, cache, rate
 
 
-def with_transcripts(run: "Run", corpus: Corpus) -> Corpus:
-    """The corpus without captioned clips: CTC needs words in the order in which they are heard."""
-    rows = [row for row in corpus.rows if row.task != "caption"]
+def teaching_alignment(run: "Run", corpus: Corpus, sounds: bool) -> Corpus:
+    """The corpus without rows that teach the loss align nothing: it is not known what is said in their clips, and with
+    `sounds` not what is heard."""
+    rows = [row for row in corpus.rows if row.spoken or (sounds and row.sounds and row.lengths)]
     if len(rows) == len(corpus):
         return corpus
     if not rows:
         raise RecipeError(
-            "a stage with loss align has only captions as data; train them with loss lm, or with `readout: mixed`"
+            "a stage with loss align needs clips of which it is known what is said, words in the order in which they "
+            "are heard; train these with loss lm, or with `readout: mixed` what is heard"
         )
-    left_out = len(corpus) - len(rows)
-    run.say(f"align: {left_out:,} captioned clips are left out, only the readout mixed learns their words")
-    spoken = copy.copy(corpus)
-    spoken.rows = rows
-    return spoken
+    run.say(f"align: {len(corpus) - len(rows):,} rows are left out, nothing is known of what is said in their clips")
+    return corpus.only(rows)
 
 
-def prompt_room(run: "Run", context: int, asked: list[str]) -> PromptRoom:
-    """What the stage's prompts must fit into; `asked`: instructions beside the recipe's."""
-    recipe = run.recipe
-    instructions = [*recipe.instructions, *recipe.caption_instructions, *asked]
-    return PromptRoom(run.processor, context, instructions, run.model.config.readout == "frames", recipe.text_case)
-
-
-def without_long_prompts(run: "Run", corpus: Corpus, context: int) -> Corpus:
-    """The corpus without clips whose prompt exceeds the LLM's context; they are listed among the bad rows."""
-    if not context:
+def without_long_prompts(run: "Run", corpus: Corpus, room: PromptRoom) -> Corpus:
+    """The corpus without rows whose prompt exceeds the LLM's context; they are listed among the bad rows."""
+    if not room.context:
         return corpus
-    room = prompt_room(run, context, [row.instruction for row in corpus.rows if row.instruction])
-    slowest = min(run.recipe.data.speeds)
+    slowest, rate = min(run.recipe.data.speeds), run.processor.sampling_rate
     kept = []
     for row in corpus.rows:
-        tokens = run.processor.num_audio_tokens(int(row.seconds / slowest * run.processor.sampling_rate))
-        excess = room.excess([row.text, *row.captions], tokens)
+        excess = room.excess(corpus.example(row), [int(seconds / slowest * rate) for seconds in row.lengths])
         if excess is None:
             kept.append(row)
         else:
             corpus.drop(row, f"{excess} ({row.seconds:.0f} s)")
     if not kept:
         raise ValueError(f"no usable rows are left; see {corpus.bad.path}")
-    shorter = copy.copy(corpus)
-    shorter.rows = kept
-    return shorter
+    return corpus.only(kept)
 
 
 def stage_augment(recipe: Recipe, stage: Stage) -> Augment | None:
@@ -156,26 +144,28 @@ class StageCollator:
     also every window, for the augmentation of live encoder outputs."""
 
     def __init__(self, run: "Run", stage: Stage, augment: Augment | None, live: bool):
-        adapter = run.model.config.adapter_config
         self.live = live
         self.collate = AudioPhiCollator(
             run.processor,
             mode=stage.loss,
             align_tokenizer=run.align_tokenizer,
-            learn_captions=run.model.model.readout.learns_captions,
+            learn_sounds=run.model.model.readout.learns_sounds,
             augment=augment,
             text_case=run.recipe.text_case,
-            adapter_length_rule=adapter_class(adapter).length_rule(adapter),
+            loss_on=run.recipe.loss_on,
         )
 
     def __call__(self, examples: list[dict]) -> dict:
         batch = dict(self.collate(examples))
         batch["drawn"] = [(example["epoch"], example["id"]) for example in examples]
         if self.live:
-            windows = batch["audio_num_windows"].tolist()
+            clips = [
+                (example["epoch"], example["id"], *([clip] if clip else []))
+                for example in examples
+                for clip in range(len(example["clips"]))
+            ]
+            windows = batch["audio_num_windows"].tolist() if clips else []
             batch["augment_keys"] = [
-                (example["epoch"], example["id"], window)
-                for example, count in zip(examples, windows, strict=True)
-                for window in range(count)
+                (*clip, window) for clip, count in zip(clips, windows, strict=True) for window in range(count)
             ]
         return batch

@@ -17,13 +17,15 @@ import torch
 from accelerate import PartialState
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
+from audiophi.tasks import task_of_source
+
 from .build import (
     apply_tuning,
     build_align_tokenizer,
     build_model,
     build_processor,
     full_align_vocab,
-    learns_captions,
+    learns_sounds,
     set_generation,
 )
 from .callbacks import Development, History, StageCallback
@@ -122,12 +124,13 @@ def finish(run: Run) -> None:
         run.upload.finish()
 
 
-def knows_captions(recipe: Recipe, corpora: Iterable[Corpus]) -> bool:
-    """Whether the model learns more than to transcribe, so that what it is asked matters for the decoding."""
-    sources = [source for stage in recipe.stages for source in stage.data or recipe.data.train]
-    return any(source.task == "caption" for source in sources) or any(
-        row.task == "caption" for corpus in corpora for row in corpus.rows
-    )
+def trained_tasks(recipe: Recipe, corpora: Iterable[Corpus]) -> list[str]:
+    """Names of the tasks that a recipe's model learns, each once; of a stream as far as its sources say."""
+    names = [name for corpus in corpora for name in corpus.tasks]
+    if recipe.data.streaming:
+        sources = [source for stage in recipe.stages for source in stage.data or recipe.data.train]
+        names = [source.task or task_of_source((), source.instruction).name for source in sources]
+    return list(dict.fromkeys(names))
 
 
 def prepare(recipe: Recipe, folder: Path, signals: StopSignals, sharded: bool = False) -> Run:
@@ -139,31 +142,28 @@ def prepare(recipe: Recipe, folder: Path, signals: StopSignals, sharded: bool = 
     if not recipe.data.streaming:
         for stage in recipe.stages:
             if data_key(recipe, stage) not in corpora:
-                corpora[data_key(recipe, stage)] = Corpus(stage.data or recipe.data.train, bad, recipe.text_case)
+                corpora[data_key(recipe, stage)] = Corpus(stage.data or recipe.data.train, bad)
         for corpus in corpora.values():
-            say(f"data: {len(corpus):,} clips, {corpus.hours:.2f} h")
+            say(f"data: {len(corpus):,} rows, {corpus.hours:.2f} h")
         if bad.expected:
             say(f"data: {len(bad.expected):,} clips were never downloaded; they are left out, and listed in {bad.path}")
     vocab = None
     if align_tokenizer is not None and recipe.data.streaming:
         vocab = full_align_vocab(processor.tokenizer, recipe.alignment.merges)
     elif align_tokenizer is not None:
-        captions = learns_captions(recipe)
-        texts = (text for corpus in corpora.values() for text in corpus.texts(recipe.text_case, captions))
+        sounds = learns_sounds(recipe)
+        texts = (text for corpus in corpora.values() for text in corpus.texts(recipe.text_case, sounds))
         vocab = align_tokenizer.vocab(texts)
-    model = build_model(recipe, processor, vocab)
-    if knows_captions(recipe, corpora.values()):
-        wordings = processor.instructions["transcribe"]
-        model.config.transcribe_endings = [processor.prompt_ending(words) for words in wordings]
+    model = build_model(recipe, processor, vocab, trained_tasks(recipe, corpora.values()))
     if recipe.data.eval:
         eval_bad = BadRows(folder / "bad_rows_eval.jsonl", 1.0)
         development = Development(
-            Corpus(recipe.data.eval, eval_bad, recipe.text_case),
+            Corpus(recipe.data.eval, eval_bad),
             processor,
             recipe.evaluation.clips,
             recipe.evaluation.batch_size,
             recipe.evaluation.max_new_tokens,
-            {"transcribe": recipe.instructions[0], "caption": recipe.caption_instructions[0]},
+            recipe.instructions,
         )
     history, upload = History(folder / "history.jsonl"), None
     if recipe.push_to_hub and PartialState().is_main_process:
@@ -332,4 +332,4 @@ def load_stage(run: Run, stage: Stage) -> None:
         )
     device = run.model.device
     run.model = type(run.model).from_pretrained(run.folder / stage.name / "model", dtype=torch.float32).to(device)
-    set_generation(run.model, run.recipe)
+    set_generation(run.model, run.recipe, run.model.generation_config.tasks)

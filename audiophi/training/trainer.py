@@ -16,6 +16,7 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from audiophi.data.augment import Augment
+from modeling_audiophi.alignment_audiophi import NO_TARGET
 
 from .build import PARTS, part_of
 from .checkpoints import keep_newest, read_marker, saving, seal
@@ -124,7 +125,7 @@ class AudioPhiTrainer(Trainer):
         return DataLoader(self.train_dataset, batch_sampler=self.schedule, **options)
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        clips = torch.tensor(sum(len(batch["audio_num_windows"]) for batch in batch_samples), device=device)
+        clips = torch.tensor(max(1, sum(taught_clips(batch) for batch in batch_samples)), device=device)
         if self.args.world_size > 1:
             clips = self.accelerator.gather(clips).sum()
         self.align_items_in_batch = clips
@@ -149,7 +150,7 @@ class AudioPhiTrainer(Trainer):
             align_loss_weight=self.stage.align_weight,
         )
         self._augment_keys = []
-        for name in ("lm_loss", "align_loss", "caption_loss", "align_skipped"):
+        for name in ("lm_loss", "align_loss", "sound_loss", "align_skipped"):
             if (value := getattr(outputs, name)) is not None:
                 self._sums[name] = self._sums.get(name, 0) + value.detach().float()
         # Gradients are averaged over ranks, each of which has only its part of the sum.
@@ -341,6 +342,16 @@ class AudioPhiTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         load_trainable(model, load_file(os.path.join(resume_from_checkpoint, WEIGHTS_NAME)))
         self.clock.seconds = read_marker(Path(resume_from_checkpoint))["seconds"]
+
+
+def taught_clips(batch: dict) -> int:
+    """How many of a batch's clips have a target of the loss align."""
+    if "align_labels" not in batch:
+        return 0
+    taught = batch["align_labels"][:, 0] != NO_TARGET
+    if "sound_labels" in batch:
+        taught = taught | (batch["sound_labels"] >= 0).any(1)
+    return int(taught.sum())
 
 
 def save_for_use(model, processor, folder: Path, dtype: torch.dtype = torch.float32) -> None:

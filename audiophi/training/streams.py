@@ -1,0 +1,140 @@
+"""Batches of rows as they come, for data that does not fit on the disk."""
+
+import zlib
+from collections.abc import Iterator
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from audiophi.data.augment import speed_perturb
+from audiophi.data.dataset_registry import missing_audio_is_normal
+from audiophi.data.datasets import stream_examples
+from audiophi.data.example import RowError
+from processing.audio_io import AudioError
+
+from .bad_rows import BadRows, TooManyBadRows
+from .batches import BatchSchedule
+from .corpus import drawing, item_of, missing_file, source_spec, text_tokens
+from .prompt_room import PromptRoom
+from .recipe import Source
+
+
+class StreamingSet(IterableDataset):
+    """Batches of items as the rows of a stream come.
+
+    Every process and every worker of its loader takes its share of the rows, decodes no others, and makes batches of
+    its own; length grouping happens inside a buffer of rows. The order follows from the seed, so that skipping batches
+    resumes a run.
+
+    Args:
+        sounds: whether the loss align learns from answers that say what is heard. room: what prompts must fit into.
+    """
+
+    def __init__(
+        self,
+        sources: list[Source],
+        bad: BadRows,
+        processor,
+        stage,
+        recipe,
+        rank: int = 0,
+        world_size: int = 1,
+        sounds: bool = False,
+        room: PromptRoom | None = None,
+    ):
+        self.sources, self.bad, self.processor, self.stage, self.recipe = sources, bad, processor, stage, recipe
+        self.rank, self.world_size, self.sounds, self.room, self.buffer = rank, world_size, sounds, room, 512
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        epoch, batches = 0, 0
+        while True:
+            before, buffer = batches, []
+            for item in self._items(epoch):
+                buffer.append(item)
+                if len(buffer) >= self.buffer:
+                    for batch in self._group(buffer, epoch, batches):
+                        batches += 1
+                        yield batch
+                    buffer = []
+            for batch in self._group(buffer, epoch, batches):
+                batches += 1
+                yield batch
+            if batches == before:
+                raise ValueError(
+                    f"the stream gave this process no usable rows; see {self.bad.path}, and use fewer processes or "
+                    "workers (num_workers) than there are rows"
+                )
+            epoch += 1
+
+    def describe(self, epoch: int, number: int) -> dict:
+        """All that is still known of a row of the stream: that it was the `number`-th."""
+        return {"row": number, "epoch": epoch}
+
+    def _items(self, epoch: int) -> Iterator[dict]:
+        specs = [
+            {**source_spec(source), **({"weight": source.weight} if source.weight else {})} for source in self.sources
+        ]
+        longest = {source.path: source.max_seconds for source in self.sources}
+        incomplete = {source.path: missing_audio_is_normal(source.path) for source in self.sources}
+        worker = get_worker_info()
+        share = self.rank * worker.num_workers + worker.id if worker else self.rank
+        shares = self.world_size * (worker.num_workers if worker else 1)
+        rate, seed = self.processor.sampling_rate, self.recipe.seed
+        for number, example in enumerate(stream_examples(specs, seed + epoch)):
+            if number % shares != share:
+                continue
+            try:
+                if isinstance(example, RowError):
+                    raise example
+                draw = drawing(seed, epoch, number)
+                item, seconds = self._item(example, draw, rate, number, epoch)
+            except (RowError, AudioError, OSError) as error:
+                known = not isinstance(example, RowError)
+                absent = known and incomplete.get(example.source) and missing_file(example) is not None
+                self._bad(error, number, example.id if known else f"row {number + 1}", bool(absent), epoch)
+                continue
+            limit = longest.get(example.source)
+            if item is not None and (limit is None or seconds <= limit):
+                yield {**item, "seconds": seconds, "tokens": text_tokens(example)}
+
+    def _item(self, example, draw, rate: int, number: int, epoch: int) -> tuple[dict | None, float]:
+        """The item and the seconds of its audio; None for one that the stage's loss cannot learn from."""
+        item = item_of(example, [{}] * len(example.clips), self.recipe.instructions, draw, self.recipe.text_case,
+                       number, epoch)  # fmt: skip
+        learned = any(text is not None for text in item["transcripts"]) or (self.sounds and item["sounds"] is not None)
+        if self.stage.loss == "align" and not learned:
+            return None, 0.0
+        speeds = self.recipe.data.speeds
+        speed = speeds[zlib.crc32(f"{self.recipe.seed} {epoch} {number}".encode()) // 7 % len(speeds)]
+        clips, samples = [], []
+        for clip in example.clips:
+            waveform = clip.read(example.id, rate)
+            waveform = waveform if speed == 1 else speed_perturb(waveform, speed, rate)
+            samples.append(len(waveform))
+            clips.append(self.processor.encode_audio((waveform, rate)))
+        excess = self.room and self.room.excess(example, samples)
+        if excess:
+            raise AudioError(excess)
+        item = item_of(example, clips, self.recipe.instructions, draw, self.recipe.text_case, number, epoch)
+        return item, sum(samples) / rate
+
+    def _bad(self, error: Exception, number: int, name: str, expected: bool, epoch: int) -> None:
+        self.bad.total = 0  # unknown: checked below against the rows seen so far
+        self.bad.add(self.recipe.name, number, name, str(error), expected=expected)
+        if epoch == 0 and number >= 100 and len(self.bad) > self.bad.max_share * (number + 1):
+            raise TooManyBadRows(
+                f"{len(self.bad)} of the first {number + 1} rows cannot be used, more than data.max_bad_rows = "
+                f"{self.bad.max_share:g} allows. They are listed in {self.bad.path}"
+            ) from error
+
+    def _group(self, buffer: list[dict], epoch: int, batches: int) -> list[list[dict]]:
+        if not buffer:
+            return []
+        size = {name: getattr(self.stage, name) for name in ("batch_size", "batch_seconds", "batch_tokens")}
+        schedule = BatchSchedule(
+            [item.pop("seconds") for item in buffer],
+            tokens=[item.pop("tokens") for item in buffer],
+            epochs=1,
+            seed=self.recipe.seed + 31 * epoch + batches,
+            **size,
+        )
+        return [[buffer[draw.row] for draw in batch] for batch in schedule]
