@@ -53,7 +53,7 @@ def test_missing_clips_are_kept_for_the_reader_to_count(audiocaps):
 def test_missing_clips_are_listed_and_not_fatal_in_training(audiocaps, tmp_path):
     bad = BadRows(tmp_path / "bad.jsonl", max_share=0.0)
     corpus = Corpus([Source(path=str(audiocaps), split="train")], bad)
-    assert [row.id for row in corpus.rows] == ["r1nicOVtvkQ_130"]
+    assert [corpus.example(row).id for row in corpus.rows] == ["r1nicOVtvkQ_130"]
     assert len(bad) == 0 and len(bad.expected) == 1
     (line,) = [json.loads(line) for line in bad.path.read_text().splitlines()]
     assert line["id"] == "-UDGBjjwyaqE_20" and "no such file" in line["reason"]

@@ -11,7 +11,7 @@ import yaml
 from transformers import AutoTokenizer
 
 from audiophi.data.alignment_text import AlignmentTokenizer, normalise_transcript
-from audiophi.data.captions import TEMPLATES
+from audiophi.tasks.caption_templates import TEMPLATES
 from audiophi.data.collator import AudioPhiCollator
 from audiophi.training.bad_rows import BadRows
 from audiophi.training.batches import Draw

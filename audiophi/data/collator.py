@@ -36,11 +36,11 @@ def training_item(
     None per clip), "sounds" (text or None), "id", "epoch"}.
 
     `clips`: the example's, encoded (`processor.encode_audio`, or cached {"audio_hidden_states"}). `wordings`: what may
-    be asked; `draw` ("instruction" or "answer", choices) -> one of them, None: the first. `id`, `epoch` name it for the
+    be asked; `draw` ("instruction" or "reference", choices) -> one of them, None: the first. `id`, `epoch` name it for the
     augmentation's random numbers.
     """
     task = TASKS[example.task]
-    answer = draw("answer", example.references) if draw else example.references[0]
+    answer = draw("reference", example.references) if draw else example.references[0]
     turns = task.messages(example, wordings, draw)
     messages = [*with_clips(turns, [{"encoded": clip} for clip in clips]),
                 {"role": "assistant", "content": task.target(answer, text_case)}]  # fmt: skip

@@ -123,10 +123,8 @@ class Columns:
             )
             rest = ("text", "system", "metric", "kind", "transcript", "speaker")
             return replace(row, **{key: text_of(get.get(key), key, number) for key in rest})
-        except RowError:
-            raise
         except ValueError as error:
-            raise RowError(f"{source}: row {number + 1} ({name}): {error}") from error
+            raise RowError(f"{source}: row {number + 1} ({name}): {error}", name) from error
 
 
 def as_list(value) -> list:
@@ -145,7 +143,7 @@ def text_of(value, what: str, number: int) -> str | None:
         return None
     if isinstance(value, (str, int, float)):
         return whole_characters(str(value))
-    raise RowError(f"row {number + 1}: its {what} is no text but {type(value).__name__}: {value!r:.80}")
+    raise RowError(f"its {what} is no text but {type(value).__name__}: {value!r:.80}")
 
 
 def words_of(content) -> str:

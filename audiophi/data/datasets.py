@@ -66,7 +66,7 @@ class Examples(Sequence):
         try:
             return self._task.example(row)
         except RowError as error:
-            raise RowError(f"{self.path}: row {number + 1}, {error}") from None
+            raise RowError(f"{self.path}: row {number + 1}, {error}", row.id) from None
 
     def take(self, count: int) -> "Examples":
         """The first `count` rows."""

@@ -10,7 +10,11 @@ AUDIO = {"type": "audio"}  # an item in a message's content: the example's next 
 
 
 class RowError(ValueError):
-    """A row that cannot be used; the message names it and says what is wrong."""
+    """A row that cannot be used; the message names it and says what is wrong. `id`: the row's, where it is known."""
+
+    def __init__(self, message: str, id: str | None = None):
+        super().__init__(message)
+        self.id = id
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class Corpus:
         try:
             example = self.tables[number][index]
         except RowError as error:
-            self.bad.add(source.path, index, f"row {index + 1}", str(error))
+            self.bad.add(source.path, index, error.id or f"row {index + 1}", str(error))
             return
         gone = self.incomplete[number] and missing_file(example)
         if gone:

@@ -90,7 +90,7 @@ class StreamingSet(IterableDataset):
             except (RowError, AudioError, OSError) as error:
                 known = not isinstance(example, RowError)
                 absent = known and incomplete.get(example.source) and missing_file(example) is not None
-                self._bad(error, number, example.id if known else f"row {number + 1}", bool(absent), epoch)
+                self._bad(error, number, example.id or f"row {number + 1}", bool(absent), epoch)
                 continue
             limit = longest.get(example.source)
             if item is not None and (limit is None or seconds <= limit):
