@@ -11,20 +11,22 @@ import yaml
 from transformers import AutoTokenizer
 
 from audiophi.data.alignment_text import AlignmentTokenizer, normalise_transcript
-from audiophi.tasks.caption_templates import TEMPLATES
 from audiophi.data.collator import AudioPhiCollator
+from audiophi.tasks import TASKS
+from audiophi.tasks.caption_templates import TEMPLATES
 from audiophi.training.bad_rows import BadRows
 from audiophi.training.batches import Draw
-from audiophi.training.corpus import Corpus, TrainingSet, draw_words
+from audiophi.training.corpus import Corpus, TrainingSet
 from audiophi.training.recipe import RecipeError, Source, load_recipe, recipe_from_dict
-from audiophi.training.stage_data import with_transcripts
+from audiophi.training.stage_data import teaching_alignment
 from audiophi.training.stages import run_recipe
 from modeling_audiophi import AudioPhiForConditionalGeneration
 from modeling_audiophi.adapters import ADAPTERS
+from modeling_audiophi.alignment_audiophi import NO_TARGET
 from tests.layouts import clotho_captions, tone, write_clotho, write_csv, write_librispeech
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-INSTRUCTIONS = {"transcribe": ["Transcribe the speech."], "caption": ["Describe the sound.", "What is that?"]}
+INSTRUCTIONS = {"caption": ["Describe the sound.", "What is that?"]}
 
 
 @pytest.fixture(scope="module")
@@ -49,53 +51,64 @@ def esc50(tmp_path_factory):
     return root
 
 
-def test_one_caption_is_drawn_per_epoch():
-    row = {"text": "first", "captions": clotho_captions(1), "task": "caption"}
-    drawn = [draw_words(row, INSTRUCTIONS, 0, epoch, 5) for epoch in range(200)]
-    assert drawn == [draw_words(row, INSTRUCTIONS, 0, epoch, 5) for epoch in range(200)]
-    counts = Counter(example["text"] for example in drawn)
-    assert set(counts) == set(clotho_captions(1)) and min(counts.values()) > 20
-    pairs = Counter((example["text"], example["instruction"]) for example in drawn)
-    assert len(pairs) == 10, "caption and instruction go together"
-    for other in ((1, 0, 5), (0, 0, 6)):  # seed, epoch, row
-        assert drawn[:20] != [draw_words(row, INSTRUCTIONS, other[0], epoch, other[2]) for epoch in range(20)]
+def told(item):
+    """What the user asks, and what the assistant says."""
+    return item["messages"][-2]["content"][-1]["text"], item["messages"][-1]["content"]
 
 
-def test_the_instruction_is_the_sources_or_the_tasks():
-    speech = {"text": "HELLO", "captions": None, "task": "transcribe"}
-    assert draw_words(speech, INSTRUCTIONS, 0, 0, 0) == {
-        "text": "HELLO", "instruction": "Transcribe the speech.", "task": "transcribe",
-    }  # fmt: skip
-    assert draw_words({"text": "HELLO"}, INSTRUCTIONS, 0, 0, 0)["task"] == "transcribe"
-    own = {"text": "x", "captions": ["x"], "task": "caption", "instruction": "Name the animal."}
-    assert {draw_words(own, INSTRUCTIONS, 0, epoch, 0)["instruction"] for epoch in range(9)} == {"Name the animal."}
+def test_one_caption_is_drawn_per_epoch(clotho, make_tiny_model, tmp_path):
+    corpus = Corpus([Source(path=str(clotho), split="development")], BadRows(tmp_path / "bad.jsonl", 0))
+    _, processor = make_tiny_model()
+
+    def drawn(seed, number, epochs):
+        rows = TrainingSet(corpus, processor, None, INSTRUCTIONS, seed, text_case="keep")
+        return [told(rows[Draw(number, epoch, 1.0)]) for epoch in range(epochs)]
+
+    first = drawn(0, 1, 100)
+    assert first[:9] == drawn(0, 1, 9)
+    counts = Counter(text.strip() for _, text in first)
+    assert set(counts) == set(clotho_captions(1)) and min(counts.values()) > 5
+    assert len(set(first)) == 10, "caption and instruction go together"
+    assert first[:20] != drawn(1, 1, 20) and {text for _, text in drawn(0, 2, 9)} <= {
+        f" {caption}" for caption in clotho_captions(2)
+    }
+
+
+def test_the_instruction_is_the_sources_or_the_tasks(librispeech, esc50, make_tiny_model, tmp_path):
+    sources = [
+        Source(path=str(librispeech), split="dev-clean"),
+        Source(path=str(esc50), task="caption", instruction="Name the animal."),
+    ]
+    corpus = Corpus(sources, BadRows(tmp_path / "bad.jsonl", 0))
+    rows = TrainingSet(corpus, make_tiny_model()[1], None, INSTRUCTIONS)
+    asked = {told(rows[Draw(0, epoch, 1.0)])[0] for epoch in range(40)}
+    assert asked == set(TASKS["transcribe"].wordings)
+    assert {told(rows[Draw(6, epoch, 1.0)])[0] for epoch in range(9)} == {"Name the animal."}
 
 
 def test_a_mixture_trains_each_task_with_its_own_words(librispeech, clotho, make_tiny_model, tmp_path):
     sources = [Source(path=str(librispeech), split="dev-clean"), Source(path=str(clotho), split="development")]
     corpus = Corpus(sources, BadRows(tmp_path / "bad.jsonl", 0))
-    assert len(corpus) == 10 and len(corpus.texts("lower")) == 6, "captions are no alignment targets"
-    assert len(corpus.texts("lower", captions=True)) == 6 + 4 * 5
+    assert len(corpus) == 10 and len(list(corpus.texts("lower"))) == 6, "captions are no alignment targets"
+    assert len(list(corpus.texts("lower", sounds=True))) == 6 + 4 * 5
     _, processor = make_tiny_model()
-    rows = TrainingSet(corpus, processor, None, ["Transcribe the speech."])
+    rows = TrainingSet(corpus, processor, None, {"transcribe": ["Write."]})
     examples = [rows[Draw(number, 0, 1.0)] for number in (0, 6)]
     collate = AudioPhiCollator(processor, mode="align", align_tokenizer=AlignmentTokenizer(processor.tokenizer))
-    assert (
-        examples[0]["instruction"] == "Transcribe the speech." and examples[1]["instruction"] == "Describe the sound."
-    )
-    assert examples[1]["text"] in clotho_captions(0)
+    assert told(examples[0])[0] == "Write." and told(examples[1])[0] == "Describe the sound."
+    assert examples[1]["sounds"] in clotho_captions(0)
     targets = collate(examples)["align_labels"]
-    assert (targets[0] >= 0).any() and not (targets[1] >= 0).any(), "a caption's CTC target is empty"
-    collate.learn_captions = True
-    batch, words = collate(examples), collate.align_tokenizer.encode(normalise_transcript(examples[1]["text"]))
+    assert (targets[0] >= 0).any() and targets[1, 0] == NO_TARGET, "who knows whether somebody speaks in it"
+    collate.learn_sounds = True
+    batch, words = collate(examples), collate.align_tokenizer.encode(normalise_transcript(examples[1]["sounds"]))
     assert torch.equal(batch["align_labels"], targets)
-    assert batch["caption_labels"][1].tolist() == words and not (batch["caption_labels"][0] >= 0).any()
+    assert batch["sound_labels"][1].tolist() == words and not (batch["sound_labels"][0] >= 0).any()
 
 
 def test_sounds_are_aligned_to_their_captions_words(esc50, librispeech, tiny_whisper_dir, tiny_llm_dir, tmp_path):
     def recipe(**keys):
         stage = {"name": "sounds", "loss": "align", "steps": 40}
-        stage |= {"batch_size": 4, "learning_rate": 1e-2, "data": [{"path": str(esc50)}]}
+        stage |= {"batch_size": 4, "learning_rate": 1e-2, "data": [{"path": str(esc50), "speech": False}]}
         return recipe_from_dict(
             {
                 "name": "sounds",
@@ -113,7 +126,7 @@ def test_sounds_are_aligned_to_their_captions_words(esc50, librispeech, tiny_whi
 
     final = run_recipe(recipe())
     history = [json.loads(line) for line in (tmp_path / "run" / "history.jsonl").read_text().splitlines()]
-    losses = [entry["caption_loss"] for entry in history if "caption_loss" in entry]
+    losses = [entry["sound_loss"] for entry in history if "sound_loss" in entry]
     assert losses[-1] < max(losses) - 0.25  # none at first, the alignment hears words everywhere
     model = AudioPhiForConditionalGeneration.from_pretrained(final)
     tokenizer = AutoTokenizer.from_pretrained(final)
@@ -131,14 +144,15 @@ def test_audio_without_speech_is_to_be_transcribed_as_nothing(librispeech, esc50
         Source(path=str(esc50)),
     ]
     corpus = Corpus(sources, BadRows(tmp_path / "bad.jsonl", 0))
-    assert [row.task for row in corpus.rows[6:]] == ["no_speech"] * 4 + ["caption"] * 4
-    assert len(with_transcripts(types.SimpleNamespace(say=print), corpus)) == 10
-    captions = sum(len(row.captions) for row in corpus.rows[10:])
-    assert captions >= 4 * len(TEMPLATES) and len(corpus.texts("lower", captions=True)) == 6 + captions
+    assert [corpus.example(row).task for row in corpus.rows[6:]] == ["no_speech"] * 4 + ["caption"] * 4
+    run = types.SimpleNamespace(say=print)
+    assert len(teaching_alignment(run, corpus, False)) == 10 and len(teaching_alignment(run, corpus, True)) == 14
+    captions = sum(len(corpus.example(row).references) for row in corpus.rows[10:])
+    assert captions >= 4 * len(TEMPLATES) and len(list(corpus.texts("lower", sounds=True))) == 6 + captions
     _, processor = make_tiny_model()
-    rows = TrainingSet(corpus, processor, None, ["Write."])
+    rows = TrainingSet(corpus, processor, None, {"transcribe": ["Write."]})
     examples = [rows[Draw(number, 0, 1.0)] for number in (0, 6)]
-    assert examples[1]["text"] == "" and examples[1]["instruction"] == "Write."
+    assert told(examples[1])[0] == "Write." and examples[1]["transcripts"] == [""]
     batch = AudioPhiCollator(processor, mode="both", align_tokenizer=AlignmentTokenizer(processor.tokenizer))(examples)
     assert (batch["align_labels"][0] >= 0).any() and not (batch["align_labels"][1] >= 0).any()
     labels = batch["labels"][1]
@@ -174,7 +188,7 @@ def test_speech_and_sounds_are_trained_and_evaluated_together(settings, librispe
     data = {"train": [speech, {**sounds, "filter": {"fold": [1]}}], "eval": [speech, sounds]}
     stages = ({"name": "align", "loss": "align"}, {"name": "lm", "loss": "lm"}, {"name": "both", "loss": "both"})
     run_recipe(recipe_from_dict(settings(*stages, data=data, alignment={"merges": 20}, readout="collapse")))
-    assert "align: 2 captioned clips are left out" in capsys.readouterr().out
+    assert "align: 2 rows are left out" in capsys.readouterr().out
     entries = [json.loads(line) for line in (tmp_path / "out" / "history.jsonl").read_text().splitlines()]
     first, *_, last = [entry for entry in entries if "wer_align" in entry]
     assert "label_accuracy" not in first and "wer" not in first, "the align stage does not run the LLM"
@@ -182,13 +196,9 @@ def test_speech_and_sounds_are_trained_and_evaluated_together(settings, librispe
 
 
 def test_captions_alone_cannot_be_aligned(settings, esc50):
-    stage = {"name": "align", "loss": "align"}
-    with pytest.raises(RecipeError, match="only captions"):
+    with pytest.raises(RecipeError, match="loss align needs clips of which it is known what is said"):
         data = {"train": [{"path": str(esc50)}]}
-        run_recipe(recipe_from_dict(settings(stage, data=data, alignment={"merges": 20})))
-    with pytest.raises(RecipeError, match="stages.0.loss: align needs transcripts"):
-        data = {"train": [{"path": "somewhere", "task": "caption"}]}
-        recipe_from_dict(settings(stage, data=data, alignment={"merges": 20}))
+        run_recipe(recipe_from_dict(settings({"name": "a", "loss": "align"}, data=data, alignment={"merges": 20})))
 
 
 def test_a_stream_of_both_tasks_trains(settings, librispeech, esc50, tmp_path):
@@ -203,11 +213,11 @@ def test_a_run_from_before_a_key_existed_can_be_continued(settings, esc50, tmp_p
     recipe = settings({"name": "lm", "loss": "lm"}, data={"train": [{"path": str(esc50)}]})
     run_recipe(recipe_from_dict(recipe))
     written = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
-    del written["caption_instructions"], written["data"]["train"][0]["audio_folder"]
+    del written["loss_on"], written["data"]["train"][0]["audio_folder"]
     (tmp_path / "out" / "recipe.yaml").write_text(yaml.safe_dump(written))
     run_recipe(recipe_from_dict(recipe))
-    with pytest.raises(RecipeError, match="caption_instructions"):
-        run_recipe(recipe_from_dict({**recipe, "caption_instructions": ["What is that?"]}))
+    with pytest.raises(RecipeError, match="instructions"):
+        run_recipe(recipe_from_dict({**recipe, "instructions": {"caption": ["What is that?"]}}))
 
 
 @pytest.mark.parametrize(
