@@ -25,10 +25,20 @@ import torch
 from transformers import GenerationConfig
 
 from audiophi.data.collator import IGNORED, AudioPhiCollator
+from audiophi.tasks import default_task
 from audiophi.training.build import apply_tuning
 from audiophi.training.recipe import Stage
-from measuring import RATE, interleaved, joined_speech, make_model, markdown, median, script, seconds_of
-from processing.prompts import TRANSCRIBE
+from measuring import (
+    RATE,
+    interleaved,
+    joined_speech,
+    make_model,
+    markdown,
+    median,
+    script,
+    seconds_of,
+    training_items,
+)
 
 # In the order in which time is spent on them: headlines first, with twice the time.
 LENGTHS = (7.0, 30.0, 3.0, 10.0)
@@ -113,21 +123,22 @@ def peer_audio(name: str, peer, processor, waves) -> tuple[dict, list[int]]:
 
 
 def with_audio_tokens(batch: dict, audio_id: int, counts: list[int], pad_id: int) -> dict:
-    """The text inputs of `batch` with other numbers of audio tokens in the places of ours, padded on the right."""
+    """The text inputs of `batch` with so many audio tokens in the place of each row's placeholder, padded on the right.
+    ValueError for a row that has not one."""
     rows = {name: [] for name in ("input_ids", "attention_mask", "labels") if name in batch}
     fill = {"input_ids": pad_id, "attention_mask": 0, "labels": IGNORED}
     for number, count in enumerate(counts):
         real = batch["attention_mask"][number].bool()
         ids = batch["input_ids"][number][real]
-        places = (ids == audio_id).nonzero()[:, 0]
-        first, last = int(places[0]), int(places[-1]) + 1
-        if last - first != len(places):
-            raise ValueError(f"row {number} has audio tokens in more than one place")
+        places = (ids == audio_id).nonzero()[:, 0].tolist()
+        if len(places) != 1:
+            raise ValueError(f"row {number} has {len(places)} audio placeholders")
+        place = places[0]
         audio = {"input_ids": audio_id, "attention_mask": 1, "labels": IGNORED}
         for name in rows:
             values = batch[name][number][real]
             middle = values.new_full((count,), audio[name])
-            rows[name].append(torch.cat([values[:first], middle, values[last:]]))
+            rows[name].append(torch.cat([values[:place], middle, values[place + 1 :]]))
     return {
         name: torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill[name])
         for name, values in rows.items()
@@ -191,7 +202,7 @@ class Contest:
         prepared, tokens, work = {}, {}, {}
 
         def collated():
-            return self.collate([{"text": text, "audio": (wave, RATE)} for wave, text in clips])
+            return self.collate(training_items(clips, self.processor))
 
         batch = collated()
         prepared["ours"] = seconds_of(collated)
@@ -221,7 +232,7 @@ class Contest:
                 [
                     [{"role": "user", "content": [
                         {"type": "audio", "encoded": self.processor.encode_audio(wave, RATE)},
-                        {"type": "text", "text": TRANSCRIBE},
+                        {"type": "text", "text": default_task().wordings[0]},
                     ]}] for wave, _ in clips
                 ],
                 tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True,
@@ -229,13 +240,15 @@ class Contest:
             )  # fmt: skip
 
         batch = dict(prompts())
+        del batch["asked"]  # plain decoding, whatever the checkpoint says of the task
         prepared["ours"] = seconds_of(prompts)
         audio = {name: batch[name] for name in ("input_features", "input_features_mask", "audio_num_windows")}
         with torch.no_grad():
             tokens["ours"] = float(self.ours.get_audio_features(**audio).keep.sum()) / len(clips)
-        work["ours"] = lambda: generate(self.ours, batch, new_tokens)
+        draft = default_task().decoding["draft_tokens"]
+        work["ours"] = lambda: generate(self.ours, batch, new_tokens, draft_tokens=draft)
         if len(clips) == 1:
-            work["ours, no draft"] = lambda: generate(self.ours, batch, new_tokens, draft_tokens=0)
+            work["ours, no draft"] = lambda: generate(self.ours, batch, new_tokens)
         for name, theirs in self.peer_batches(clips, batch, prepared, tokens).items():
             work[name] = lambda name=name, theirs=theirs: generate(self.peers[name], theirs, new_tokens)
         return work, tokens, prepared

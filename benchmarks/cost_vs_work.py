@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 from full_size import forget_peak, memory_of_process
 from measuring import CHECKPOINT, RATE, ROOT, joined_speech, make_model, markdown, script, spoken_clips
@@ -111,13 +110,15 @@ def prepare_rows(manifest: Path) -> dict[str, dict]:
     from audiophi.training.bad_rows import BadRows
     from audiophi.training.batches import BatchSchedule
     from audiophi.training.plan import token_rate
+    from audiophi.training.prompt_room import PromptRoom
     from audiophi.training.recipe import Source, Stage, recipe_from_dict
+    from audiophi.training.streams import StreamingSet
     from modeling_audiophi import AudioPhiConfig
     from processing import AudioPhiProcessor
 
     processor = AudioPhiProcessor.from_pretrained(CHECKPOINT)
     tokenizer = AlignmentTokenizer(processor.tokenizer)
-    model = SimpleNamespace(config=AudioPhiConfig.from_pretrained(CHECKPOINT))
+    room = PromptRoom(processor, AudioPhiConfig.from_pretrained(CHECKPOINT), {})
     sources = [Source(str(manifest))]
     bad = BadRows(manifest.with_name("bad_rows.jsonl"), 0.0)
     parts, made = {}, {}
@@ -126,15 +127,15 @@ def prepare_rows(manifest: Path) -> dict[str, dict]:
         parts[name] = measured(lambda: made.update({name: work()}))
         return made[name]
 
-    part("reading the manifest", lambda: corpora.load_audio_dataset(corpora.source_spec(sources[0])))
+    part("reading the manifest", lambda: corpora.load_examples(corpora.source_spec(sources[0])))
     del made["reading the manifest"]
     corpus = part("reading and checking its rows", lambda: corpora.Corpus(sources, bad))
     part("alignment vocabulary", lambda: tokenizer.vocab(corpus.texts("lower")))
-    part("hashes of the audio", lambda: [corpus.key(row, 1.0) for row in corpus.rows])
-    part("token rate, longest prompt", lambda: token_rate(model, processor, corpus, ["Transcribe the speech."]))
-    seconds = [row.seconds for row in corpus.rows]
-    schedule = part("order of batches", lambda: BatchSchedule(seconds, epochs=EPOCHS, batch_seconds=BATCH_SECONDS))
-    dataset = corpora.TrainingSet(corpus, processor, None, ["Transcribe the speech."])
+    part("hashes of the audio", lambda: [corpus.key(row, 0, 1.0) for row in corpus.rows])
+    part("token rate, longest prompt", lambda: token_rate(room, corpus))
+    sizes = {"seconds": [row.seconds for row in corpus.rows], "tokens": [row.tokens for row in corpus.rows]}
+    schedule = part("order of batches", lambda: BatchSchedule(**sizes, epochs=EPOCHS, batch_seconds=BATCH_SECONDS))
+    dataset = corpora.TrainingSet(corpus, processor, None, {})
     collate = AudioPhiCollator(processor, mode="lm")
     part("first batch", lambda: collate([dataset[draw] for draw in next(iter(schedule))]))
     recipe = recipe_from_dict(
@@ -146,7 +147,7 @@ def prepare_rows(manifest: Path) -> dict[str, dict]:
         }
     )
     stage = Stage(name="lm", loss="lm", steps=1, batch_seconds=BATCH_SECONDS)
-    stream = corpora.StreamingSet(sources, bad, processor, stage, recipe)
+    stream = StreamingSet(sources, bad, processor, stage, recipe)
     part("(streaming: true, first batch)", lambda: collate(next(iter(stream))))
     return parts
 

@@ -31,11 +31,13 @@ sys.path.insert(0, str(ROOT))
 
 from audiophi.data.alignment_text import AlignmentTokenizer  # noqa: E402
 from audiophi.data.collator import AudioPhiCollator  # noqa: E402
+from audiophi.tasks import TASKS  # noqa: E402
 from audiophi.training.build import apply_tuning, set_generation  # noqa: E402
 from audiophi.training.configs import recipe_config, skeleton  # noqa: E402
 from audiophi.training.memory import Load, Memory, generation_memory, sizes, training_memory  # noqa: E402
 from audiophi.training.plan import parameter_table  # noqa: E402
 from audiophi.training.recipe import Alignment, Stage, load_recipe  # noqa: E402
+from measuring import training_items  # noqa: E402
 from modeling_audiophi import AudioPhiForConditionalGeneration, LanguageBindAudioConfig, XeusConfig  # noqa: E402
 from modeling_audiophi.components_audiophi import is_own_key, text_generation_config  # noqa: E402
 from modeling_audiophi.spelling_audiophi import spell  # noqa: E402
@@ -88,6 +90,11 @@ def make_recipe(encoder: str):
     recipe = load_recipe(ROOT / "recipes" / f"{RECIPES[encoder]}.yaml")
     recipe.alignment = recipe.alignment or Alignment()
     return recipe
+
+
+def decoded_task(recipe) -> str:
+    """The task whose decoding the recipe sets."""
+    return next(name for name in recipe.generation if name in TASKS)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -152,7 +159,7 @@ def build_model(config, recipe, align_ids: list[int], folder: Path) -> AudioPhiF
     spelling = config.align_spelling
     model.model.match_embeddings(align_ids, make_spellings(align_ids, spelling) if spelling else None)
     model.generation_config = text_generation_config(folder / "text", config.text_config, config.audio_token_id)
-    set_generation(model, recipe)
+    set_generation(model, recipe, [decoded_task(recipe)])
     with torch.no_grad():
         # An untrained head may hear blanks only; the collapse then gives the LLM nothing, and the adapter no gradient.
         model.model.alignment.bias[0] = -10
@@ -208,13 +215,13 @@ def train_step(model, stage: Stage, batch: dict) -> float:
     return loss.item()
 
 
-def predictions(model, stages: dict[str, Stage], load: Load, new_tokens: int) -> dict[str, Memory]:
+def predictions(model, stages: dict[str, Stage], load: Load, new_tokens: int, beams: int) -> dict[str, Memory]:
     """What each phase should need. Building ends with the scale of the LLM's table, in two float32 copies."""
     steps = {}
     for name, stage in stages.items():
         apply_tuning(model, stage)
         steps[name] = training_memory(model, stage, load, frozen_bytes=2)
-    generated = generation_memory(model, load, new_tokens, beams=model.generation_config.num_beams or 1)
+    generated = generation_memory(model, load, new_tokens, beams)
     table = model.get_input_embeddings().weight.numel()
     built = Memory(weights=generated.weights, llm=2 * 4 * table)
     return {"build": built, **steps, "generate": generated}
@@ -229,11 +236,9 @@ def prove(encoder: str, scale: str, seconds: float, new_tokens: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         processor = make_processor(config, recipe, Path(folder))
         wave = np.random.default_rng(0).normal(0, 0.1, round(seconds * 16_000)).astype(np.float32)
-        example = {"text": transcript(seconds), "audio": (wave, 16_000)}
+        items = training_items([(wave, transcript(seconds))], processor)
         tokenizer = AlignmentTokenizer(processor.tokenizer)
-        batches = {
-            m: AudioPhiCollator(processor, mode=m, align_tokenizer=tokenizer)([example]) for m in ("align", "lm")
-        }
+        batches = {m: AudioPhiCollator(processor, mode=m, align_tokenizer=tokenizer)(items) for m in ("align", "lm")}
         found["before"] = memory_of_process("VmRSS")
 
         def measured(phase, work):
@@ -260,13 +265,17 @@ def prove(encoder: str, scale: str, seconds: float, new_tokens: int) -> dict:
         end = int((batches["lm"]["labels"] != -100).nonzero()[0, 1])
         prompt = {key: value for key, value in batches["lm"].items() if key != "labels"}
         prompt |= {key: prompt[key][:, :end] for key in ("input_ids", "attention_mask")}
-        options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+        task = decoded_task(recipe)
+        options = {"task": task, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
         output = measured("generate", lambda: model.generate(**prompt, **options))
     found["generated_tokens"] = output.shape[1] - end
-    found["positions"] = batches["lm"]["input_ids"].shape[1]
+    # In the place of the placeholder, which is one of the prompt's tokens.
+    audio_tokens = config.num_audio_tokens(processor.frame_counts(len(wave)))
+    found["positions"] = batches["lm"]["input_ids"].shape[1] - 1 + audio_tokens
+    beams = model.generation_config.tasks[task].get("num_beams", 1)
     load = Load(clips=1, seconds=seconds, words=labelled, prompt=0)
     load = Load(clips=1, seconds=seconds, words=labelled, prompt=found["positions"] - sizes(config, load).text)
-    for phase, memory in predictions(model, stages, load, new_tokens).items():
+    for phase, memory in predictions(model, stages, load, new_tokens, beams).items():
         found["phases"][phase]["predicted"] = found["before"] + memory.total
         found["phases"][phase]["predicted_parts"] = memory.gigabytes()
     return found

@@ -39,10 +39,10 @@ VOCAB_IDS, NGRAMS, STARTS = (f"model.alignment.{name}" for name in ("vocab_ids",
 def spoken_clips() -> list[tuple[np.ndarray, str]]:
     """The development clips of this repository's synthetic speech: (waveform at 16 kHz, normalised transcript)."""
     from audiophi.data.alignment_text import normalise_transcript
-    from audiophi.data.datasets import load_audio_dataset, read_clip
+    from audiophi.data.datasets import load_examples
 
-    rows = load_audio_dataset({"path": str(SPEECH), "split": "dev"})
-    return [(read_clip(row, RATE), normalise_transcript(row["text"])) for row in rows]
+    rows = load_examples({"path": str(SPEECH), "split": "dev"})
+    return [(row.clips[0].read(row.id, RATE), normalise_transcript(row.reference)) for row in rows]
 
 
 def joined_speech(count: int, seconds: float) -> list[tuple[np.ndarray, str]]:
@@ -61,6 +61,20 @@ def joined_speech(count: int, seconds: float) -> list[tuple[np.ndarray, str]]:
             length += len(wave) + round(PAUSE * RATE)
         made.append((np.concatenate(parts)[:samples].astype(np.float32), " ".join(words)))
     return made
+
+
+def training_items(clips, processor) -> list[dict]:
+    """Clips (waveform, words) as the collator takes them, each with the request for its words."""
+    from audiophi.data.collator import training_item
+    from audiophi.data.example import Clip, Example
+    from audiophi.tasks import default_task
+
+    task, items = default_task(), []
+    for number, (wave, words) in enumerate(clips):
+        clip = Clip({"array": wave, "sampling_rate": RATE}, transcript=words)
+        example = Example(task.name, number, str(number), "benchmark", clips=(clip,), references=(words,))
+        items.append(training_item(example, [processor.encode_audio(wave, RATE)], wordings=task.wordings))
+    return items
 
 
 # ---- models --------------------------------------------------------------------------------------------------------
@@ -112,7 +126,7 @@ def make_model(weights: str):
         take_alignment_vocabulary(model)
         model.model.readout.start_at(model.get_input_embeddings().weight.square().mean().sqrt())
         model.generation_config = type(model.generation_config).from_pretrained(CHECKPOINT)
-        keep_steadily(model, KEPT_PER_SECOND, processor.num_audio_tokens(10 * RATE) / 10)
+        keep_steadily(model, KEPT_PER_SECOND, config.num_audio_tokens(processor.frame_counts(10 * RATE)) / 10)
     return model.eval(), processor
 
 

@@ -18,7 +18,7 @@ from audiophi.data.augment import Augment
 from audiophi.data.collator import AudioPhiCollator
 from audiophi.training.build import apply_tuning
 from audiophi.training.recipe import Stage, load_recipe
-from measuring import RATE, ROOT, joined_speech, make_model, markdown, median, script
+from measuring import RATE, ROOT, joined_speech, make_model, markdown, median, script, training_items
 from modeling_audiophi.ctc_scoring_audiophi import CTCPrefixScorer
 from modeling_audiophi.kv_cache_audiophi import CACHE_NAME
 from modeling_audiophi.lm_prior_audiophi import LanguageModelPrior
@@ -90,7 +90,7 @@ def profile_training(model, processor, loss: str, clips, repetitions: int) -> li
     optimizer = torch.optim.AdamW(trained, lr=1e-6)
     tokenizer = AlignmentTokenizer(processor.tokenizer)
     known = set(model.model.alignment.vocab_ids.tolist())
-    examples = [{"text": text, "audio": (wave, RATE)} for wave, text in known_words(clips, tokenizer, known)]
+    spoken = known_words(clips, tokenizer, known)
     collate = AudioPhiCollator(processor, mode=loss, align_tokenizer=tokenizer)
     masks = stage.spec_augment
     augment = Augment(masks.time_masks, masks.time_width, feature_dropout=masks.feature_prob, noise=stage.noise)
@@ -101,7 +101,7 @@ def profile_training(model, processor, loss: str, clips, repetitions: int) -> li
             watch_model(watch, model)
             handles = watch_backward(watch, model)
             with watch.part("prompts and padding"):
-                batch = dict(collate(examples))
+                batch = dict(collate(training_items(spoken, processor)))
             with torch.no_grad():
                 hidden, mask = model.model.encode(
                     batch.pop("input_features"), batch.pop("input_features_mask")

@@ -81,17 +81,17 @@ def hear_with_command(folder: Path, model: str, batch_size: int) -> dict:
 def hear_with_whisper(folder: Path, model: str, batch_size: int) -> dict:
     """As `hear_with_command`."""
     from audiophi.cli.hear import find_files
-    from audiophi.evaluation.baseline import BaselineTranscriber
+    from audiophi.evaluation.baseline import BaselineListener
     from processing.audio_io import load_audio
 
     start = time.perf_counter()
-    transcribe = BaselineTranscriber(model, "cpu")
+    recogniser = BaselineListener(model, "cpu")
     load = time.perf_counter() - start
     files, texts = find_files([str(folder)]), {}
     for first in range(0, len(files), batch_size):
         batch = files[first : first + batch_size]
-        heard = transcribe([load_audio(file, target_rate=transcribe.sampling_rate) for file in batch])
-        texts |= {Path(file).name: result["hypothesis"] for file, result in zip(batch, heard, strict=True)}
+        words = recogniser.words([load_audio(file, target_rate=recogniser.sampling_rate) for file in batch])
+        texts |= {Path(file).name: text for file, text in zip(batch, words, strict=True)}
     return {"load": load, "texts": texts}
 
 
@@ -100,7 +100,7 @@ def hear_in_this_process(who: str, folder: Path, model: str, batch_size: int) ->
     # What transformers imports lazily belongs to starting Python.
     from transformers import AutoModel, pipeline  # noqa: F401
 
-    import modeling_audiophi  # noqa: F401
+    import audiophi  # noqa: F401
 
     start = time.perf_counter()
     if who == "whisper":

@@ -99,16 +99,16 @@ def test_results_are_replaced_section_by_section(tmp_path):
 def test_peers_get_their_own_number_of_audio_tokens():
     audio, pad = 9, 0
     batch = {
-        "input_ids": torch.tensor([[pad, 1, 9, 9, 9, 2, 3], [1, 9, 9, 2, 3, 4, 5]]),
-        "attention_mask": torch.tensor([[0, 1, 1, 1, 1, 1, 1], [1] * 7]),
-        "labels": torch.tensor([[-100] * 5 + [2, 3], [-100] * 5 + [4, 5]]),
+        "input_ids": torch.tensor([[pad, pad, 1, 9, 2, 3], [1, 9, 2, 3, 4, 5]]),
+        "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6]),
+        "labels": torch.tensor([[-100] * 4 + [2, 3], [-100] * 4 + [4, 5]]),
     }
     made = against_peer.with_audio_tokens(batch, audio, [1, 2], pad)
     assert made["input_ids"].tolist() == [[1, 9, 2, 3, pad, pad, pad], [1, 9, 9, 2, 3, 4, 5]]
     assert made["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0, 0], [1] * 7]
     assert made["labels"].tolist() == [[-100, -100, 2, 3, -100, -100, -100], [-100] * 5 + [4, 5]]
     batch["input_ids"][1, 4] = 9
-    with pytest.raises(ValueError, match="row 1 has audio tokens in more than one place"):
+    with pytest.raises(ValueError, match="row 1 has 2 audio placeholders"):
         against_peer.with_audio_tokens(batch, audio, [1, 2], pad)
 
 
@@ -232,10 +232,10 @@ def test_a_folder_is_transcribed_by_command_and_by_whisper(tmp_path, checkpoint,
         def __init__(self, model, device):
             assert model == transcribe_folder.WHISPER and device == "cpu"
 
-        def __call__(self, clips):
-            return [{"hypothesis": f"{len(clip)} samples"} for clip in clips]
+        def words(self, clips):
+            return [f"{len(clip)} samples" for clip in clips]
 
-    monkeypatch.setattr("audiophi.evaluation.baseline.BaselineTranscriber", Stub)
+    monkeypatch.setattr("audiophi.evaluation.baseline.BaselineListener", Stub)
     heard = transcribe_folder.hear_in_this_process("whisper", tmp_path, transcribe_folder.WHISPER, 2)
     assert set(heard["texts"]) == set(words) and all("samples" in text for text in heard["texts"].values())
     assert transcribe_folder.summary([{**heard, "all": 9.0}], 3.0, words)["rtf_all"] == 3.0

@@ -47,7 +47,8 @@ def test_a_step_that_changes_nothing_is_no_proof(tmp_path, monkeypatch):
     config, ids = full_size.make_config("languagebind", recipe, "tiny")
     processor = full_size.make_processor(config, recipe, tmp_path)
     model = full_size.build_model(config, recipe, ids, tmp_path)
-    batch = full_size.AudioPhiCollator(processor)([{"text": "a dog", "audio": (torch.randn(16_000).numpy(), 16_000)}])
+    items = full_size.training_items([(torch.randn(16_000).numpy(), "a dog")], processor)
+    batch = full_size.AudioPhiCollator(processor)(items)
     stage = full_size.Stage(name="lm", loss="lm", steps=1, batch_size=1)
     assert full_size.train_step(model, stage, batch) > 0
     readout = model.model.readout

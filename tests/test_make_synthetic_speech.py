@@ -10,7 +10,7 @@ import pytest
 import soundfile as sf
 
 import make_synthetic_speech as maker
-from audiophi.data.datasets import load_audio_dataset, read_clip
+from audiophi.data.datasets import load_examples
 
 
 @pytest.fixture
@@ -91,9 +91,10 @@ def test_shards_stay_below_the_limit_and_load_as_training_data(tone_engine, tmp_
     assert len(shards) > 3
     for shard in shards:
         assert sum(len(audio["bytes"]) for audio in pq.read_table(shard)["audio"].to_pylist()) <= limit
-    loaded = load_audio_dataset(str(tmp_path))
-    assert [row["text"] for row in loaded] == [row["text"] for row in rows]
-    assert len(read_clip(loaded[0])) == pytest.approx(16_000 * loaded[0]["seconds"], abs=200)
+    loaded = load_examples(str(tmp_path))
+    assert [row.reference for row in loaded] == [row["text"] for row in rows]
+    first = loaded[0].clips[0]
+    assert len(first.read("first")) == pytest.approx(16_000 * first.seconds, abs=200)
 
 
 def test_missing_engines_are_named(monkeypatch):
@@ -138,9 +139,9 @@ def test_command_line(tmp_path):
             processes,
         ]
         assert maker.main(arguments) == 0
-        decoded.append([read_clip(row).tobytes() for row in load_audio_dataset(str(out))])
+        decoded.append([row.clips[0].read(row.id).tobytes() for row in load_examples(str(out))])
     assert len(decoded[0]) == 6 and decoded[0] == decoded[1]
-    assert {row["text"] for row in load_audio_dataset(str(out), split="dev")} == {"seven eight"}
+    assert {row.reference for row in load_examples(str(out), split="dev")} == {"seven eight"}
     with pytest.raises(SystemExit):
         maker.main(arguments)
     assert not list(tmp_path.glob("*.partial"))

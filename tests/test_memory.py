@@ -108,14 +108,15 @@ def tiny_system(request, tmp_path_factory):
     model = full_size.build_model(config, recipe, ids, folder).float().eval()
     collator = full_size.AudioPhiCollator(processor, mode="lm")
     wave = torch.randn(round(SECONDS * 16_000)).numpy()
-    return model, collator([{"text": full_size.transcript(SECONDS), "audio": (wave, 16_000)}])
+    return model, collator(full_size.training_items([(wave, full_size.transcript(SECONDS))], processor))
 
 
 def load_of(model, batch, seconds):
     words = int((batch["labels"] != -100).sum())
     audio = sizes(model.config, Load(1, seconds)).audio
-    assert int((batch["input_ids"] == model.config.audio_token_id).sum()) == audio
-    return Load(1, seconds, prompt=batch["input_ids"].shape[1] - audio - words, words=words)
+    assert int((batch["input_ids"] == model.config.audio_token_id).sum()) == 1
+    assert int(model.model.adapter_lengths(batch).sum()) == audio
+    return Load(1, seconds, prompt=batch["input_ids"].shape[1] - 1 - words, words=words)
 
 
 def test_operations_are_torchs_own_count(tiny_system):
@@ -133,7 +134,7 @@ def test_operations_are_torchs_own_count(tiny_system):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         output = model(**batch)
         output.loss.backward()
-    kept = 1.0 if output.audio_keep is None else float(output.audio_keep.float().mean())
+    kept = float(output.audio_counts.sum() / model.model.adapter_lengths(batch).sum())
     assert stage_flops(model, chosen, replace(load, kept=kept)) == pytest.approx(counter.get_total_flops(), rel=0.15)
 
 

@@ -19,6 +19,7 @@ import random
 import re
 import sys
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,12 +34,18 @@ LIST_WORDS = (6, 13)  # shortest and longest list of single words
 def read_texts(path: Path) -> list[str]:
     """The texts of one --known. ValueError where it has none."""
     if path.suffix == ".yaml":
-        from audiophi.data.datasets import load_audio_dataset
+        from audiophi.data.datasets import load_examples
+        from audiophi.data.example import RowError
         from audiophi.training.corpus import source_spec
         from audiophi.training.recipe import load_recipe
 
         sources = [source for source in load_recipe(path).data.train if Path(source.path).exists()]
-        texts = [text for source in sources for text in load_audio_dataset(source_spec(source))["text"]]
+        texts = []
+        for examples in (load_examples(source_spec(source)) for source in sources):
+            for number in range(len(examples)):
+                with suppress(RowError):
+                    texts.append(examples[number].reference)
+        texts = [text for text in texts if text]
     else:
         lines = path.read_text(encoding="utf-8").splitlines()
         texts = [json.loads(line)["text"] for line in lines] if path.suffix == ".jsonl" else lines
