@@ -236,7 +236,7 @@ def test_own_scores_are_there_before_a_baseline_starts(checkpoint, corpus, tmp_p
     before = (out / "predictions.jsonl").stat().st_mtime_ns
     capsys.readouterr()
     assert run_eval(checkpoint, corpus, out, "--baseline", "some/recogniser") == 0  # goes on where it stopped
-    assert "5 of 5 rows are already" in capsys.readouterr().out
+    assert "5 of 5 rows are already" in at_start[1][1]
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["baseline"]["wer"] == 0 and "unfinished" not in metrics
     assert (out / "predictions.jsonl").stat().st_mtime_ns == before

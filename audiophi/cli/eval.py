@@ -127,18 +127,17 @@ def labels_of(rows: Examples) -> list[str]:
 
 def check_rows(rows: Examples, task: Task, natural: Task) -> None:
     """Whatever is missing is missing now, not after the decoding. Audio is not read."""
-    first = None
+    first, usable = None, 0
     for number in range(len(rows)):
         try:
             task.fields(rows[number], "")
-            usable = True
         except RowError as error:
-            first, usable = first or error, False
-        if usable and not isinstance(rows.rows, list):
+            first = first or error
+            continue
+        usable += 1
+        if not isinstance(rows.rows, list):
             return  # rows of a table hold audio, which would all be read
-        if usable:
-            first = False
-    if first:
+    if not usable:
         hint = f"; these rows are for --task {natural.name}" if natural is not task else ""
         raise ValueError(f"{rows.path}: no row can be used: {first}{hint}")
 

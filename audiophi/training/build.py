@@ -90,7 +90,7 @@ def build_model(
     return model
 
 
-def set_generation(model: AudioPhiForConditionalGeneration, recipe: Recipe, tasks: Iterable[str]) -> None:
+def set_generation(model: AudioPhiForConditionalGeneration, recipe: Recipe, tasks: Iterable[str] = ()) -> None:
     """The recipe's `generation` as defaults of generate(), for all decoding and for `tasks`. RecipeError for an unknown
     key."""
     settings = model.generation_config
