@@ -106,7 +106,7 @@ def clip_bytes() -> dict[str, tuple[bytes, bool | None]]:
         "full_scale_dc.wav": (encode(0 * wave - 1.0), True),
         "clipped.wav": (encode(np.sign(wave)), True),
         "float_clipped.wav": (encode(50 * wave, subtype="FLOAT"), True),
-        "as_integers.wav": (encode(32768 * wave, subtype="FLOAT"), True),
+        "as_integers.wav": (encode(32768 * wave, subtype="FLOAT"), False),
         "enormous.wav": (encode(1e30 * wave, subtype="FLOAT"), False),
         "beyond_float32.wav": (encode(1e300 * wave.astype(np.float64), subtype="DOUBLE"), False),
         "denormal.wav": (encode(1e-40 * wave, subtype="FLOAT"), True),

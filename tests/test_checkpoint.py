@@ -4,8 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from audiophi.data.datasets import load_audio_dataset
-from audiophi.evaluation.scoring import AudioPhiTranscriber, summarize, transcribe_dataset
+from audiophi.data.datasets import load_examples
+from audiophi.evaluation.loop import Listener, predict
+from audiophi.evaluation.transcripts import summarize
+from audiophi.tasks import TASKS
+from modeling_audiophi.engine_audiophi import Engine
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = ROOT / "checkpoints" / "audiophi-tiny"
@@ -25,6 +28,8 @@ def test_the_speech_model_listens():
 
     model = AudioPhiForConditionalGeneration.from_pretrained(CHECKPOINT).float().eval()
     processor = AudioPhiProcessor.from_pretrained(CHECKPOINT)
-    rows = load_audio_dataset(str(ROOT / "data" / "synthetic_speech"), split="dev").take(24)
-    scores = summarize(transcribe_dataset(rows, AudioPhiTranscriber(model, processor, max_new_tokens=100), 12))
+    rows = load_examples(str(ROOT / "data" / "synthetic_speech"), split="dev").take(24)
+    task = TASKS["transcribe"]
+    hear = Listener(Engine(model, processor), task, with_alignment=True, max_new_tokens=100)
+    scores = summarize([*predict(rows, hear, task, 12)])
     assert scores["listening_gap"] > 50 and scores["never_stopped"] <= 5

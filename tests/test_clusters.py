@@ -26,12 +26,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from audiophi.training import sharding
+from audiophi.training.bad_rows import BadRows
 from audiophi.training.batches import BatchSchedule
 from audiophi.training.build import build_model, build_processor
 from audiophi.training.checkpoints import complete_checkpoints
 from audiophi.training.continuing import check_same_recipe, remember_recipe
-from audiophi.training.corpus import BadRows, StreamingSet
 from audiophi.training.recipe import RecipeError, recipe_from_dict
+from audiophi.training.streams import StreamingSet
 from tests.tiny_runs import ALIGN, ENVIRONMENT, LM, ROOT, largest_difference, train
 
 CONFIGS = ROOT / "configs" / "accelerate"

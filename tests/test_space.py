@@ -56,6 +56,8 @@ torch.manual_seed(0)
 model = AudioPhiForConditionalGeneration.from_components(
     *names, adapter={{"type": "mlp", "hidden_size": 32}}, audio_token_id=processor.audio_token_id)
 processor.match_model(model.config)
+processor.tasks = {{"transcribe": {{"instructions": ["Transcribe the speech."], "in_pieces": True}}}}
+model.generation_config.tasks = {{"transcribe": {{}}}}
 model.generation_config.max_new_tokens = 8
 model.save_pretrained("made")
 processor.save_pretrained("made")

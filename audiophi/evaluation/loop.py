@@ -126,7 +126,7 @@ def predict(
                 task.fields(example, "")
             except (RowError, AudioError) as error:
                 progress.done_rows += 1
-                yield {"row": number, "id": name, "error": str(error), "readable": False}
+                yield {"row": number, "id": name or getattr(error, "id", None), "error": str(error), "readable": False}
                 continue
             rows.append((number, example, waveforms))
             progress.read_seconds += length(waveforms) / sampling_rate

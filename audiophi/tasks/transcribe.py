@@ -73,7 +73,7 @@ class Transcribe(Task):
         if len(row.clips) > 1:
             raise RowError(f"{row.id}: has {len(row.clips)} clips, a transcript is of one")
         text = row.text if row.text is not None else row.answers[0] if row.answers else None
-        if not normalise_transcript(text or ""):
+        if not (text or "").strip():
             raise RowError(f"{row.id}: has no text")
         return base_example(
             self, row, clips=saying(row.clips, text), messages=own_question(row), references=(text,), transcript=text

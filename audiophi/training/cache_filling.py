@@ -178,7 +178,7 @@ def encoder_of(recipe: str):
 def corpus_of(recipe: str, bad_rows: str) -> Corpus:
     """The clips of `cached_sources`, the same in every process."""
     recipe = recipe_from_dict(json.loads(recipe))
-    return Corpus(cached_sources(recipe), BadRows(Path(bad_rows), recipe.data.max_bad_rows))
+    return Corpus(cached_sources(recipe), BadRows(Path(bad_rows), recipe.data.max_bad_rows), recipe.text_case)
 
 
 def encode_rows(batch: dict, recipe: str, bad_rows: str, threads: int | None) -> dict:

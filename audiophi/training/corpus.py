@@ -50,13 +50,13 @@ class Corpus:
     """The usable rows of one or more sources.
 
     Args:
-        sources: from the recipe. bad: collects the others.
+        sources: from the recipe. bad: collects the others. text_case: see `normalise_transcript`.
     Raises:
         ValueError for sources that hold nothing usable; TooManyBadRows.
     """
 
-    def __init__(self, sources: list[Source], bad: BadRows):
-        self.sources, self.bad, self.rows = sources, bad, []
+    def __init__(self, sources: list[Source], bad: BadRows, text_case: str = "lower"):
+        self.sources, self.bad, self.rows, self.text_case = sources, bad, [], text_case
         self._hashes: dict[tuple[int, int, int], str] = {}
         bad.total = 0
         self.tables = [load_examples(source_spec(source)) for source in sources]
@@ -86,6 +86,9 @@ class Corpus:
         gone = self.incomplete[number] and missing_file(example)
         if gone:
             self.bad.add(source.path, index, example.id, f"{gone}: no such file", expected=True)
+            return
+        if lacks_words(example, self.text_case):
+            self.bad.add(source.path, index, example.id, "has no text")
             return
         try:
             lengths = tuple(clip.seconds or measure_seconds(clip, example.id) for clip in example.clips)
@@ -163,6 +166,12 @@ def source_spec(source: Source) -> dict:
     """A source as `load_examples` takes it: weights and lengths are the batch schedule's and the corpus's business."""
     spec = dataclasses.asdict(source)
     return {key: value for key, value in spec.items() if key not in ("weight", "max_seconds") and value is not None}
+
+
+def lacks_words(example: Example, text_case: str) -> bool:
+    """Whether nothing that can be learned is left of a right answer."""
+    task = TASKS[example.task]
+    return any(text.strip() and not task.target(text, text_case).strip() for text in example.references)
 
 
 def missing_file(example: Example) -> str | None:

@@ -194,7 +194,7 @@ class Recipe:
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights in final/
     push_to_hub: str | None = None  # org/name: final/ is uploaded there (made private if it is new), later if need be
     push_stages: bool = False  # upload each finished stage's model, too
-    # Defaults of generate(), saved with the model: {num_beams: 2, TASK: {ctc_weight: 0.5}}, those of a task by its name.
+    # Defaults of generate(), saved with the model: {num_beams: 2, TASK: {ctc_weight: 0.5}}, a task's by its name.
     generation: dict[str, Any] = field(default_factory=dict)
     evaluation: Evaluation = field(default_factory=Evaluation)
     seed: int = 0

@@ -142,7 +142,7 @@ def prepare(recipe: Recipe, folder: Path, signals: StopSignals, sharded: bool = 
     if not recipe.data.streaming:
         for stage in recipe.stages:
             if data_key(recipe, stage) not in corpora:
-                corpora[data_key(recipe, stage)] = Corpus(stage.data or recipe.data.train, bad)
+                corpora[data_key(recipe, stage)] = Corpus(stage.data or recipe.data.train, bad, recipe.text_case)
         for corpus in corpora.values():
             say(f"data: {len(corpus):,} rows, {corpus.hours:.2f} h")
         if bad.expected:
@@ -158,7 +158,7 @@ def prepare(recipe: Recipe, folder: Path, signals: StopSignals, sharded: bool = 
     if recipe.data.eval:
         eval_bad = BadRows(folder / "bad_rows_eval.jsonl", 1.0)
         development = Development(
-            Corpus(recipe.data.eval, eval_bad),
+            Corpus(recipe.data.eval, eval_bad, recipe.text_case),
             processor,
             recipe.evaluation.clips,
             recipe.evaluation.batch_size,

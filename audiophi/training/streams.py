@@ -13,7 +13,7 @@ from processing.audio_io import AudioError
 
 from .bad_rows import BadRows, TooManyBadRows
 from .batches import BatchSchedule
-from .corpus import drawing, item_of, missing_file, source_spec, text_tokens
+from .corpus import drawing, item_of, lacks_words, missing_file, source_spec, text_tokens
 from .prompt_room import PromptRoom
 from .recipe import Source
 
@@ -85,6 +85,8 @@ class StreamingSet(IterableDataset):
             try:
                 if isinstance(example, RowError):
                     raise example
+                if lacks_words(example, self.recipe.text_case):
+                    raise AudioError("has no text")
                 draw = drawing(seed, epoch, number)
                 item, seconds = self._item(example, draw, rate, number, epoch)
             except (RowError, AudioError, OSError) as error:
