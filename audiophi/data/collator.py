@@ -36,8 +36,8 @@ def training_item(
     None per clip), "sounds" (text or None), "id", "epoch"}.
 
     `clips`: the example's, encoded (`processor.encode_audio`, or cached {"audio_hidden_states"}). `wordings`: what may
-    be asked; `draw` ("instruction" or "reference", choices) -> one of them, None: the first. `id`, `epoch` name it for the
-    augmentation's random numbers.
+    be asked; `draw` ("instruction" or "reference", choices) -> one of them, None: the first. `id`, `epoch` name it for
+    the augmentation's random numbers.
     """
     task = TASKS[example.task]
     answer = draw("reference", example.references) if draw else example.references[0]
