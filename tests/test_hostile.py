@@ -141,8 +141,8 @@ def test_pipeline_on_clips_and_questions(clips, loaded):
     def run(name):
         error, clip = heard[name].get("error"), clips.get(name)
         if clip is None:  # too long a question is refused as such
-            blank = not TEXTS[name.removeprefix("text: ")][0].strip()
-            return None if error is None or "context" in error or (blank and "must be a task or a text" in error) else error
+            expected = "context" if TEXTS[name.removeprefix("text: ")][0].strip() else "must be a task or a text"
+            return None if error is None or expected in error else error
         if error is None:
             return "accepted" if clip.usable is False else None
         return f"refused: {error}" if clip.usable else None if names(error, clip.path) else f"not named: {error}"
