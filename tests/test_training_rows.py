@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from audiophi.tasks import TASKS
-from audiophi.training.bad_rows import BadRows
+from audiophi.training.bad_rows import BadRows, TooManyBadRows
 from audiophi.training.batches import BatchSchedule
 from audiophi.training.build import build_model, build_processor
 from audiophi.training.continuing import check_same_recipe, remember_recipe
@@ -148,12 +147,8 @@ def stream_of(settings, sources: list[dict], stage=ALIGN, **keys) -> StreamingSe
 
 
 def first_pass(stream) -> list[dict]:
-    return [item for batch in stream for item in batch] if isinstance(stream, list) else first_items(iter(stream))
-
-
-def first_items(batches) -> list[dict]:
     found = []
-    for batch in batches:
+    for batch in stream:
         if any(item["epoch"] for item in batch):
             return found
         found += batch
@@ -198,10 +193,8 @@ def test_a_streams_limits_are_its_sources(settings, speech, tmp_path):
 
 def test_too_many_bad_rows_end_a_stream_whoever_reads_them(settings, tmp_path, waveform):
     """A quarter of the rows cannot be used; each of four processes sees a quarter of them all."""
-    from audiophi.training.corpus import TooManyBadRows
-
     soundfile.write(tmp_path / "a.wav", waveform(0.5), 16000)
-    rows = [{"audio": "a.wav" if n % 8 < 6 else "missing.wav", "text": "a fox", "seconds": 0.5} for n in range(400)]
+    rows = [{"audio": "a.wav" if n % 8 < 6 else "missing.wav", "text": "a fox", "seconds": 0.5} for n in range(480)]
     source = {"path": str(write_rows(tmp_path, rows))}
     for world in (1, 4):
         ended = 0
@@ -251,7 +244,7 @@ def test_a_run_is_continued_with_the_same_text_in_a_step_and_a_streams_shares(se
     (folder / "align").mkdir(parents=True)
     remember_recipe(recipe(batch_tokens=100), folder, 2)
     check_same_recipe(recipe(batch_tokens=200, batch_size=8), folder, 1)
-    with pytest.raises(RecipeError, match="batch_tokens"):
+    with pytest.raises(RecipeError, match="other settings of stages.0.batch_"):
         check_same_recipe(recipe(batch_tokens=100, batch_size=8), folder, 1)
     check_same_recipe(recipe(batch_tokens=100, num_workers=3), folder, 2)
     remember_recipe(recipe(streaming=True), folder, 1)
@@ -269,7 +262,6 @@ def test_scores_of_several_tasks_do_not_hide_each_other(settings, speech, chats,
     entries = [json.loads(line) for line in (tmp_path / "out" / "history.jsonl").read_text().splitlines()]
     (scores,) = [entry for entry in entries if "wer" in entry]
     assert {"never_stopped", "never_stopped_answer", "accuracy"} <= scores.keys()
-    assert set(TASKS["answer"].shown) <= {name.removesuffix("_answer") for name in scores}
 
 
 def test_sources_name_their_tasks():

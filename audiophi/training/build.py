@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from audiophi.data.alignment_text import AlignmentTokenizer
-from audiophi.tasks import decoding, saved_tasks
+from audiophi.tasks import TASKS, decoding, saved_tasks
 from modeling_audiophi import AudioPhiAdapterConfig, AudioPhiConfig, AudioPhiForConditionalGeneration, resolve_component
 from modeling_audiophi.generation_audiophi import GENERATION_SETTINGS
 from modeling_audiophi.quantization_audiophi import matrices_for_4bit
@@ -86,13 +86,15 @@ def build_model(
     set_generation(model, recipe, tasks)
     processor.match_model(model.config)
     # The pipeline asks as the model was asked; other usual wordings are known to mean the same.
-    processor.tasks = {**processor.tasks, **saved_tasks(tasks, recipe.instructions)}
+    known = {**processor.tasks, **saved_tasks(tasks, recipe.instructions)}
+    order = [name for name in sorted(TASKS, key=lambda name: TASKS[name].order) if name in known]
+    processor.tasks = {name: known[name] for name in [*order, *(name for name in known if name not in order)]}
     return model
 
 
 def set_generation(model: AudioPhiForConditionalGeneration, recipe: Recipe, tasks: Iterable[str] = ()) -> None:
-    """The recipe's `generation` as defaults of generate(), for all decoding and for `tasks`. RecipeError for an unknown
-    key."""
+    """The recipe's `generation` as defaults of generate(), for all decoding and for `tasks`: on top of what the model's
+    own config says, and that on top of the tasks' defaults. RecipeError for an unknown key."""
     settings = model.generation_config
     common, by_task = decoding(tasks, recipe.generation)
     known = getattr(settings, "tasks", None) or {}
@@ -102,7 +104,8 @@ def set_generation(model: AudioPhiForConditionalGeneration, recipe: Recipe, task
             raise RecipeError(f"generation: {', '.join(unknown)} is not a setting of transformers' GenerationConfig")
     for key, value in common.items():
         setattr(settings, key, value)
-    settings.tasks = {**known, **{name: {**known.get(name, {}), **given} for name, given in by_task.items()}}
+    given = {name: recipe.generation.get(name, {}) for name in by_task}
+    settings.tasks = {**known, **{n: {**by_task[n], **known.get(n, {}), **given[n]} for n in by_task}}
 
 
 def check_adapter_keys(adapter: dict) -> None:

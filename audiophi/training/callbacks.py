@@ -108,8 +108,9 @@ class Development:
         self._hidden = encoded
 
     def evaluate(self, model, with_lm: bool) -> tuple[dict, list[dict]]:
-        """Scores (each task's `development`) and the predictions, in every process those of all of them. Without the
-        LLM, only of tasks whose words the alignment head reads.
+        """Scores (each task's `development`; where two tasks call one the same, the later task's has its name behind
+        it) and the predictions, in every process those of all of them. Without the LLM, only of tasks whose words the
+        alignment head reads.
 
         The random state is left as it was, so that evaluating does not change training.
         """
@@ -129,8 +130,9 @@ class Development:
             predictions = gather_object(predictions)
         predictions.sort(key=lambda prediction: order[prediction["row"]])
         scores = {}
-        for name in groups:
-            scores |= TASKS[name].development([p for p in predictions if p["task"] == name])
+        for name in sorted(groups, key=lambda name: TASKS[name].order):
+            found = TASKS[name].development([p for p in predictions if p["task"] == name])
+            scores |= {f"{key}_{name}" if key in scores else key: value for key, value in found.items()}
         return scores, predictions
 
     def _answered(self, engine: Engine, name: str, batch: list[int], clips: dict, with_lm: bool) -> list[dict]:
@@ -143,7 +145,10 @@ class Development:
         ]
         aligned = task.reads_alignment and engine.model.model.alignment is not None
         settings = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
-        answers = engine(prompts, task.asked_as or name, with_alignment=aligned, with_lm=with_lm, **settings)
+        decoded_as = task.asked_as or name
+        if decoded_as not in {*(getattr(engine.model.generation_config, "tasks", None) or {}), *self.processor.tasks}:
+            decoded_as = None  # evaluated, but not trained
+        answers = engine(prompts, decoded_as, with_alignment=aligned, with_lm=with_lm, **settings)
         spent = (time.perf_counter() - before) / len(batch)
         found = []
         for number, answer in zip(batch, answers, strict=True):
@@ -246,7 +251,8 @@ class StageCallback(TrainerCallback):
         before = time.perf_counter()
         with self.trainer.model_to_evaluate() as model:
             scores, predictions = self.development.evaluate(model, self.with_lm)
-        names = dict.fromkeys(name for prediction in predictions for name in TASKS[prediction["task"]].shown)
+        tasks = sorted({p["task"] for p in predictions}, key=lambda name: TASKS[name].order)
+        names = dict.fromkeys(key for task in tasks for name in TASKS[task].shown for key in (name, f"{name}_{task}"))
         shown = {name: scores[name] for name in names if scores.get(name) is not None}
         if not state.is_world_process_zero:
             return

@@ -25,7 +25,8 @@ FREE_KEYS = {
     "stages",
 }
 FREE_STAGE_KEYS = {"eval_steps", "save_steps", "save_minutes", "max_loss_rise"}
-SPLIT_KEYS = {"batch_size", "batch_seconds", "grad_accum"}  # times the processes: what an optimiser step has
+# Times the processes: what an optimiser step has.
+SPLIT_KEYS = {"batch_size", "batch_seconds", "batch_tokens", "grad_accum"}
 
 
 def check_same_recipe(recipe: Recipe, folder: Path, processes: int) -> None:
@@ -41,6 +42,9 @@ def check_same_recipe(recipe: Recipe, folder: Path, processes: int) -> None:
     before = recipe_to_dict(recipe_from_dict(yaml.safe_load(path.read_text(encoding="utf-8"))))
     now = recipe_to_dict(recipe)
     different = [key for key in now if key not in FREE_KEYS and before.get(key) != now[key]]
+    # Each worker batches its own share of a stream; one worker's is all, as without workers.
+    if recipe.data.streaming and max(1, before["num_workers"]) != max(1, now["num_workers"]):
+        different.append("num_workers")
     for index, (old, new) in enumerate(zip(before["stages"], now["stages"], strict=False)):
         started = (folder / old["name"]).exists()
         if not started:
@@ -58,8 +62,8 @@ def check_same_recipe(recipe: Recipe, folder: Path, processes: int) -> None:
                 raise RecipeError(
                     f"{folder} holds a run with {processes_before} processes, {sizes[0]} in an optimiser step of stage "
                     f"{old['name']}; with {processes} processes it would be {sizes[1]}. Start as many processes, or "
-                    f"change stages.{index}.batch_size, batch_seconds or grad_accum so that the product is the same, "
-                    "or choose another output_dir"
+                    f"change stages.{index}.batch_size, batch_seconds, batch_tokens or grad_accum so that the product "
+                    "is the same, or choose another output_dir"
                 )
     if different:
         raise RecipeError(
@@ -76,6 +80,7 @@ def remember_recipe(recipe: Recipe, folder: Path, processes: int) -> None:
 def clips_per_step(stage: dict, processes: int) -> str:
     """What all micro-batches of an optimiser step hold together."""
     split = (stage.get("grad_accum") or 1) * processes
+    tokens = f" and {stage['batch_tokens'] * split} tokens of text" if stage.get("batch_tokens") else ""
     if stage.get("batch_size"):
-        return f"{stage['batch_size'] * split} clips"
-    return f"{round((stage.get('batch_seconds') or 0) * split, 3):g} seconds"
+        return f"{stage['batch_size'] * split} clips{tokens}"
+    return f"{round((stage.get('batch_seconds') or 0) * split, 3):g} seconds{tokens}"

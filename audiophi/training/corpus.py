@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import soundfile
 from torch.utils.data import Dataset
 
@@ -137,7 +138,8 @@ class Corpus:
         place = (row.table, row.index, clip)
         if place not in self._hashes:
             audio = self.example(row).clips[clip].audio
-            self._hashes[place] = hash_audio(audio["bytes"] if audio["bytes"] is not None else audio["path"])
+            given = audio.get("bytes") if audio.get("bytes") is not None else audio.get("path")
+            self._hashes[place] = hash_audio(repr_bytes(audio) if given is None else given)
         return clip_key(self._hashes[place], speed)
 
     def drop(self, row: Row, reason: str) -> None:
@@ -189,14 +191,20 @@ def text_tokens(example: Example) -> int:
     return sum(len(text.encode()) for text in texts) // 3 + 1
 
 
+def repr_bytes(audio: dict) -> bytes:
+    """Samples that a row itself holds, and their rate, as bytes."""
+    samples = np.asarray(audio["array"], dtype=np.float32)
+    return f"{audio.get('sampling_rate')} ".encode() + samples.tobytes()
+
+
 def measure_seconds(clip: Clip, name: str) -> float:
     """Length of a clip, from the file's header where possible, else by decoding. Raises AudioError or OSError."""
     audio = clip.audio
     if audio is not None and (audio.get("bytes") is not None or audio.get("path")):
         try:
-            if audio["bytes"] is None:
+            if audio.get("bytes") is None:
                 check_file(audio["path"])
-            info = soundfile.info(io.BytesIO(audio["bytes"]) if audio["bytes"] is not None else audio["path"])
+            info = soundfile.info(audio["path"] if audio.get("bytes") is None else io.BytesIO(audio["bytes"]))
             if info.frames > 0:
                 seconds = info.frames / info.samplerate
                 if seconds <= MAX_SECONDS:

@@ -55,6 +55,4 @@ class PromptRoom:
         if total <= self.context:
             return None
         told = f"{audio} audio tokens and " if audio else ""
-        return (
-            f"{told}{total - audio} tokens of text exceed the context of {self.context}; cut it into shorter clips"
-        )
+        return f"{told}{total - audio} tokens of text exceed the context of {self.context}; cut it into shorter clips"

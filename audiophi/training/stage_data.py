@@ -70,6 +70,7 @@ def stage_data(run: "Run", stage: Stage, number: int, arguments: TrainingArgumen
         corpus = teaching_alignment(run, corpus, sounds)
     cache = stage_cache(run, stage, corpus)
     rate = token_rate(room, corpus)
+    check_rows_without_audio(stage, corpus)
     if stage.loss != "align":
         corpus = without_long_prompts(run, corpus, room)
     schedule = BatchSchedule(
@@ -91,6 +92,19 @@ def stage_data(run: "Run", stage: Stage, number: int, arguments: TrainingArgumen
     words = (recipe.instructions, recipe.seed, stage.time_stretch, recipe.text_case)
     dataset = TrainingSet(corpus, run.processor, cache, *words)
     return dataset, schedule, cache, rate
+
+
+def check_rows_without_audio(stage: Stage, corpus: Corpus) -> None:
+    """RecipeError where a stage could not train on rows of text alone: nothing bounds a batch of them, or there are no
+    others to train the parts that hear."""
+    silent = sum(not row.lengths for row in corpus.rows)
+    if silent and stage.batch_seconds is not None and stage.batch_tokens is None:
+        raise RecipeError(
+            f"stage {stage.name}: {silent:,} rows have no audio, so batch_seconds does not bound a batch of them; give "
+            "batch_tokens, too"
+        )
+    if silent == len(corpus) and stage.tune.llm == "frozen":
+        raise RecipeError(f"stage {stage.name}: no row with audio, so only the LLM could learn, and it is frozen")
 
 
 def teaching_alignment(run: "Run", corpus: Corpus, sounds: bool) -> Corpus:

@@ -5,6 +5,7 @@ In `output_dir`: `recipe.yaml` (resolved), `bad_rows.jsonl`, `history.jsonl`, `c
 Running the same command again skips finished stages and resumes the one that was cut short.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -17,7 +18,9 @@ import torch
 from accelerate import PartialState
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
-from audiophi.tasks import task_of_source
+from audiophi.data.datasets import stream_examples
+from audiophi.data.example import RowError
+from audiophi.tasks import default_task
 
 from .build import (
     apply_tuning,
@@ -31,12 +34,12 @@ from .build import (
 from .callbacks import Development, History, StageCallback
 from .checkpoints import DamagedModel, checksums, damage, resumable_checkpoint, saving, write_atomically
 from .continuing import DONE_NAME, check_same_recipe, remember_recipe
-from .corpus import BadRows, Corpus
+from .corpus import BadRows, Corpus, source_spec
 from .curves import draw_curves
 from .guards import LossGuard
 from .plan import describe_stage, measure_step, steps_in_time
 from .precision import fast_precision
-from .recipe import Recipe, RecipeError, Stage
+from .recipe import Recipe, RecipeError, Source, Stage
 from .sharding import check_recipe, describe_sharding, sharded_copy, take_over
 from .signals import StopSignals
 from .stage_data import StageCollator, data_key, stage_augment, stage_data
@@ -125,12 +128,19 @@ def finish(run: Run) -> None:
 
 
 def trained_tasks(recipe: Recipe, corpora: Iterable[Corpus]) -> list[str]:
-    """Names of the tasks that a recipe's model learns, each once; of a stream as far as its sources say."""
+    """Names of the tasks that a recipe's model learns, each once; of a stream by its sources' first usable rows."""
     names = [name for corpus in corpora for name in corpus.tasks]
     if recipe.data.streaming:
         sources = [source for stage in recipe.stages for source in stage.data or recipe.data.train]
-        names = [source.task or task_of_source((), source.instruction).name for source in sources]
+        names = [source.task or streamed_task(source) for source in sources]
     return list(dict.fromkeys(names))
+
+
+def streamed_task(source: Source, rows: int = 1000) -> str:
+    """The task of a source that does not name it; the default one where none of its first `rows` can be used."""
+    examples = itertools.islice(stream_examples([source_spec(source)]), rows)
+    found = next((example for example in examples if not isinstance(example, RowError)), None)
+    return default_task().name if found is None else found.task
 
 
 def prepare(recipe: Recipe, folder: Path, signals: StopSignals, sharded: bool = False) -> Run:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from torch.utils.data import IterableDataset, get_worker_info
 
 from audiophi.data.augment import speed_perturb
-from audiophi.data.dataset_registry import missing_audio_is_normal
+from audiophi.data.dataset_registry import missing_audio_is_normal, split_kind
 from audiophi.data.datasets import stream_examples
 from audiophi.data.example import RowError
 from processing.audio_io import AudioError
@@ -15,7 +15,7 @@ from .bad_rows import BadRows, TooManyBadRows
 from .batches import BatchSchedule
 from .corpus import drawing, item_of, lacks_words, missing_file, source_spec, text_tokens
 from .prompt_room import PromptRoom
-from .recipe import Source
+from .recipe import RecipeError, Source
 
 
 class StreamingSet(IterableDataset):
@@ -27,6 +27,7 @@ class StreamingSet(IterableDataset):
 
     Args:
         sounds: whether the loss align learns from answers that say what is heard. room: what prompts must fit into.
+    Raises RecipeError for sources of one path with different `max_seconds`: a row tells its path alone.
     """
 
     def __init__(
@@ -43,6 +44,13 @@ class StreamingSet(IterableDataset):
     ):
         self.sources, self.bad, self.processor, self.stage, self.recipe = sources, bad, processor, stage, recipe
         self.rank, self.world_size, self.sounds, self.room, self.buffer = rank, world_size, sounds, room, 512
+        self.longest: dict[str, float | None] = {}
+        self.incomplete: dict[str, bool] = {}
+        for source in sources:
+            path = split_kind(source.path)[1]  # as examples name it
+            if self.longest.setdefault(path, source.max_seconds) != source.max_seconds:
+                raise RecipeError(f"data.streaming: {path} is read more than once, with different max_seconds")
+            self.incomplete[path] = missing_audio_is_normal(source.path)
 
     def __iter__(self) -> Iterator[list[dict]]:
         epoch, batches = 0, 0
@@ -73,8 +81,6 @@ class StreamingSet(IterableDataset):
         specs = [
             {**source_spec(source), **({"weight": source.weight} if source.weight else {})} for source in self.sources
         ]
-        longest = {source.path: source.max_seconds for source in self.sources}
-        incomplete = {source.path: missing_audio_is_normal(source.path) for source in self.sources}
         worker = get_worker_info()
         share = self.rank * worker.num_workers + worker.id if worker else self.rank
         shares = self.world_size * (worker.num_workers if worker else 1)
@@ -91,15 +97,15 @@ class StreamingSet(IterableDataset):
                 item, seconds = self._item(example, draw, rate, number, epoch)
             except (RowError, AudioError, OSError) as error:
                 known = not isinstance(example, RowError)
-                absent = known and incomplete.get(example.source) and missing_file(example) is not None
-                self._bad(error, number, example.id or f"row {number + 1}", bool(absent), epoch)
+                absent = known and self.incomplete[example.source] and missing_file(example) is not None
+                self._bad(error, number, example.id or f"row {number + 1}", absent, epoch, number // shares + 1)
                 continue
-            limit = longest.get(example.source)
-            if item is not None and (limit is None or seconds <= limit):
+            if item is not None:
                 yield {**item, "seconds": seconds, "tokens": text_tokens(example)}
 
     def _item(self, example, draw, rate: int, number: int, epoch: int) -> tuple[dict | None, float]:
-        """The item and the seconds of its audio; None for one that the stage's loss cannot learn from."""
+        """The item and the seconds of its audio; None for one that is too long for its source, or that the stage's loss
+        cannot learn from."""
         item = item_of(example, [{}] * len(example.clips), self.recipe.instructions, draw, self.recipe.text_case,
                        number, epoch)  # fmt: skip
         learned = any(text is not None for text in item["transcripts"]) or (self.sounds and item["sounds"] is not None)
@@ -112,19 +118,24 @@ class StreamingSet(IterableDataset):
             waveform = clip.read(example.id, rate)
             waveform = waveform if speed == 1 else speed_perturb(waveform, speed, rate)
             samples.append(len(waveform))
-            clips.append(self.processor.encode_audio((waveform, rate)))
+            clips.append(waveform)
+        limit = self.longest[example.source]
+        if limit is not None and speed * sum(samples) / rate > limit:
+            return None, 0.0
+        clips = [self.processor.encode_audio((waveform, rate)) for waveform in clips]
         excess = self.room and self.room.excess(example, samples)
         if excess:
             raise AudioError(excess)
         item = item_of(example, clips, self.recipe.instructions, draw, self.recipe.text_case, number, epoch)
         return item, sum(samples) / rate
 
-    def _bad(self, error: Exception, number: int, name: str, expected: bool, epoch: int) -> None:
+    def _bad(self, error: Exception, number: int, name: str, expected: bool, epoch: int, seen: int) -> None:
+        """`seen`: how many rows this process or worker has read."""
         self.bad.total = 0  # unknown: checked below against the rows seen so far
         self.bad.add(self.recipe.name, number, name, str(error), expected=expected)
-        if epoch == 0 and number >= 100 and len(self.bad) > self.bad.max_share * (number + 1):
+        if epoch == 0 and seen > 100 and len(self.bad) > self.bad.max_share * seen:
             raise TooManyBadRows(
-                f"{len(self.bad)} of the first {number + 1} rows cannot be used, more than data.max_bad_rows = "
+                f"{len(self.bad)} of the first {seen} rows cannot be used, more than data.max_bad_rows = "
                 f"{self.bad.max_share:g} allows. They are listed in {self.bad.path}"
             ) from error
 

@@ -125,10 +125,10 @@ class AudioPhiTrainer(Trainer):
         return DataLoader(self.train_dataset, batch_sampler=self.schedule, **options)
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        clips = torch.tensor(max(1, sum(taught_clips(batch) for batch in batch_samples)), device=device)
+        clips = torch.tensor(sum(taught_clips(batch) for batch in batch_samples), device=device)
         if self.args.world_size > 1:
             clips = self.accelerator.gather(clips).sum()
-        self.align_items_in_batch = clips
+        self.align_items_in_batch = clips.clamp(min=1)
         if self.guard is not None:
             self.guard.batches = batch_samples
         self._micro_losses = []
