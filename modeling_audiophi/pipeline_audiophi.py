@@ -63,28 +63,30 @@ class AudioTextToTextPipeline(Pipeline):
     def __call__(self, inputs=None, *, audio=None, text=None, batch_size=None, num_workers=None, **kwargs):
         """See the class. `audio=` and `text=` (an instruction, or chats) are what other pipelines of transformers call
         the inputs."""
-        if isinstance(text, str):
-            if kwargs.setdefault("instruction", text) != text:
-                raise ValueError("text= is the instruction, give only one of them")
-            text = None
-        given = [value for value in (inputs, audio, text) if value is not None]
-        if len(given) != 1:
-            raise ValueError(
-                f"give audio, rows or chats once, not {len(given)} times; text= may also be an instruction"
-            )
-        preprocess, forward, postprocess = self._sanitize_parameters(**kwargs)
-        preprocess = {**self._preprocess_params, **preprocess}
-        reader = RowReader(self.processor, **preprocess)
-        settings = {**self._forward_params["generate_kwargs"], **forward["generate_kwargs"]}
-        postprocess = {**self._postprocess_params, **postprocess}
-        streamer = settings.get("streamer")
+        given = {**self._forward_params["generate_kwargs"], **(kwargs.get("generate_kwargs") or {}), **kwargs}
+        streamer = given.get("streamer")
         try:
+            if isinstance(text, str):
+                if kwargs.setdefault("instruction", text) != text:
+                    raise ValueError("text= is the instruction, give only one of them")
+                text = None
+            inputs = [value for value in (inputs, audio, text) if value is not None]
+            if len(inputs) != 1:
+                raise ValueError(
+                    f"give audio, rows or chats once, not {len(inputs)} times; text= may also be an instruction"
+                )
+            inputs = inputs[0]
+            preprocess, forward, postprocess = self._sanitize_parameters(**kwargs)
+            preprocess = {**self._preprocess_params, **preprocess}
+            reader = RowReader(self.processor, **preprocess)
+            settings = {**self._forward_params["generate_kwargs"], **forward["generate_kwargs"]}
+            postprocess = {**self._postprocess_params, **postprocess}
             self.engine.arguments(preprocess.get("task"), **settings)  # a wrong argument is no row's fault
-            alone = is_one_input(given[0])
+            alone = is_one_input(inputs)
             if streamer is not None and not alone:
                 raise ValueError("a streamer takes one input at a time")
             batch_size = (batch_size or self._batch_size or 1) if streamer is None else 1
-            rows = [given[0]] if alone else undecoded(given[0])
+            rows = [inputs] if alone else undecoded(inputs)
             results = Results(
                 loader(rows, reader, batch_size, num_workers or self._num_workers),
                 lambda batch: self.forward(batch, generate_kwargs=settings, batch_size=batch_size),

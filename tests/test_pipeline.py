@@ -330,8 +330,11 @@ def test_a_streamer_always_ends(pipe, files):
     with pytest.raises(ValueError, match="clip1.wav"):
         pipe(files[1], streamer=streamer)
     assert list(streamer) == [""]
-    with pytest.raises(ValueError, match="one input"):
-        pipe(files, streamer=streamer)
+    for clips, wrong, message in ((files, {}, "one input"), (files[0], {"task": "sing"}, "sing")):
+        streamer = TextIteratorStreamer(pipe.tokenizer, skip_prompt=True, timeout=60)
+        with pytest.raises(ValueError, match=message):
+            pipe(clips, streamer=streamer, **wrong)
+        assert list(streamer) == [""]
 
 
 def test_any_to_any_works_too(parts, files):
