@@ -225,7 +225,11 @@ def test_two_processes_train_as_one(kind, settings, tmp_path):
     assert len(losses) == 6 + 4 + 4 + 6, "a step's log is missing"
     assert losses_of_two == pytest.approx(losses, rel=TOLERANCE)
     assert len(scores) == 7 and [{**s, "seconds": 0} for s in scores_of_two] == [{**s, "seconds": 0} for s in scores]
-    assert largest_difference(one, weights(tmp_path / "two")) < TOLERANCE
+    # Adam turns the rounding of a gradient that nearly cancels into a share of the learning rate (1e-3): 1.3e-5 was
+    # seen in one weight of 67,309, all others within 4e-7.
+    two = weights(tmp_path / "two")
+    apart = torch.cat([(one[name].float() - two[name].float()).abs().flatten() for name in one])
+    assert one.keys() == two.keys() and apart.max() < 1e-4 and (apart > TOLERANCE).float().mean() < 1e-4
 
 
 @pytest.mark.faults
