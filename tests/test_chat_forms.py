@@ -1,4 +1,4 @@
-"""The same chats written as OpenAI and as ShareGPT write them train the same model, and come back as they were written."""
+"""The same chats in the form of OpenAI and of ShareGPT train the same model, and come back as they were written."""
 
 import json
 from pathlib import Path

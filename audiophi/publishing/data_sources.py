@@ -5,11 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
 from audiophi.tasks import TASKS, task_of_source
 from audiophi.training.recipe import Recipe, Source
-from audiophi.training.recipe_values import build
+from audiophi.training.recipe_values import build, parse_yaml
 
 from .licences import HubAnswers, Licence, is_hub_id, parse_licence, unknown
 
@@ -94,7 +92,7 @@ class About:
 
 def read_about(text: str, name: str) -> About:
     """Raises RecipeError (a ValueError) naming the key that it does not know."""
-    return build(About, yaml.safe_load(text) or {}, name)
+    return build(About, parse_yaml(text, name) or {}, name)
 
 
 @dataclass(frozen=True)

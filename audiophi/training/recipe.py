@@ -18,7 +18,7 @@ import yaml
 
 from audiophi.tasks import TASKS, task_named
 
-from .recipe_values import RecipeError, build
+from .recipe_values import RecipeError, build, parse_yaml
 
 POSITIVE_STAGE_KEYS = (
     *("steps", "epochs", "minutes", "batch_size", "batch_seconds", "batch_tokens", "grad_accum"),
@@ -217,7 +217,7 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
         raise RecipeError(
             f"no recipe at {path}" + (f"; did you mean {path.with_name(near[0] + '.yaml')}?" if near else "")
         )
-    data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    data = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(data, dict):
         raise RecipeError(f"{path} is not a recipe: it must be a YAML mapping, got {type(data).__name__}")
     for dotted, value in parse_overrides(overrides):

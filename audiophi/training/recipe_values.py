@@ -6,9 +6,19 @@ import types
 import typing
 from typing import Any, Literal
 
+import yaml
+
 
 class RecipeError(ValueError):
     """A recipe or an override that cannot be used; the message names the key and the fix."""
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """Plain data from the text of a file; RecipeError naming it and the place where it is no YAML."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{name} is not YAML: {error}") from error
 
 
 def build(kind: type, data: Any, where: str) -> Any:
