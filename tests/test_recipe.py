@@ -86,6 +86,9 @@ def test_missing_parts_are_named(tmp_path, recipe_file):
         recipe_from_dict({"name": "x"})
     with pytest.raises(RecipeError, match="did you mean .*tiny.yaml"):
         load_recipe(tmp_path / "tinny.yaml")
+    (tmp_path / "broken.yaml").write_text('name: "a" b: c')
+    with pytest.raises(RecipeError, match="broken.yaml is not YAML"):
+        load_recipe(tmp_path / "broken.yaml")
 
 
 def test_override_forms():
