@@ -92,7 +92,7 @@ def test_no_tasks_name_stands_outside_its_file():
     found = {
         (file, name)
         for file in files
-        for name in TASKS
+        for name in TASKS.keys() - {"speaker", "words"}  # a column, and a number in metrics.json
         if any(f"{quote}{name}{quote}" in (ROOT / file).read_text(encoding="utf-8") for quote in "\"'")
     }
     # Columns of data sets, an element of the demo's page, a command line of the benchmark's.

@@ -103,7 +103,7 @@ def load_rows(args: argparse.Namespace) -> tuple[Examples, list[str]]:
     spec |= {name: getattr(args, name) for name in COLUMNS}
     spec |= {name: args.own[name] for name in ("label_column", "audio_folder") if args.own.get(name)}
     spec |= {"split": args.split, "instruction": args.instruction}
-    rows = load_examples(spec)
+    rows = load_examples(spec).for_evaluation()
     natural = task_of_source(rows.columns.fields | ({"references"} if rows.columns.entry["kind"] else set()), None)
     if natural.name != args.task and not args.chosen:
         raise ValueError(f"{args.data}: its rows are for another task, add --task {natural.name} (or --task {args.task}"

@@ -32,11 +32,14 @@ USUAL = {
     "kind": ("kind", "question_type"),
     "id": ("id", "utt_id", "utterance_id"),
     "speaker": ("speaker", "speaker_id", "client_id"),
+    "gender": ("gender", "sex"),
+    "age": ("age",),
+    "language": ("language", "lang"),
     "seconds": ("seconds", "duration"),
 }
 NUMBERED = "caption_"  # caption_1, caption_2, ... of a release are its references
 # Columns that say nothing that a row should be trained on.
-BOOKKEEPING = {"split", "fold", "licence", "license", "source", "gender", "age", "language", "text_source"}
+BOOKKEEPING = {"split", "fold", "licence", "license", "source", "text_source"}
 
 
 class Columns:
@@ -121,7 +124,7 @@ class Columns:
                 choices=tuple(text_of(v, "choice", number) or "" for v in as_list(get.get("choices"))),
                 speech=self.entry["speech"],
             )
-            rest = ("text", "system", "metric", "kind", "transcript", "speaker")
+            rest = ("text", "system", "metric", "kind", "transcript", "speaker", "gender", "age", "language")
             return replace(row, **{key: text_of(get.get(key), key, number) for key in rest})
         except ValueError as error:
             raise RowError(f"{source}: row {number + 1} ({name}): {error}", name) from error

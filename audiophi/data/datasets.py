@@ -11,22 +11,25 @@ Which columns mean what: dataset_columns.py; chats of every form: chats.py. Audi
 met when its row is read, and can be counted and skipped instead of ending the run.
 """
 
+import contextlib
 import copy
 import itertools
+from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import numpy as np
 
 from audiophi.tasks import task_named, task_of_source
-from audiophi.tasks.base import Task
+from audiophi.tasks.base import Row, Task
 
 from .dataset_columns import Columns
 from .dataset_files import MANIFEST_SUFFIXES, folder_rows, librispeech_rows, manifest_rows, metadata_file
 from .dataset_paths import Reach, reach_of_folder, reach_of_hub
 from .dataset_registry import KINDS, split_kind
-from .example import Example, RowError
+from .example import Example, RowError, drawing, posed
 
 SPEC_KEYS = (
     *("path", "split", "weight", "filter", "exclude", "limit", "task", "instruction", "speech"),
@@ -43,6 +46,7 @@ class Examples(Sequence):
     def __init__(self, rows, numbers, columns: Columns, task: Task, folder: Path | None, reach: Reach, labels: dict):
         self.rows, self.numbers, self.columns = rows, numbers, columns
         self._task, self._folder, self._reach, self._labels = task, folder, reach, labels
+        self._recent, self._posed = deque(maxlen=PEEK), False
 
     @property
     def path(self) -> str:
@@ -62,11 +66,39 @@ class Examples(Sequence):
 
     def of(self, values: dict, number: int) -> Example:
         """A row's values as an example."""
-        row = self.columns.row(values, number, self._folder, self._reach, self._labels)
+        row = self._row(values, number)
+        if self._task.others:
+            row = replace(row, others=tuple(self._others(row)))
         try:
-            return self._task.example(row)
+            example = self._task.example(row)
+            return posed(example) if self._posed else example
         except RowError as error:
             raise RowError(f"{self.path}: row {number + 1}, {error}", row.id) from None
+
+    def _row(self, values: dict, number: int) -> Row:
+        return self.columns.row(values, number, self._folder, self._reach, self._labels)
+
+    def _others(self, row: Row) -> Iterator[Row]:
+        """Rows drawn by the number of this one; of a stream, of those that came last."""
+        if self.rows is None:
+            self._recent.append(row)
+            count, own = len(self._recent), len(self._recent) - 1
+        else:
+            count, own = len(self.numbers), row.number
+        for draw in range(self._task.others if count > 1 else 0):
+            number = (own + 1 + drawing(row.number)(f"other {draw}", range(count - 1))) % count
+            if self.rows is None:
+                yield self._recent[number]
+                continue
+            with contextlib.suppress(RowError):
+                yield self._row(self.rows[int(self.numbers[number])], number)
+
+    def for_evaluation(self) -> "Examples":
+        """The same, each row with one question where its task makes several: the same one always, in wordings that are
+        never trained."""
+        same = copy.copy(self)
+        same._posed = True
+        return same
 
     def take(self, count: int) -> "Examples":
         """The first `count` rows."""

@@ -1,6 +1,8 @@
 """One row of any data set, as everything after the reader sees it: what is asked, about which clips, what is right."""
 
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -42,6 +44,22 @@ class Clip:
 
 
 @dataclass(frozen=True)
+class Question:
+    """One of the questions that a row can be asked.
+
+    kind: what is asked for, by which scores are reported. wordings, test_wordings: how it is asked in training, and in
+    tests only. answers: any of them is right, the first one is learned. metric, choices: as in `Example`.
+    """
+
+    kind: str
+    wordings: tuple[str, ...]
+    test_wordings: tuple[str, ...]
+    answers: tuple[str, ...]
+    metric: str = "exact"
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Example:
     """A row.
 
@@ -51,6 +69,8 @@ class Example:
     references: right answers, any of them is; the first one is what `reference` says.
     kind, metric, choices: how an answer is scored, see `audiophi/evaluation/answer_metrics.py`.
     transcript: what is said in all the clips, to be read by an LLM that does not hear.
+    questions: what may be asked, where a task makes several questions of a row: `posed` chooses one. Until then there
+        are no messages, and the references are all answers, of which the longest tells how much text there can be.
     """
 
     task: str
@@ -66,11 +86,52 @@ class Example:
     metric: str | None = None
     choices: tuple[str, ...] = ()
     transcript: str | None = None
+    questions: tuple[Question, ...] = ()
     extra: dict = field(default_factory=dict, compare=False)
 
     @property
     def reference(self) -> str | None:
         return self.references[0] if self.references else None
+
+
+def drawing(*names) -> Callable[[str, Sequence], object]:
+    """(what, choices) -> one of them, the same one for the same names, say seed, epoch and number of a row."""
+
+    def draw(what: str, choices: Sequence):
+        # Not a checksum: those of neighbouring numbers have bits in common.
+        digest = hashlib.blake2b(" ".join(map(str, (what, *names))).encode(), digest_size=8).digest()
+        return choices[int.from_bytes(digest, "big") % len(choices)]
+
+    return draw
+
+
+def posed(example: Example, draw: Callable[[str, Sequence], object] | None = None) -> Example:
+    """The example with one of its questions, drawn: first a kind, then a question of it, then a wording. `draw` None:
+    as in an evaluation, by the row's number and in a wording that is never trained. Others are left as they are."""
+    if not example.questions:
+        return example
+    tested, draw = draw is None, draw or drawing(example.number)
+    kind = draw("kind", list(dict.fromkeys(question.kind for question in example.questions)))
+    question = draw("question", [question for question in example.questions if question.kind == kind])
+    wording = draw("instruction", question.test_wordings if tested else question.wordings)
+    return replace(
+        example,
+        messages=({"role": "user", "content": content_of(len(example.clips), wording)},),
+        references=question.answers if tested else question.answers[:1],
+        kind=kind,
+        metric=question.metric,
+        choices=question.choices,
+        questions=(),
+    )
+
+
+def longest(example: Example) -> Example:
+    """The example with the longest of its questions, and all their answers: what a prompt needs at most."""
+    if not example.questions:
+        return example
+    wording = max((text for question in example.questions for text in question.wordings), key=len)
+    messages = ({"role": "user", "content": content_of(len(example.clips), wording)},)
+    return replace(example, messages=messages, questions=())
 
 
 def content_of(clips: int, text: str) -> list[dict]:

@@ -6,10 +6,17 @@ from collections.abc import Collection, Iterable
 from .answer import Answer
 from .base import Report, Row, Task
 from .caption import Caption
+from .choose import Choose
+from .compare import Compare
 from .no_speech import NoSpeech
+from .speaker import Speaker
 from .transcribe import Transcribe
+from .words import Words
 
-TASKS: dict[str, Task] = {task.name: task for task in (Transcribe(), Caption(), NoSpeech(), Answer())}
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (Transcribe(), Caption(), NoSpeech(), Answer(), Words(), Choose(), Speaker(), Compare())
+}
 
 
 def task_named(name: str) -> Task:

@@ -29,7 +29,11 @@ class Row:
     kind: str | None = None
     transcript: str | None = None
     speaker: str | None = None
+    gender: str | None = None
+    age: str | None = None
+    language: str | None = None
     speech: bool | None = None  # False: nobody speaks in the clips of this source
+    others: tuple["Row", ...] = ()  # rows of the same source, for a task that wants some to compare with
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ class Task:
         order: where it stands among a model's tasks; the lowest is what a model does unasked.
         command: help of `audiophi NAME FILE...`; None: no such command.
         report: see `Report`; None for a task that is trained but not measured.
+        others: with how many other rows of its source, drawn by its number, a row comes to `example`.
         asked_as: name of the task in whose words it is asked, for one that is a case of another.
     """
 
@@ -79,6 +84,7 @@ class Task:
     command: str | None = None
     report: Report | None = None
     asked_as: str | None = None
+    others = 0
 
     # ---- data --------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
-from audiophi.data.example import with_clips
+from audiophi.data.example import posed, with_clips
 from audiophi.tasks import TASKS, wordings
 from modeling_audiophi.engine_audiophi import Engine
 from processing.audio_io import AudioError
@@ -81,7 +81,7 @@ class Development:
             except (AudioError, OSError) as error:
                 corpus.drop(row, str(error))
                 continue
-            self.rows.append((corpus.example(row), row.seconds, features))
+            self.rows.append((posed(corpus.example(row)), row.seconds, features))
         self.rows.sort(key=lambda item: -item[1])
         self._hidden: dict[int, list[dict]] | None = None
         state = PartialState()

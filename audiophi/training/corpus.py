@@ -7,8 +7,7 @@ naming that list. A row is known by its source and number, never by its id, whic
 import copy
 import dataclasses
 import io
-import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from audiophi.data.augment import speed_perturb, stretch_time
 from audiophi.data.collator import training_item
 from audiophi.data.dataset_registry import missing_audio_is_normal
 from audiophi.data.datasets import load_examples
-from audiophi.data.example import Clip, Example, RowError
+from audiophi.data.example import Clip, Example, RowError, drawing, longest, posed
 from audiophi.tasks import TASKS, wordings
 from processing.audio_io import MAX_SECONDS, AudioError, check_file
 
@@ -183,7 +182,8 @@ def missing_file(example: Example) -> str | None:
 
 
 def text_tokens(example: Example) -> int:
-    """About how many tokens of text an example has: a third of its bytes."""
+    """About how many tokens of text an example has at most: a third of its bytes."""
+    example = longest(example)
     texts = [max(example.references, key=len, default="")]
     for message in example.messages:
         content = message["content"]
@@ -275,14 +275,6 @@ class TrainingSet(Dataset):
 
 def item_of(example: Example, clips, instructions, draw: Callable, text_case: str, number: int, epoch: int) -> dict:
     """An example as the collator takes it, asked in the recipe's words."""
+    example = posed(example, draw)
     asked = wordings(example.task, instructions)
     return training_item(example, clips, wordings=asked, draw=draw, text_case=text_case, id=number, epoch=epoch)
-
-
-def drawing(seed: int, epoch: int, number: int) -> Callable[[str, Sequence], object]:
-    """(what, choices) -> one of them, by (seed, epoch, number of the row)."""
-
-    def draw(what: str, choices: Sequence):
-        return choices[zlib.crc32(f"{what} {seed} {epoch} {number}".encode()) % len(choices)]
-
-    return draw

@@ -1,6 +1,6 @@
 """Which rows make prompts that the LLM's context can hold: one that is longer would end the run when its turn comes."""
 
-from audiophi.data.example import Example, with_clips
+from audiophi.data.example import Example, longest, with_clips
 from audiophi.tasks import TASKS, wordings
 
 
@@ -22,7 +22,7 @@ class PromptRoom:
 
     def words(self, example: Example) -> tuple[list[str], int]:
         """All texts of the longest prompt that a row can make, and how many turns it has."""
-        task = TASKS[example.task]
+        example, task = longest(example), TASKS[example.task]
         turns = task.messages(example, [max(wordings(example.task, self.instructions), key=len, default="")])
         texts = []
         for message in with_clips(turns, [{} for _ in example.clips]):

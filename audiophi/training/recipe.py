@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,10 +58,11 @@ class Source:
     `weight`: the source's share of an epoch's draws is its weight over the sum of weights (no weights: every row once).
     `filter` keeps and `exclude` drops rows by the values of a column, e.g. `{speaker: ["1272"]}`. `limit` keeps the
     first rows. Rows longer than `max_seconds` are left out (not counted as bad). `task`: a name of audiophi/tasks; not
-    given, the source's kind and its columns decide. The task decides what the user asks, unless the source has its own
-    `instruction` or a column of questions (`instruction_column`, `answer_column`, chats). `speech: false`: nobody
-    speaks in the clips, so CTC may learn silence from them. `audio_folder`: where the audio of Clotho, AudioCaps, ...
-    is, if not beside its CSVs. `allow_urls`: fetch what its rows name by URL.
+    given, the source's kind and its columns decide. A list of names, or {name: weight}, makes a source of each
+    (`one_task_each`). The task decides what the user asks, unless the source has its own `instruction` or a column of
+    questions (`instruction_column`, `answer_column`, chats). `speech: false`: nobody speaks in the clips, so CTC may
+    learn silence from them. `audio_folder`: where the audio of Clotho, AudioCaps, ... is, if not beside its CSVs.
+    `allow_urls`: fetch what its rows name by URL.
     """
 
     path: str
@@ -74,7 +75,7 @@ class Source:
     answer_column: str | None = None
     transcript_column: str | None = None
     audio_folder: str | None = None
-    task: str | None = None
+    task: str | list[str] | dict[str, float] | None = None
     speech: bool | None = None
     instruction: str | None = None
     filter: dict[str, list] | None = None
@@ -228,8 +229,26 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
 def recipe_from_dict(data: dict) -> Recipe:
     """Builds and checks a Recipe from plain data (as YAML gives it)."""
     recipe = build(Recipe, data, "")
+    for owner, key in ((recipe.data, "train"), (recipe.data, "eval"), *((stage, "data") for stage in recipe.stages)):
+        setattr(owner, key, getattr(owner, key) and one_task_each(getattr(owner, key)))
     _check(recipe)
     return recipe
+
+
+def one_task_each(sources: list[Source]) -> list[Source]:
+    """`sources`, one with several tasks as several, which share its weight (1 where it has none) by theirs. RecipeError
+    for weights that are none."""
+    single = []
+    for source in sources:
+        if source.task is None or isinstance(source.task, str):
+            single.append(source)
+            continue
+        shares = source.task if isinstance(source.task, dict) else dict.fromkeys(source.task, 1.0)
+        if not shares or min(shares.values()) <= 0:
+            raise RecipeError(f"{source.path}: task needs names with weights above 0, got {source.task}")
+        total, weight = sum(shares.values()), 1.0 if source.weight is None else source.weight
+        single += [replace(source, task=name, weight=weight * share / total) for name, share in shares.items()]
+    return single
 
 
 def recipe_to_dict(recipe: Recipe) -> dict:

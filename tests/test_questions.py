@@ -1,0 +1,167 @@
+"""Questions that tasks make from words, labels and speakers: right by their own rules, balanced, drawn anew."""
+
+import json
+from collections import Counter
+
+import pytest
+import soundfile
+from hypothesis import given
+from hypothesis import strategies as st
+
+from audiophi.cli import eval as eval_script
+from audiophi.data.datasets import load_examples, stream_examples
+from audiophi.data.example import Clip, RowError, drawing, longest, posed
+from audiophi.evaluation import answers
+from audiophi.tasks import TASKS
+from audiophi.tasks.base import Row
+from audiophi.tasks.questions import Questions
+from audiophi.training.recipe import RecipeError, recipe_from_dict
+from audiophi.training.stages import run_recipe
+from processing import AudioPhiProcessor
+from processing.chat_audiophi import wording_key
+from tests.tiny_runs import LM
+
+CLIP = Clip({"path": "a.wav", "bytes": None})
+MAKERS = [task for task in TASKS.values() if isinstance(task, Questions)]
+SENTENCES = ("the quick brown fox", "she sells sea shells", "runs away from the bear", "it was the best of times")
+
+
+def row(number=0, **values):
+    return Row(number=number, id=f"row{number}", source="data", clips=(CLIP,), **values)
+
+
+def rows_of_all_kinds(number=0):
+    """A row that every task can ask about, and others of its source."""
+    own = row(number, text="The quick, brown fox!", gender="F", age="30", language="English")
+    others = tuple(row(number + 1 + i, text=text, gender="M", age="6", language="French")
+                   for i, text in enumerate(SENTENCES[1:]))  # fmt: skip
+    sounds = tuple(row(number + 1 + i, label=label) for i, label in enumerate(("dog bark", "rain", "dog bark", "siren")))
+    return own, others, sounds
+
+
+def questions_of(task, number=0):
+    from dataclasses import replace
+
+    own, others, sounds = rows_of_all_kinds(number)
+    found = []
+    for one, rest in ((own, others), (row(number, label="rain"), sounds), (row(number, speech=False), ())):
+        try:
+            found.append(task.example(replace(one, others=rest)))
+        except RowError:
+            pass
+    return found
+
+
+@pytest.mark.parametrize("task", MAKERS, ids=lambda task: task.name)
+def test_right_answers_are_right_and_others_wrong(task):
+    """By the rule of the question's own metric."""
+    examples = [example for number in range(8) for example in questions_of(task, number)]
+    assert examples
+    for example in examples:
+        for question in example.questions:
+            one = posed(example, lambda what, given, q=question: q if what == "question" else q.kind
+                        if what == "kind" else given[0])  # fmt: skip
+            assert one.kind == question.kind and one.references == question.answers[:1]
+            assert answers.fields(one, question.answers[0])["correct"] == 1.0, question
+            assert not answers.fields(one, "zebra")["correct"]
+
+
+@pytest.mark.parametrize("task", MAKERS, ids=lambda task: task.name)
+def test_wordings_of_tests_are_never_trained(task):
+    known = {wording_key(text) for other in TASKS.values() for text in (*other.wordings, *other.test_wordings)}
+    trained, tested = set(), set()
+    for example in questions_of(task):
+        for question in example.questions:
+            trained |= {wording_key(text) for text in question.wordings}
+            tested |= {wording_key(text) for text in question.test_wordings}
+            assert len(question.wordings) >= 3 and question.test_wordings
+            assert not any("{" in text and "..." not in text for text in question.wordings)
+    assert not trained & tested
+    assert not (trained | tested) & known  # or it would be decoded, and answered, as that task's
+
+
+def test_an_evaluation_asks_the_same_in_wordings_of_its_own(speech):
+    rows = load_examples({"path": str(speech), "task": "words"})
+    tested = [rows.for_evaluation()[i] for i in range(len(rows))]
+    assert tested == [rows.for_evaluation()[i] for i in range(len(rows))]
+    for example, open_example in zip(tested, (rows[i] for i in range(len(rows))), strict=True):
+        text = example.messages[0]["content"][-1]["text"]
+        assert any(text in question.test_wordings for question in open_example.questions)
+    assert len({example.kind for example in tested}) > 4
+
+
+def test_training_asks_anew_in_every_epoch():
+    (example, *_) = questions_of(TASKS["words"])
+    asked = [posed(example, drawing(0, epoch, 7)) for epoch in range(200)]
+    assert asked[:5] == [posed(example, drawing(0, epoch, 7)) for epoch in range(5)]
+    kinds = Counter(one.kind for one in asked)
+    assert len(kinds) == len({question.kind for question in example.questions}) and min(kinds.values()) > 5
+    said = Counter(one.references[0] for one in asked if one.kind == "is_said")
+    assert min(said["yes"], said["no"]) > 2
+    whole = longest(example)
+    text = whole.messages[0]["content"][-1]["text"]
+    assert len(text) == max(len(one.messages[0]["content"][-1]["text"]) for one in asked + [whole])
+
+
+@given(st.integers(0, 10**6), st.integers(0, 10**6))
+def test_a_drawing_of_two_is_a_coin(seed, epoch):
+    coins = [drawing(seed, epoch, number)("coin", (0, 1)) for number in range(200)]
+    pairs = Counter(zip(coins, coins[1:], strict=False))
+    assert 60 < sum(coins) < 140 and min(pairs.values()) > 15
+
+
+def test_rows_without_what_is_asked_about_are_named():
+    for name, values, message in (
+        ("words", {"text": "..."}, "nothing said in it"),
+        ("choose", {"label": "dog bark"}, "no other label"),
+        ("speaker", {"gender": "X"}, "no gender, age or language"),
+        ("compare", {"label": "rain"}, "no audio"),
+    ):
+        with pytest.raises(RowError, match=message):
+            TASKS[name].example(row(**values))
+
+
+def test_a_stream_asks_too(speech):
+    found = list(stream_examples([{"path": str(speech), "task": "words"}]))
+    assert all(example.questions for example in found)
+    assert any(question.kind == "is_said" for question in found[-1].questions)
+
+
+@pytest.fixture
+def sounds(tmp_path, waveform):
+    folder = tmp_path / "sounds"
+    folder.mkdir()
+    with open(folder / "metadata.jsonl", "w") as manifest:
+        for number in range(12):
+            soundfile.write(folder / f"{number}.wav", waveform(0.6, number), 16000)
+            label = ("dog bark", "rain", "bell")[number % 3]
+            manifest.write(json.dumps({"audio": f"{number}.wav", "label": label}) + "\n")
+    return folder
+
+
+def test_a_source_of_several_tasks_is_trained_and_evaluated(settings, speech, sounds, tmp_path):
+    train = [
+        {"path": str(speech), "task": {"transcribe": 1, "words": 3}, "weight": 2.0},
+        {"path": str(sounds), "task": ["choose", "compare"]},
+    ]
+    data = {"train": train, "eval": [{"path": str(speech), "task": "words"}, {"path": str(sounds), "task": "compare"}]}
+    recipe = recipe_from_dict(settings({**LM, "eval_steps": 4}, data=data))
+    assert [(s.task, s.weight) for s in recipe.data.train] == [
+        ("transcribe", 0.5), ("words", 1.5), ("choose", 0.5), ("compare", 0.5),
+    ]  # fmt: skip
+    final = run_recipe(recipe)
+    assert list(AudioPhiProcessor.from_pretrained(final).tasks) == ["transcribe", "answer"]
+    lines = (final.parent / "history.jsonl").read_text()
+    assert "accuracy" in lines
+    for name, folder in (("words", speech), ("compare", sounds)):
+        out = tmp_path / f"eval-{name}"
+        arguments = ["--task", name, "--model", str(final), "--data", str(folder), "--output_dir", str(out)]
+        assert eval_script.main(arguments) == 0
+        metrics = json.loads((out / "metrics.json").read_text())
+        assert metrics["rows"] and metrics["accuracy_by_kind"]
+
+
+def test_weights_that_are_none_are_refused(settings, speech):
+    for task in ({"words": 0}, {}, {"wrods": 1}):
+        with pytest.raises(RecipeError, match="weights above 0|wrods"):
+            recipe_from_dict(settings(LM, data={"train": [{"path": str(speech), "task": task}]}))
