@@ -165,3 +165,29 @@ def test_weights_that_are_none_are_refused(settings, speech):
     for task in ({"words": 0}, {}, {"wrods": 1}):
         with pytest.raises(RecipeError, match="weights above 0|wrods"):
             recipe_from_dict(settings(LM, data={"train": [{"path": str(speech), "task": task}]}))
+
+
+def test_the_questions_of_a_recipe_are_written_down(settings, speech, sounds, tmp_path, monkeypatch):
+    import yaml
+
+    from tools import make_questions
+
+    data = {
+        "train": [{"path": str(speech)}],
+        "eval": [{"path": str(speech), "task": ["transcribe", "words"]}, {"path": str(sounds), "task": "compare"}],
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings(LM, data=data)))
+    out = tmp_path / "questions.jsonl"
+    assert make_questions.main([str(tmp_path / "recipe.yaml"), str(out), "--per_kind", "6"]) == 0
+    rows = load_examples({"path": str(out)})
+    assert rows.task == "answer"
+    examples = [rows[i] for i in range(len(rows))]
+    kinds = Counter(example.kind for example in examples)
+    assert {"first_word", "is_said", "which_clip_sound", "same_sound"} <= kinds.keys() and max(kinds.values()) == 6
+    assert {len(example.clips) for example in examples if example.kind == "same_sound"} == {2}
+    said = Counter(example.reference for example in examples if example.kind == "is_said")
+    assert said["yes"] == said["no"] == 3
+    assert all(example.transcript for example in examples if example.kind == "first_word")
+    again = tmp_path / "again.jsonl"
+    make_questions.main([str(tmp_path / "recipe.yaml"), str(again), "--per_kind", "6"])
+    assert again.read_text() == out.read_text()

@@ -1,0 +1,99 @@
+"""Write the questions that a recipe's development data can be asked as one JSONL for `eval.py --task answer`.
+
+    python tools/make_questions.py recipes/instructions.yaml questions.jsonl [--per_kind 40] [--seed 0]
+    python eval.py --model MODEL --data questions.jsonl --task answer --output_dir OUT
+
+Every source of `data.eval` whose task makes questions is asked, in the wordings that are kept for tests: as many
+questions of each kind as there are rows for, at most --per_kind, no row twice for the same kind. A line has audio (one
+path, or a list), instruction, answer, choices, metric, kind, transcript, speaker and id. Same arguments, same output.
+"""
+
+import argparse
+import json
+import random
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def questions_of(recipe, seed: int) -> dict[str, list[dict]]:
+    """kind -> lines, one for each row that can be asked it."""
+    from audiophi.data.datasets import load_examples
+    from audiophi.data.example import RowError, drawing, posed
+    from audiophi.training.corpus import source_spec
+
+    found: dict[str, list[dict]] = {}
+    for place, source in enumerate(recipe.data.eval):
+        examples = load_examples(source_spec(source))
+        for number in range(len(examples)):
+            with suppress(RowError):
+                example = examples[number]
+                for kind in dict.fromkeys(question.kind for question in example.questions):
+                    own = [question for question in example.questions if question.kind == kind]
+                    draw = drawing(seed, place, number, kind)
+                    question = draw("question", own)
+                    one = posed(example, lambda what, given, q=question, d=draw: q if what == "question" else q.kind
+                                if what == "kind" else d(what, q.test_wordings))  # fmt: skip
+                    found.setdefault(kind, []).append(line_of(one, question))
+    return found
+
+
+def line_of(example, question) -> dict:
+    audio = [str(Path(clip.audio["path"]).resolve()) for clip in example.clips]
+    return {
+        "audio": audio[0] if len(audio) == 1 else audio,
+        "instruction": example.messages[0]["content"][-1]["text"],
+        "answer": list(question.answers),
+        "choices": list(question.choices),
+        "metric": question.metric,
+        "kind": question.kind,
+        "transcript": example.transcript,
+        "speaker": example.speaker,
+        "id": f"{example.id} {question.kind}",
+    }
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--per_kind", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+
+    from audiophi.training.recipe import load_recipe
+
+    try:
+        found = questions_of(load_recipe(args.recipe), args.seed)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    if not found:
+        parser.error(f"{args.recipe}: no source of data.eval has a task that makes questions")
+    lines = []
+    for kind, rows in sorted(found.items()):
+        chosen = balanced(rows, args.per_kind, random.Random(f"{args.seed} {kind}"))
+        lines += chosen
+        print(f"{kind}: {len(chosen)} of {len(rows)}")
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    print(f"{args.output}: {len(lines)} questions of {len(found)} kinds")
+    return 0
+
+
+def balanced(rows: list[dict], most: int, rng: random.Random) -> list[dict]:
+    """At most `most` rows, the answers in turn, so that no answer is a better guess than it must be."""
+    by_answer: dict[str, list[dict]] = {}
+    for row in rng.sample(rows, len(rows)):
+        by_answer.setdefault(row["answer"][0], []).append(row)
+    chosen = []
+    while len(chosen) < min(most, len(rows)):
+        for answer in list(by_answer):
+            if by_answer[answer] and len(chosen) < most:
+                chosen.append(by_answer[answer].pop())
+    return chosen
+
+
+if __name__ == "__main__":
+    sys.exit(main())
