@@ -35,7 +35,8 @@ def rows_of_all_kinds(number=0):
     own = row(number, text="The quick, brown fox!", gender="F", age="30", language="English")
     others = tuple(row(number + 1 + i, text=text, gender="M", age="6", language="French")
                    for i, text in enumerate(SENTENCES[1:]))  # fmt: skip
-    sounds = tuple(row(number + 1 + i, label=label) for i, label in enumerate(("dog bark", "rain", "dog bark", "siren")))
+    labels = ("dog bark", "rain", "dog bark", "siren")
+    sounds = tuple(row(number + 1 + i, label=label) for i, label in enumerate(labels))
     return own, others, sounds
 
 
