@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 
+import numpy as np
 import pytest
 import soundfile
 from hypothesis import given
@@ -45,7 +46,9 @@ def questions_of(task, number=0):
 
     own, others, sounds = rows_of_all_kinds(number)
     found = []
-    for one, rest in ((own, others), (row(number, label="rain"), sounds), (row(number, speech=False), ())):
+    mixed = row(number, text="A lazy dog", label="rain")
+    for one, rest in ((own, others), (row(number, label="rain"), sounds), (row(number, speech=False), ()),
+                      (mixed, sounds)):  # fmt: skip
         try:
             found.append(task.example(replace(one, others=rest)))
         except RowError:
@@ -192,3 +195,19 @@ def test_the_questions_of_a_recipe_are_written_down(settings, speech, sounds, tm
     again = tmp_path / "again.jsonl"
     make_questions.main([str(tmp_path / "recipe.yaml"), str(again), "--per_kind", "6"])
     assert again.read_text() == out.read_text()
+
+
+def test_speech_is_laid_over_sounds(speech, sounds, tmp_path):
+    from tools import make_mixed
+
+    arguments = [str(speech), str(sounds), str(tmp_path / "mixed"), "--clips", "5", "--speech_filter", "speaker=1,2"]
+    assert make_mixed.main(arguments) == 0
+    rows = load_examples({"path": str(tmp_path / "mixed"), "task": "mixed"})
+    assert len(rows) == 5 and {rows[i].speaker for i in range(5)} <= {"1", "2"}
+    assert {"sound_behind", "is_behind", "said_and_heard"} == {
+        question.kind for i in range(5) for question in rows[i].questions
+    }
+    rng = np.random.default_rng(0)
+    voice, sound = rng.normal(size=1600) * 0.1, rng.normal(size=700)
+    added = make_mixed.mix(voice, sound, 10.0) - voice
+    assert 10 * np.log10(np.mean(voice**2) / np.mean(added**2)) == pytest.approx(10.0, abs=0.01)

@@ -8,6 +8,7 @@ from .base import Report, Row, Task
 from .caption import Caption
 from .choose import Choose
 from .compare import Compare
+from .mixed import Mixed
 from .no_speech import NoSpeech
 from .speaker import Speaker
 from .transcribe import Transcribe
@@ -15,7 +16,7 @@ from .words import Words
 
 TASKS: dict[str, Task] = {
     task.name: task
-    for task in (Transcribe(), Caption(), NoSpeech(), Answer(), Words(), Choose(), Speaker(), Compare())
+    for task in (Transcribe(), Caption(), NoSpeech(), Answer(), Words(), Choose(), Speaker(), Compare(), Mixed())
 }
 
 
