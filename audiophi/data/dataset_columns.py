@@ -1,5 +1,6 @@
 """Which of a source's columns mean what, and a row of them as a `Row`."""
 
+import functools
 import logging
 import math
 from collections.abc import Sequence
@@ -75,11 +76,11 @@ class Columns:
         return set(self.by) | ({"references"} if self.numbered else set())
 
     def warn_of_unused(self) -> None:
-        """Says once which columns nobody looks at."""
+        """Says which columns nobody looks at, once per source, however many tasks it has."""
         used = {*self.by.values(), *self.numbered, *self.entry["filter"], *self.entry["exclude"], *BOOKKEEPING}
         unused = [name for name in self.names if name not in used]
         if unused:
-            logger.warning(
+            warn_once(
                 f"{self.entry['path']}: columns that are not used: {', '.join(map(repr, unused))}. If one holds text, "
                 "questions or answers, name it with text_column, instruction_column or answer_column."
             )
@@ -128,6 +129,11 @@ class Columns:
             return replace(row, **{key: text_of(get.get(key), key, number) for key in rest})
         except ValueError as error:
             raise RowError(f"{source}: row {number + 1} ({name}): {error}", name) from error
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def as_list(value) -> list:
