@@ -152,8 +152,8 @@ class AudioPhiCollator:
         for row, told in zip(rows, read["labels"], strict=True):
             if not torch.equal(labels[row][labels[row] != IGNORED], told[told != IGNORED]):
                 raise ValueError(
-                    f"row {items[row]['id']}: its answer makes other tokens where the transcript is read than where the "
-                    "audio is heard, so the loss distill cannot compare them; the chat template is to blame."
+                    f"row {items[row]['id']}: its answer makes other tokens where the transcript is read than where "
+                    "the audio is heard, so the loss distill cannot compare them; the chat template is to blame."
                 )
         batch = {}
         for name, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", IGNORED)):
