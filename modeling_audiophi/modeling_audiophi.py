@@ -17,6 +17,7 @@ from .checkpoints_audiophi import CheckpointsMixin
 from .clip_tokens import build_clip_tokens
 from .components_audiophi import ComponentsMixin
 from .configuration_audiophi import AudioPhiConfig
+from .distillation_audiophi import as_teacher, kl_divergence
 from .encoders import encoder_class
 from .generation_audiophi import AudioPhiGenerationMixin
 from .hearing_audiophi import HearingMixin
@@ -311,6 +312,13 @@ class AudioPhiForConditionalGeneration(
         asked=None,
         align_loss_weight=1.0,
         align_items_in_batch=None,
+        teacher_input_ids=None,
+        teacher_attention_mask=None,
+        teacher_labels=None,
+        distill_weight=1.0,
+        distill_temperature=2.0,
+        distill_only=False,
+        distill_items_in_batch=None,
         return_logits=None,
         logits_to_keep=0,
         use_cache=None,
@@ -323,9 +331,19 @@ class AudioPhiForConditionalGeneration(
         transcript, -100 padded, NO_TARGET first where there is none; without input_ids the language model is not run at
         all, and align_logits are returned only with `return_logits=True`. `sound_labels` (C, S): likewise the words
         that describe each clip, in any order, for a readout that `learns_sounds`; all -100 where there are none.
-        `num_items_in_batch` (labelled tokens) and `align_items_in_batch` (clips) divide the summed losses under
-        gradient accumulation.
+        `teacher_input_ids`, `teacher_attention_mask`, `teacher_labels` (B, L'), beside `labels`: the same chats with
+        transcripts in the place of clips, and the same tokens labelled, or none in a row without a teacher; their loss
+        is `kl_divergence` at `distill_temperature`, with `distill_only` the only one of the labels.
+        `num_items_in_batch` (labelled tokens), `align_items_in_batch` (clips) and `distill_items_in_batch` (tokens that
+        the teacher has labelled) divide the summed losses under gradient accumulation.
+
+        Raises ValueError for a teacher without labels, or with other labelled tokens than they have, and for
+        `distill_only` without a teacher.
         """
+        if teacher_input_ids is not None and (labels is None or teacher_labels is None):
+            raise ValueError("teacher_input_ids need labels and teacher_labels: the tokens to distill")
+        if distill_only and teacher_input_ids is None:
+            raise ValueError("distill_only needs teacher_input_ids: there is no other loss of the labels then")
         audio_inputs = {
             "input_features": input_features,
             "input_features_mask": input_features_mask,
@@ -359,7 +377,17 @@ class AudioPhiForConditionalGeneration(
             output[CACHE_NAME] = getattr(outputs, CACHE_NAME)
             output.hidden_states, output.attentions = outputs.hidden_states, outputs.attentions
             if labels is not None:
-                output.lm_loss = output.loss = self._lm_loss(hidden, labels, num_items_in_batch)
+                targets = next_tokens(labels).to(hidden.device)
+                labelled = targets != -100
+                logits = self.compute_logits(hidden[labelled])  # once, for both losses
+                if not distill_only:
+                    output.lm_loss = output.loss = self._lm_loss(logits, targets[labelled], num_items_in_batch)
+                if teacher_input_ids is not None:
+                    read = next_tokens(teacher_labels).to(targets.device)
+                    teacher = (teacher_input_ids, teacher_attention_mask, read)
+                    found = self._distill_loss(logits, targets, *teacher, distill_temperature, distill_items_in_batch)
+                    output.distill_loss, weighted = found, distill_weight * found
+                    output.loss = weighted if output.loss is None else output.loss + weighted
             if labels is None or return_logits:
                 kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
                 output.logits = self.compute_logits(hidden[:, kept])
@@ -388,16 +416,36 @@ class AudioPhiForConditionalGeneration(
         loss = self.model.readout.sound_loss(audio.embeds, sounds, labels, table)
         return loss / (len(labels) if num_items is None else num_items)
 
-    def _lm_loss(self, hidden, labels, num_items_in_batch):
-        """Next-token cross-entropy, computing logits only where the next token has a label."""
-        targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].to(hidden.device)
-        labelled = targets != -100
-        if not bool(labelled.any()):
-            return hidden.sum() * 0.0
+    def _lm_loss(self, logits, targets, num_items_in_batch):
+        """Cross-entropy of the labelled tokens: `logits` (tokens, vocabulary), `targets` (tokens,)."""
+        if not len(targets):
+            return logits.sum() * 0.0
         return self.loss_function(
-            logits=self.compute_logits(hidden[labelled]),
+            logits=logits,
             labels=None,
-            shift_labels=targets[labelled],
+            shift_labels=targets,
             vocab_size=self.config.text_config.vocab_size,
             num_items_in_batch=num_items_in_batch,
         )
+
+    def _distill_loss(self, logits, targets, input_ids, attention_mask, read, temperature, num_items):
+        """`kl_divergence` of the labelled tokens of rows that have a teacher. `logits` (tokens, vocabulary) where
+        `targets` (B, L) are not -100, of the student; `read` (B, L'): the teacher's `targets`."""
+        rows = (read != -100).any(1)
+        counted = (targets != -100) & rows[:, None]
+        if not torch.equal(targets[counted], read[read != -100]):
+            raise ValueError("teacher_labels have other tokens than the labels of the same rows")
+        if not bool(rows.any()):
+            return logits.sum() * 0.0
+        with as_teacher(self.model.language_model):
+            there = rows.to(input_ids.device)
+            mask = None if attention_mask is None else attention_mask[there]
+            prompts = {"input_ids": input_ids[there], "attention_mask": mask}
+            hidden = self.model(**prompts, use_cache=False, return_dict=True).last_hidden_state
+            teacher = self.compute_logits(hidden[read[rows] != -100])
+        return kl_divergence(logits[counted[targets != -100]], teacher, temperature, num_items)
+
+
+def next_tokens(labels):
+    """Labels (B, L) -> (B, L), each where it is predicted: -100 where nothing is."""
+    return nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]

@@ -42,14 +42,15 @@ class AudioPhiModelOutput(BaseModelOutputWithPast):
 class AudioPhiOutput(CausalLMOutputWithPast):
     """Losses (scalars) and predictions of `AudioPhiForConditionalGeneration`.
 
-    loss = lm_loss + align_loss_weight * (align_loss + sound_loss), whichever were asked for; align_skipped counts
-    clips whose transcript is longer than their audio tokens. audio_counts (C,): embeddings that the LLM read of each
-    clip. logits (B, L, vocabulary) is None with labels unless `return_logits=True`.
+    loss = lm_loss + align_loss_weight * (align_loss + sound_loss) + distill_weight * distill_loss, whichever were asked
+    for; align_skipped counts clips whose transcript is longer than their audio tokens. audio_counts (C,): embeddings
+    that the LLM read of each clip. logits (B, L, vocabulary) is None with labels unless `return_logits=True`.
     """
 
     lm_loss: torch.Tensor | None = None
     align_loss: torch.Tensor | None = None
     sound_loss: torch.Tensor | None = None
+    distill_loss: torch.Tensor | None = None
     align_skipped: torch.Tensor | None = None
     align_logits: torch.Tensor | None = None
     audio_counts: torch.Tensor | None = None

@@ -62,7 +62,7 @@ def test_every_kind_of_key_can_be_overridden(recipe_file):
         (["--stages.3.steps", "1"], "not an item"),
         (["--seed.x", "1"], "unknown key 'seed.x'|expected int"),
         (["--seed", "many"], "seed: expected int"),
-        (["--stages.0.loss", "ctc"], "not one of 'align', 'lm', 'both'"),
+        (["--stages.0.loss", "ctc"], "not one of 'align', 'lm', 'both', 'distill'"),
         (["--stages.0.epochs", "1"], "either steps or epochs"),
         (["--stages.0.batch_seconds", "9"], "either batch_size or batch_seconds"),
         (["--stages.0.tune.adapter", "frozen"], "everything is frozen"),

@@ -15,7 +15,7 @@ from processing.processing_audiophi import MASK_NAMES, AudioPhiProcessor
 
 from .alignment_text import AlignmentTokenizer, normalise_transcript
 from .augment import Augment
-from .example import Example, with_clips
+from .example import Example, in_words, with_clips
 
 MODES = ("align", "lm", "both")
 LEARNED = ("all", "last")
@@ -33,7 +33,7 @@ def training_item(
     epoch: int = 0,
 ) -> dict:
     """An example as the collator takes it: {"messages": all turns, the answer too, "clips", "transcripts" (text, "" or
-    None per clip), "sounds" (text or None), "id", "epoch"}.
+    None per clip), "read" (`Task.read`), "sounds" (text or None), "id", "epoch"}.
 
     `clips`: the example's, encoded (`processor.encode_audio`, or cached {"audio_hidden_states"}). `wordings`: what may
     be asked; `draw` ("instruction" or "reference", choices) -> one of them, None: the first. `id`, `epoch` name it for
@@ -48,6 +48,7 @@ def training_item(
         "messages": messages,
         "clips": clips,
         "transcripts": [clip.transcript for clip in example.clips],
+        "read": task.read(example),
         "sounds": task.sounds(answer),
         "id": id if id is not None else example.id,
         "epoch": epoch,
@@ -67,6 +68,8 @@ class AudioPhiCollator:
         padding_side: of the text.
         text_case: see `normalise_transcript`; of CTC's targets.
         loss_on: which of the assistant's turns are learned, "all" or the "last".
+        distill: beside the prompts that are heard, make those that the teacher of the loss distill reads.
+        context: tokens that the LLM can read, None: any number; a teacher's longer prompt is left out.
     """
 
     processor: AudioPhiProcessor
@@ -77,6 +80,8 @@ class AudioPhiCollator:
     padding_side: str = "right"
     text_case: str = "lower"
     loss_on: str = "all"
+    distill: bool = False
+    context: int | None = None
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -85,6 +90,8 @@ class AudioPhiCollator:
             raise ValueError(f"loss_on {self.loss_on!r} is not one of {', '.join(LEARNED)}.")
         if self.mode != "lm" and self.align_tokenizer is None:
             raise ValueError(f"collator mode {self.mode!r} needs align_tokenizer for the CTC targets.")
+        if self.mode == "align" and self.distill:
+            raise ValueError("collator mode 'align' makes no prompts, so there is nothing to distill.")
 
     def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
         """
@@ -92,13 +99,21 @@ class AudioPhiCollator:
             audio inputs as from `processor.pad_audio`, where there are clips; in mode lm or both `input_ids`,
             `attention_mask`, `labels` (batch, length), -100 except on the assistant's words and the end token; in mode
             align or both `align_labels` (clips, targets), padded with -100, NO_TARGET first for a clip that CTC learns
-            nothing from, and with learn_sounds `sound_labels` likewise, empty for a clip without.
+            nothing from, and with learn_sounds `sound_labels` likewise, empty for a clip without. With distill
+            `teacher_input_ids`, `teacher_attention_mask`, `teacher_labels` (batch, another length): the same chats with
+            transcripts in the place of clips, and the same tokens labelled. A row without a teacher (`Task.read`, or
+            too long for the context) is all padding.
+
+        Raises:
+            ValueError naming an item whose answer makes other tokens where the transcript is read.
         """
         items = [{**item, "clips": [self._augmented(item, n) for n in range(len(item["clips"]))]} for item in items]
         if self.mode == "align":
             batch = self.processor.pad_audio([clip for item in items for clip in item["clips"]])
         else:
             batch = self._prompts(items)
+            if self.distill:
+                batch |= self._read_prompts(items, batch["labels"])
         if self.mode != "lm" and any(item["clips"] for item in items):
             batch["align_labels"] = self._targets([text for item in items for text in item["transcripts"]])
             if self.learn_sounds:
@@ -120,6 +135,35 @@ class AudioPhiCollator:
         for item in items:
             rest = iter(item["clips"])
             conversations.append([_replaced(message, rest) for message in item["messages"]])
+        return self._labelled(conversations)
+
+    def _read_prompts(self, items: list[dict], labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the teacher reads, beside `labels` (batch, length) of what is heard."""
+        rows = [row for row, item in enumerate(items) if item["read"] is not None]
+        read = {name: torch.zeros(0, 1, dtype=torch.long) for name in ("input_ids", "attention_mask", "labels")}
+        if rows:
+            read = self._labelled([in_words(items[row]["messages"], items[row]["read"]) for row in rows])
+            if self.context is not None:
+                fits = read["attention_mask"].sum(1) <= self.context
+                rows = [row for row, kept in zip(rows, fits.tolist(), strict=True) if kept]
+                columns = read["attention_mask"][fits].any(0)
+                columns[0] |= not rows  # a batch without a teacher has one column
+                read = {name: read[name][fits][:, columns] for name in ("input_ids", "attention_mask", "labels")}
+        for row, told in zip(rows, read["labels"], strict=True):
+            if not torch.equal(labels[row][labels[row] != IGNORED], told[told != IGNORED]):
+                raise ValueError(
+                    f"row {items[row]['id']}: its answer makes other tokens where the transcript is read than where "
+                    "the audio is heard, so the loss distill cannot compare them; the chat template is to blame."
+                )
+        batch = {}
+        for name, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", IGNORED)):
+            whole = torch.full((len(items), read[name].shape[1]), fill, dtype=torch.long)
+            whole[rows] = read[name].long()
+            batch[f"teacher_{name}"] = whole
+        return batch
+
+    def _labelled(self, conversations: list[list[dict]]) -> dict[str, torch.Tensor]:
+        """Prompts and `labels`, the assistant's words, of chats whose clips are encoded."""
         batch = dict(
             self.processor.apply_chat_template(
                 conversations,

@@ -153,3 +153,20 @@ def with_clips(messages, clips: list) -> list[dict]:
     if left:
         raise ValueError(f"{left} clips are not asked about")
     return told
+
+
+def in_words(messages, transcripts: Sequence[str | None]) -> list[dict]:
+    """`messages` to be read instead of heard: in the place of each audio item stands what is said in it, the next of
+    `transcripts`, "" where nobody speaks; nothing at all where that is None, or there are no more."""
+    rest, told = iter(transcripts), []
+    for message in messages:
+        content = message["content"]
+        if not isinstance(content, str):
+            items = [_read(next(rest, None)) if item["type"] == "audio" else item for item in content]
+            content = [item for item in items if item is not None]
+        told.append({**message, "content": content})
+    return told
+
+
+def _read(said: str | None) -> dict | None:
+    return None if said is None else {"type": "text", "text": f'Transcript: "{" ".join(said.split())}"\n'}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from audiophi.data.example import Clip, Example
+from audiophi.data.example import Clip, Example, in_words
 from audiophi.tasks import wordings
 from audiophi.tasks.base import Task
 
@@ -168,20 +168,7 @@ def text(examples, predictions: list[dict], task: Task, rate: int, seed: int = 0
 
 def as_text(example: Example, transcript: str, task: Task) -> Example:
     """An example without clips: where the first one stood the words that are said in them stand."""
-    words = {"type": "text", "text": f'Transcript: "{" ".join(transcript.split())}"\n'}
-    turns, told = [], False
-    for message in task.messages(example, wordings(task.name)):
-        content = message["content"]
-        if not isinstance(content, str):
-            kept = []
-            for item in content:
-                if item["type"] != "audio":
-                    kept.append(item)
-                elif not told:
-                    kept.append(words)
-                    told = True
-            content = kept
-        turns.append({**message, "content": content})
+    turns = in_words(task.messages(example, wordings(task.name)), [transcript])
     return replace(example, clips=(), messages=tuple(turns))
 
 

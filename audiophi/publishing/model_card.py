@@ -197,7 +197,7 @@ def stages_table(recipe: Recipe) -> str:
     for stage in recipe.stages:
         tuned = [f"{part} ({how})" for part, how in asdict(stage.tune).items() if how not in (None, "frozen")]
         length = f"{stage.steps:,} steps" if stage.steps else f"{stage.epochs:g} epochs"
-        rows.append(f"| {stage.name} | {stage.loss} | {', '.join(tuned)} | {length} |")
+        rows.append(f"| {stage.name} | {stage.losses} | {', '.join(tuned)} | {length} |")
     return "\n".join(rows)
 
 

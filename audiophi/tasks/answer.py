@@ -10,6 +10,7 @@ from .base import Report, Row, Task, base_example, own_question, saying, silent
 class Answer(Task):
     name = "answer"
     order = 90
+    taught_by_reading = True
     conditions = ("shuffled_audio", "silence", "text")
     shown = ("accuracy", "answer_loss_unparsed", "never_stopped")
     main_score = "accuracy"

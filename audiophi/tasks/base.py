@@ -113,6 +113,18 @@ class Task:
         wording = draw("instruction", wordings) if draw else wordings[0]
         return [{"role": "user", "content": content_of(len(example.clips), wording)}]
 
+    # Whether who reads what is said knows the answer without copying it: then the LLM that hears may learn from the LLM
+    # that reads (the loss distill). Of what is heard but not said a reader can only guess, and where the words
+    # themselves are asked for it tells nothing that the labels do not.
+    taught_by_reading = False
+
+    def read(self, example: Example) -> tuple[str, ...] | None:
+        """What the LLM that teaches by reading gets in the place of each clip. None where nothing is heard or it is not
+        known of every clip what is said, and where nobody says anything, since a reader could only guess then."""
+        said = tuple(clip.transcript for clip in example.clips)
+        known = self.taught_by_reading and None not in said and any(text.strip() for text in said)
+        return said if known else None
+
     # ---- evaluation --------------------------------------------------------------------------------------------------
 
     # Further ways to ask every row, beside hearing its own clips: keys of `audiophi.evaluation.conditions.CONDITIONS`.

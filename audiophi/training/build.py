@@ -201,9 +201,9 @@ def unused_parameters(model: AudioPhiForConditionalGeneration, stage: Stage) -> 
     readout = model.model.readout
     if stage.loss == "align":
         return ("model.clip_tokens.",) if readout.learns_sounds else ("model.readout.", "model.clip_tokens.")
-    if stage.loss == "lm" and readout.learns_sounds:
+    if not stage.aligns and readout.learns_sounds:
         return ("model.readout.sound_words.",)
-    if stage.loss == "lm" and model.config.readout == "frames":
+    if not stage.aligns and model.config.readout == "frames":
         return ("model.alignment.",)
     return ()
 

@@ -51,7 +51,7 @@ def stage_flops(model, stage: Stage, load: Load) -> int:
     adapter = 3 * 2 * linear_parameters(model.model.multi_modal_projector) * clips * size.audio
     total = encoder_flops(model, load) + adapter
     collapsed = stage.loss != "align" and config.readout != "frames"
-    if stage.loss != "lm" or collapsed:
+    if stage.aligns or collapsed:
         # Scores, and where the LLM reads their mean embeddings those; forward and backward.
         table = (2 + 2 * collapsed) * text.hidden_size
         spelling = 3 * config.align_spelling["size"] if config.align_spelling else 0
@@ -67,6 +67,10 @@ def stage_flops(model, stage: Stage, load: Load) -> int:
     # Two products forward; backward makes the first again, and four of gradients.
     attention = 4 * text.num_hidden_layers * width * positions * size.text
     total += attention * (passes - 1) + attention * 5 // 2
+    if stage.distills:  # the teacher reads, once; its prompt is taken to be as long without the audio
+        read = clips * (load.prompt + load.words)
+        total += 2 * read * dense_parameters(language_model) + 4 * text.num_hidden_layers * width * read * read // clips
+        total += 2 * clips * load.words * text.hidden_size * text.vocab_size
     return total + 2 * 2 * clips * load.words * text.hidden_size * text.vocab_size
 
 

@@ -20,6 +20,8 @@ from .recipe import Stage
 TRAINED_BYTES = 4  # what is trained is in float32
 # float32 copies of (labelled positions x vocabulary): for the loss, its log-softmax, and their gradient.
 LM_LOGIT_COPIES = 3
+# The same of distill: both sides over the temperature, and their log-softmax; the divergences, and their gradient.
+DISTILL_LOGIT_COPIES = 6
 # (audio tokens x alignment classes): before and after the blank is put beside them, the gradient of both.
 ALIGN_LOGIT_COPIES = 4
 # A waveform convolution's output, its transposed copy for the LayerNorm, and that one's output.
@@ -189,7 +191,7 @@ def training_memory(model, stage: Stage, load: Load, frozen_bytes: int = 4, valu
         adapter=adapter,
     )
     classes = config.align_vocab_size + 1
-    if stage.loss != "lm" or config.readout != "frames":
+    if stage.aligns or config.readout != "frames":
         # The table's rows, gathered and in the head's float32; the logits.
         table = classes * text.hidden_size * (frozen_bytes + (TRAINED_BYTES if frozen_bytes < TRAINED_BYTES else 0))
         logits = clips * size.audio * classes * TRAINED_BYTES * ALIGN_LOGIT_COPIES
@@ -204,7 +206,10 @@ def training_memory(model, stage: Stage, load: Load, frozen_bytes: int = 4, valu
         llm = text.num_hidden_layers * positions * text.hidden_size * norm_bytes + per_layer
     else:
         llm = text.num_hidden_layers * per_layer
-    logits = clips * load.words * text.vocab_size * (2 * value_bytes + LM_LOGIT_COPIES * 4)
+    logits = 2 * value_bytes + LM_LOGIT_COPIES * 4 * (stage.loss != "distill")
+    if stage.distills:  # the teacher's logits; of both its float32 copies
+        logits += value_bytes + DISTILL_LOGIT_COPIES * 4
+    logits *= clips * load.words * text.vocab_size
     return replace(parts, llm=llm, logits=logits)
 
 

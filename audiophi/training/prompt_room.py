@@ -1,6 +1,8 @@
 """Which rows make prompts that the LLM's context can hold: one that is longer would end the run when its turn comes."""
 
-from audiophi.data.example import Example, longest, with_clips
+from dataclasses import replace
+
+from audiophi.data.example import Example, in_words, longest, with_clips
 from audiophi.tasks import TASKS, wordings
 
 
@@ -20,10 +22,14 @@ class PromptRoom:
         frame = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
         self.frame = len(processor.apply_chat_template(frame, tokenize=True, return_dict=True)["input_ids"][0])
 
+    def turns(self, example: Example) -> list[dict]:
+        """What comes before the answer, asked in the longest wording."""
+        asked = [max(wordings(example.task, self.instructions), key=len, default="")]
+        return TASKS[example.task].messages(longest(example), asked)
+
     def words(self, example: Example) -> tuple[list[str], int]:
         """All texts of the longest prompt that a row can make, and how many turns it has."""
-        example, task = longest(example), TASKS[example.task]
-        turns = task.messages(example, [max(wordings(example.task, self.instructions), key=len, default="")])
+        task, turns = TASKS[example.task], self.turns(example)
         texts = []
         for message in with_clips(turns, [{} for _ in example.clips]):
             content = message["content"]
@@ -41,6 +47,14 @@ class PromptRoom:
         texts, turns = self.words(example)
         words = sum(map(len, self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]))
         return self.audio_tokens(samples) + words + self.frame * max(1, turns // 2 + turns % 2)
+
+    def can_be_taught(self, example: Example) -> bool:
+        """Whether a row has a teacher of the loss distill, whose prompt, words in the place of audio, fits."""
+        said = TASKS[example.task].read(example)
+        if said is None:
+            return False
+        turns = in_words(self.turns(example), said)
+        return self.excess(replace(example, clips=(), messages=tuple(turns)), []) is None
 
     def excess(self, example: Example, samples: list[int]) -> str | None:
         """Why a row whose clips have so many samples each does not fit; None for one that does."""

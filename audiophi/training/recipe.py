@@ -23,6 +23,7 @@ from .recipe_values import RecipeError, build, parse_yaml
 POSITIVE_STAGE_KEYS = (
     *("steps", "epochs", "minutes", "batch_size", "batch_seconds", "batch_tokens", "grad_accum"),
     *("eval_steps", "save_steps", "save_minutes", "max_grad_norm", "max_loss_rise"),
+    "distill_temperature",
 )
 
 
@@ -138,10 +139,15 @@ class SpecAugment:
 
 @dataclass
 class Stage:
-    """One stage of training: a loss, what it tunes, and how long."""
+    """One stage of training: a loss, what it tunes, and how long.
+
+    `loss`: "align" (CTC, without the LLM), "lm" (the answer's tokens), "both", or "distill": the LLM that hears shall
+    answer as the LLM that reads the transcript would (KL divergence on the answer's tokens). Rows that have no such
+    teacher (`Task.read`) are left out of distill.
+    """
 
     name: str
-    loss: Literal["align", "lm", "both"]
+    loss: Literal["align", "lm", "both", "distill"]
     tune: Tune = field(default_factory=Tune)
     lora: Lora = field(default_factory=Lora)
     steps: int | None = None  # optimiser steps; or
@@ -160,6 +166,8 @@ class Stage:
     beta2: float = 0.98
     max_grad_norm: float = 1.0
     align_weight: float = 1.0  # weight of the alignment loss beside the LM loss when loss is "both"
+    distill_weight: float = 0.0  # weight of the loss distill beside lm or both
+    distill_temperature: float = 2.0  # of the answers that distill compares
     noise: float = 0.0  # Gaussian noise on the encoder's output, in standard deviations of each frame
     spec_augment: SpecAugment | None = None
     time_stretch: float = 0.0  # tempo drawn from 1 - x to 1 + x per clip and epoch, on cached encoder outputs
@@ -170,6 +178,19 @@ class Stage:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # bf16 becomes fp32 where the machine has none
     gradient_checkpointing: bool = False
     data: list[Source] | None = None  # replaces data.train for this stage
+
+    @property
+    def distills(self) -> bool:
+        return self.loss == "distill" or self.distill_weight > 0
+
+    @property
+    def aligns(self) -> bool:
+        return self.loss in ("align", "both")
+
+    @property
+    def losses(self) -> str:
+        """For people: what is minimised."""
+        return f"{self.loss} + {self.distill_weight:g} distill" if self.distill_weight else self.loss
 
 
 @dataclass
@@ -372,7 +393,7 @@ def _check(recipe: Recipe) -> None:
             f"{at}.tune: everything is frozen, there is nothing to train",
         )
         refuse(
-            stage.loss != "lm" and recipe.alignment is None and recipe.init_from is None,
+            stage.aligns and recipe.alignment is None and recipe.init_from is None,
             f"{at}.loss: {stage.loss} needs the alignment head; add `alignment: {{merges: null}}`",
         )
         refuse(
@@ -384,6 +405,21 @@ def _check(recipe: Recipe) -> None:
             and {stage.tune.encoder, stage.tune.adapter, (stage.tune.readout if sounds else None) or "frozen"}
             == {"frozen"},
             f"{at}.tune: the align loss reaches encoder and adapter only (and readout mixed), and they are frozen",
+        )
+        refuse(
+            stage.distill_weight < 0, f"{at}.distill_weight must be 0 or more, got {stage.distill_weight:g}"
+        )
+        refuse(
+            stage.loss == "align" and stage.distills,
+            f"{at}.distill_weight: the align loss does not run the LLM, so there is nothing to distill; use loss: both",
+        )
+        refuse(
+            stage.loss == "distill" and stage.distill_weight != 0,
+            f"{at}.distill_weight is for distill beside another loss; with loss: distill it is the only one",
+        )
+        refuse(
+            stage.distills and stage.tune.llm == "full",
+            f"{at}.tune.llm: distill's teacher is the LLM itself, whose weights must not move; use lora or frozen",
         )
         refuse(
             stage.tune.llm == "full" and recipe.components.quantize_text != "none",

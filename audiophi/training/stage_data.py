@@ -73,6 +73,8 @@ def stage_data(run: "Run", stage: Stage, number: int, arguments: TrainingArgumen
     check_rows_without_audio(stage, corpus)
     if stage.loss != "align":
         corpus = without_long_prompts(run, corpus, room)
+    if stage.distills:
+        corpus = teaching_to_hear(run, stage, corpus, room)
     schedule = BatchSchedule(
         [row.seconds for row in corpus.rows],
         steps=stage.steps,
@@ -122,6 +124,22 @@ def teaching_alignment(run: "Run", corpus: Corpus, sounds: bool) -> Corpus:
     return corpus.only(rows)
 
 
+def teaching_to_hear(run: "Run", stage: Stage, corpus: Corpus, room: PromptRoom) -> Corpus:
+    """The corpus for a stage that distills: with distill alone only the rows that have a teacher, beside another loss
+    all of them. RecipeError where none has."""
+    rows = [row for row in corpus.rows if room.can_be_taught(corpus.example(row))]
+    if not rows:
+        raise RecipeError(
+            f"stage {stage.name}: distill needs questions about clips of which it is known what is said (a column "
+            "`transcript` beside question and answer); a transcript alone would only be copied"
+        )
+    left = len(corpus) - len(rows)
+    if left:
+        what = "left out" if stage.loss == "distill" else f"trained with loss {stage.loss} alone"
+        run.say(f"distill: {left:,} rows are {what}, who reads what is said in them, if that is known, is no teacher")
+    return corpus.only(rows) if stage.loss == "distill" else corpus
+
+
 def without_long_prompts(run: "Run", corpus: Corpus, room: PromptRoom) -> Corpus:
     """The corpus without rows whose prompt exceeds the LLM's context; they are listed among the bad rows."""
     if not room.context:
@@ -161,12 +179,14 @@ class StageCollator:
         self.live = live
         self.collate = AudioPhiCollator(
             run.processor,
-            mode=stage.loss,
+            mode="lm" if stage.loss == "distill" else stage.loss,
             align_tokenizer=run.align_tokenizer,
             learn_sounds=run.model.model.readout.learns_sounds,
             augment=augment,
             text_case=run.recipe.text_case,
             loss_on=run.recipe.loss_on,
+            distill=stage.distills,
+            context=getattr(run.model.config.text_config, "max_position_embeddings", None),
         )
 
     def __call__(self, examples: list[dict]) -> dict:

@@ -241,7 +241,7 @@ def train_stage(run: Run, number: int) -> None:
     if stage.minutes is not None:
         steps = steps_in_time(stage.minutes, steps, cost and cost[0], folder / LIMIT_NAME)
         schedule.steps = training_args.max_steps = steps
-    run.say(describe_stage(stage.name, stage.loss, run.model, steps, rate, cost))
+    run.say(describe_stage(stage.name, stage.losses, run.model, steps, rate, cost))
     if checkpoint is not None:
         run.say(f"  resuming at step {checkpoint.name.rpartition('-')[2]}")
     with run.signals.deferred():

@@ -111,6 +111,8 @@ class StreamingSet(IterableDataset):
         learned = any(text is not None for text in item["transcripts"]) or (self.sounds and item["sounds"] is not None)
         if self.stage.loss == "align" and not learned:
             return None, 0.0
+        if self.stage.loss == "distill" and not self.room.can_be_taught(example):
+            return None, 0.0
         speeds = self.recipe.data.speeds
         speed = speeds[zlib.crc32(f"{self.recipe.seed} {epoch} {number}".encode()) // 7 % len(speeds)]
         clips, samples = [], []

@@ -93,7 +93,7 @@ class AudioPhiTrainer(Trainer):
         self.processor = processor
         self.stage, self.schedule, self.augment = stage, schedule, augment
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole optimiser step
-        self.align_items_in_batch = None
+        self.align_items_in_batch = self.distill_items_in_batch = None
         self.part_norms: dict[str, float] = {}
         self._sums: dict[str, torch.Tensor] = {}
         self._summed_steps = 0
@@ -125,10 +125,11 @@ class AudioPhiTrainer(Trainer):
         return DataLoader(self.train_dataset, batch_sampler=self.schedule, **options)
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        clips = torch.tensor(sum(taught_clips(batch) for batch in batch_samples), device=device)
+        counts = [[taught_clips(batch), distilled_tokens(batch)] for batch in batch_samples]
+        counts = torch.tensor(counts, device=device).sum(0, keepdim=True)
         if self.args.world_size > 1:
-            clips = self.accelerator.gather(clips).sum()
-        self.align_items_in_batch = clips.clamp(min=1)
+            counts = self.accelerator.gather(counts).sum(0, keepdim=True)
+        self.align_items_in_batch, self.distill_items_in_batch = counts[0].clamp(min=1)
         if self.guard is not None:
             self.guard.batches = batch_samples
         self._micro_losses = []
@@ -137,8 +138,8 @@ class AudioPhiTrainer(Trainer):
     # ---- loss --------------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Sum of losses divided by the labelled tokens (lm) and the clips (align) of the whole optimiser step, over
-        all ranks."""
+        """Sum of losses divided by the labelled tokens (lm), the clips (align) and the tokens that a teacher has
+        (distill) of the whole optimiser step, over all ranks."""
         self._evaluate_frozen_parts()
         inputs = dict(inputs)
         self._augment_keys = inputs.pop("augment_keys", [])
@@ -148,9 +149,10 @@ class AudioPhiTrainer(Trainer):
             num_items_in_batch=num_items_in_batch,
             align_items_in_batch=self.align_items_in_batch,
             align_loss_weight=self.stage.align_weight,
+            **self._distilling(),
         )
         self._augment_keys = []
-        for name in ("lm_loss", "align_loss", "sound_loss", "align_skipped"):
+        for name in ("lm_loss", "align_loss", "sound_loss", "distill_loss", "align_skipped"):
             if (value := getattr(outputs, name)) is not None:
                 self._sums[name] = self._sums.get(name, 0) + value.detach().float()
         # Gradients are averaged over ranks, each of which has only its part of the sum.
@@ -158,10 +160,22 @@ class AudioPhiTrainer(Trainer):
         self._micro_losses.append(loss.detach())
         return (loss, outputs) if return_outputs else loss
 
+    def _distilling(self) -> dict:
+        """Arguments of `forward` in a stage that distills."""
+        if not self.stage.distills:
+            return {}
+        only = self.stage.loss == "distill"
+        return {
+            "distill_weight": 1.0 if only else self.stage.distill_weight,
+            "distill_temperature": self.stage.distill_temperature,
+            "distill_only": only,
+            "distill_items_in_batch": self.distill_items_in_batch,
+        }
+
     def measure_loss(self, batch: dict) -> torch.Tensor:
         """Loss of one micro-batch outside of training, in the stage's precision; nothing is recorded."""
         batch = self._prepare_inputs(batch)
-        self.align_items_in_batch = None
+        self.align_items_in_batch = self.distill_items_in_batch = None
         with self.compute_loss_context_manager():
             loss = self.compute_loss(self.model, batch)
         self._sums, self._micro_losses = {}, []
@@ -352,6 +366,11 @@ def taught_clips(batch: dict) -> int:
     if "sound_labels" in batch:
         taught = taught | (batch["sound_labels"] >= 0).any(1)
     return int(taught.sum())
+
+
+def distilled_tokens(batch: dict) -> int:
+    """How many of a batch's labelled tokens have a teacher (the first token of a chat is never predicted)."""
+    return int((batch["teacher_labels"][:, 1:] >= 0).sum()) if "teacher_labels" in batch else 0
 
 
 def save_for_use(model, processor, folder: Path, dtype: torch.dtype = torch.float32) -> None:
