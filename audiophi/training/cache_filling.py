@@ -86,15 +86,15 @@ def encode_missing(
         drop: called with rows that cannot be read, and the reason.
         batch_seconds: padded audio encoded at a time. report: called with (done, total) clips.
     """
-    missing = []
+    missing, keys = [], set()  # several rows may ask about one clip
     for row in rows:
         try:
-            missing += [
-                (row, clip, speed)
-                for clip in range(len(row.lengths))
-                for speed in speeds
-                if corpus.key(row, clip, speed) not in cache
-            ]
+            for clip in range(len(row.lengths)):
+                for speed in speeds:
+                    key = corpus.key(row, clip, speed)
+                    if key not in cache:
+                        missing.append((row, clip, speed))
+                        keys.add(key)
         except (OSError, ValueError) as error:  # ValueError: a NUL in a file's name
             drop(row, str(error))
     missing.sort(key=lambda item: item[0].lengths[item[1]] / item[2])
@@ -114,10 +114,10 @@ def encode_missing(
             del valid[:count]
         waiting.clear()
 
-    for number, (row, place, speed) in enumerate(missing):
+    for row, place, speed in missing:
         key = corpus.key(row, place, speed)
         if key in cache or key in [k for k, _ in waiting]:
-            continue  # several rows may ask about one clip
+            continue
         try:
             waveform = corpus.waveform(row, place, speed, processor.sampling_rate)
             clip = processor.encode_audio((waveform, processor.sampling_rate))
@@ -129,11 +129,11 @@ def encode_missing(
         if seconds * len(waiting) >= batch_seconds:
             flush()
             seconds = 0.0
-            report(number + 1, len(missing))
+            report(encoded, len(keys))
     flush()
     cache.flush()
-    if missing:
-        report(len(missing), len(missing))
+    if keys:
+        report(encoded, len(keys))
     return encoded
 
 
