@@ -27,8 +27,7 @@ from .quantization_audiophi import matrices_for_4bit
 HUB_ARGUMENTS = ("cache_dir", "token", "local_files_only", "force_download")
 # What quantization leaves as it is: only the language model's own matrices are large enough to be worth it.
 UNQUANTIZED = [
-    *("model.audio_tower", "model.multi_modal_projector", "model.alignment", "model.readout", "model.clip_tokens"),
-    "lm_head",
+    *("model.audio_tower", "model.multi_modal_projector", "model.alignment", "model.readout", "lm_head"),
     r".*\.lora_[AB]",
 ]
 

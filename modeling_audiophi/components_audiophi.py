@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from .configuration_audiophi import AudioPhiAdapterConfig, AudioPhiConfig
 from .encoders import change_settings, encoder_class
+from .lengths_audiophi import output_length
 from .lora_audiophi import is_lora_key, with_base_layers
 from .spelling_audiophi import spell
 
@@ -135,7 +136,7 @@ def check_components(audio, audio_config, text, text_config, revision=None):
 
 def check_context(config):
     """ValueError when the audio tokens of one encoder window do not fit into the language model's context."""
-    tokens = config.num_audio_tokens([config.window_frames])
+    tokens = output_length(config.window_frames, config.audio_length_rule)
     context = getattr(config.text_config, "max_position_embeddings", None)
     seconds = config.window_frames / encoder_class(config.audio_config).feature_rate(config.audio_config)
     if context is not None and config.readout == "frames" and tokens >= context:
@@ -177,7 +178,6 @@ class ComponentsMixin:
         adapter="conv_mlp",
         audio_token_id=None,
         readout="frames",
-        clip_tokens=0,
         encoder_layer="last",
         align_vocab_ids=None,
         align_spelling=None,
@@ -196,7 +196,6 @@ class ComponentsMixin:
             adapter: registry key, dict of `AudioPhiAdapterConfig` arguments, or such a config.
             audio_token_id: the processor's placeholder id; None adds a row to the embedding table. An id beyond the
                 table adds rows.
-            readout, clip_tokens, encoder_layer: see `AudioPhiConfig`.
             align_vocab_ids: LLM token ids of the alignment head; None builds none.
             align_spelling: {"texts": text of each of those tokens, "buckets", "size"} to score their spelling too.
             audio_settings: changes to the encoder's config, say {"frequency_pooling": "concat"}; see encoders.py.
@@ -232,7 +231,6 @@ class ComponentsMixin:
             adapter_config=adapter,
             audio_token_id=audio_token_id,
             readout=readout,
-            clip_tokens=clip_tokens,
             encoder_layer=encoder_layer,
             align_vocab_size=len(vocab_ids or ()),
             align_spelling=sizes,

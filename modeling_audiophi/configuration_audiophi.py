@@ -63,7 +63,6 @@ class AudioPhiConfig(PreTrainedConfig):
         encoder_layer: "last", an index into the encoder's hidden states, or "mix" (learned softmax mix).
         readout: "frames" (every adapter token goes to the LLM), "collapse" (blanks dropped, repeats merged) or "mixed"
             (collapsed words, and a token per second without words).
-        clip_tokens: embeddings of the clip as a whole, put before what the readout keeps; 0 means none.
         align_vocab_size: tokens of the alignment head, the blank not counted; 0 means no head.
         align_spelling: sizes of the head's `Spelling` (entries, buckets, size); None: it knows embeddings only.
         window_frames: longest encoder window in feature frames; None takes the encoder's own limit (30 s).
@@ -96,7 +95,6 @@ class AudioPhiConfig(PreTrainedConfig):
     audio_token_id: int = 0
     encoder_layer: str | int = "last"
     readout: str = "frames"
-    clip_tokens: int = 0
     align_vocab_size: int = 0
     align_spelling: dict | None = None
     window_frames: int | None = None
@@ -126,8 +124,6 @@ class AudioPhiConfig(PreTrainedConfig):
             raise ValueError(f"window_frames {self.window_frames} is more than the encoder's limit of {limit}")
         if self.readout not in READOUTS:
             raise ValueError(f"readout {self.readout!r}: expected one of {', '.join(READOUTS)}")
-        if self.clip_tokens < 0:
-            raise ValueError(f"clip_tokens must be 0 or more, got {self.clip_tokens}")
         if READOUTS[self.readout].needs_alignment and self.align_vocab_size < 1:
             raise ValueError(
                 f"readout {self.readout!r} needs an alignment head: set align_vocab_size (align_vocab_ids)"
@@ -153,9 +149,8 @@ class AudioPhiConfig(PreTrainedConfig):
         return shortest_input(self.audio_length_rule)
 
     def num_audio_tokens(self, frame_counts):
-        """Embeddings that the LLM reads of a clip whose windows have so many feature frames (ints), at most: clip and
-        adapter tokens."""
-        return self.clip_tokens + sum(output_length(frames, self.audio_length_rule) for frames in frame_counts)
+        """Adapter tokens of a clip whose windows have so many feature frames (ints)."""
+        return sum(output_length(frames, self.audio_length_rule) for frames in frame_counts)
 
     @property
     def audio_tokens_per_second(self):

@@ -62,10 +62,6 @@ class HearingMixin:
         windows = audio_inputs.get("audio_num_windows")
         return sum_windows(lengths, torch.ones_like(lengths) if windows is None else windows.to(lengths.device))
 
-    def prompt_lengths(self, audio_inputs):
-        """Likewise the embeddings that the LLM gets of each clip, at most (with the readout "frames": exactly)."""
-        return self.adapter_lengths(audio_inputs) + self.config.clip_tokens
-
     @can_return_tuple
     def get_audio_features(
         self,
@@ -122,25 +118,20 @@ class HearingMixin:
         adapter_dtype = next(self.multi_modal_projector.parameters(), hidden).dtype
         tokens, tokens_mask = self.multi_modal_projector(hidden.to(adapter_dtype), mask)
         tokens, tokens_mask = join_windows(tokens, tokens_mask, audio_num_windows)
-        logits, embeds, keep, counts, pooled = None, None, None, None, None
+        logits, embeds, keep, counts = None, None, None, None
         embedding_weight = self.get_input_embeddings().weight
         if with_alignment or (self.readout.needs_alignment and with_readout):
             if self.alignment is None:
                 raise ValueError("this model has no alignment head: build it with align_vocab_ids")
             logits = self.alignment.logits(tokens, embedding_weight)
         if with_readout:
-            wanted = self.readout.needs_encoder or self.clip_tokens is not None
-            encoded = join_windows(hidden, mask, audio_num_windows) if wanted else None
+            encoded = join_windows(hidden, mask, audio_num_windows) if self.readout.needs_encoder else None
             embeds, keep = self.readout(tokens, tokens_mask, self.alignment, logits, embedding_weight, encoded)
             keep = tokens_mask if keep is None else keep
-            counts, pooled = keep.sum(1), embeds[keep]
-            if self.clip_tokens is not None:
-                whole = self.clip_tokens(*encoded).to(embeds.dtype)
-                real = torch.cat([keep.new_ones(whole.shape[:2]), keep], 1)
-                counts, pooled = real.sum(1), torch.cat([whole, embeds], 1)[real]
+            counts = keep.sum(1)
         return AudioPhiAudioOutput(
             last_hidden_state=hidden,
-            pooler_output=pooled,
+            pooler_output=None if embeds is None else embeds[keep],
             hidden_states=states if watched[0] else None,
             attentions=attentions if watched[1] else None,
             counts=counts,

@@ -14,7 +14,6 @@ from transformers.utils import can_return_tuple
 from .adapters import adapter_class
 from .alignment_audiophi import AlignmentHead
 from .checkpoints_audiophi import CheckpointsMixin
-from .clip_tokens import build_clip_tokens
 from .components_audiophi import ComponentsMixin
 from .configuration_audiophi import AudioPhiConfig
 from .distillation_audiophi import as_teacher, kl_divergence
@@ -77,7 +76,6 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
         head = (config.align_vocab_size, size, config.align_spelling)
         self.alignment = AlignmentHead(*head) if config.align_vocab_size else None
         self.readout = build_readout(config)
-        self.clip_tokens = build_clip_tokens(config)
         self.language_model = AutoModel.from_config(config.text_config)
         for part, arguments in config.lora.items():
             inject_lora(self, part, arguments)
@@ -104,10 +102,7 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
             self.alignment.vocab_ids.copy_(torch.as_tensor(align_vocab_ids))
         if spellings is not None:
             self.alignment.spelling.match(spellings)
-        rms = self.get_input_embeddings().weight.float().square().mean().sqrt()
-        self.readout.start_at(rms)
-        if self.clip_tokens is not None:
-            self.clip_tokens.start_at(rms)
+        self.readout.start_at(self.get_input_embeddings().weight.float().square().mean().sqrt())
 
     @can_return_tuple
     def forward(
@@ -160,7 +155,7 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
             if position_ids is not None:
                 raise ValueError("position_ids are those of the expanded prompt: leave them out where audio is given")
             if self.config.readout == "frames":  # what is too long is known before the expensive work
-                self.expand_prompt(input_ids, attention_mask, self.prompt_lengths(audio_inputs), past_length)
+                self.expand_prompt(input_ids, attention_mask, self.adapter_lengths(audio_inputs), past_length)
             audio = self.get_audio_features(
                 **audio_inputs,
                 with_alignment=with_alignment,
@@ -234,7 +229,7 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
         then, not none: there is a loss to go back from where only they are trained, and processes exchange the same."""
         if not (self.training and torch.is_grad_enabled()):
             return embeds
-        parts = (self.audio_tower, self.multi_modal_projector, self.alignment, self.readout, self.clip_tokens)
+        parts = (self.audio_tower, self.multi_modal_projector, self.alignment, self.readout)
         trained = [p for part in parts if part is not None for p in part.parameters() if p.requires_grad]
         return embeds + sum(p.sum() for p in trained) * 0.0 if trained else embeds
 

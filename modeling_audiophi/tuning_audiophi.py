@@ -5,7 +5,6 @@ import copy
 import torch
 
 from .alignment_audiophi import AlignmentHead
-from .clip_tokens import build_clip_tokens
 from .lora_audiophi import PARTS, inject_lora, is_lora_key
 from .readouts import build_readout
 from .spelling_audiophi import spell
@@ -74,18 +73,6 @@ class TuningMixin:
         self.model.readout = new.to(weight.device, weight.dtype)
         self.model.match_embeddings()
         new.load_state_dict({k: v for k, v in old.state_dict().items() if k in new.state_dict()}, strict=False)
-
-    def set_clip_tokens(self, count):
-        """Give a model without clip tokens so many, untrained. ValueError for one that has another number."""
-        if self.config.clip_tokens == count:
-            return
-        if self.config.clip_tokens:
-            raise ValueError(f"the model has {self.config.clip_tokens} clip tokens, so it cannot have {count}")
-        weight = next(self.model.readout.parameters(), self.get_input_embeddings().weight)
-        self.config.clip_tokens = self.model.config.clip_tokens = count
-        self.model.clip_tokens = build_clip_tokens(self.config).to(weight.device, weight.dtype)
-        with torch.no_grad():
-            self.model.clip_tokens.start_at(self.get_input_embeddings().weight.float().square().mean().sqrt())
 
     @torch.no_grad()
     def extend_alignment(self, vocab_ids, decode):

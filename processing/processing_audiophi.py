@@ -178,7 +178,7 @@ class AudioPhiProcessor(ProcessorMixin):
 
     def frame_counts(self, num_samples: int) -> list[int]:
         """Feature frames of each window of a clip with `num_samples` samples at the encoder's rate, without looking at
-        the audio; `config.num_audio_tokens` says how many tokens they make."""
+        the audio; `config.num_audio_tokens` says how many adapter tokens they make."""
         return [self.window_features.num_frames(length) for length in self._window_lengths(num_samples)]
 
     @property

@@ -50,8 +50,7 @@ def what_is(config, part: str) -> str:
         kind = (config.audio_config if base == "audio" else config.text_config).model_type
         return f"{source.get('id') or 'of unknown origin'} ({kind}, {config.tuned[base]})"
     if part == "adapter":
-        whole = f", {config.clip_tokens} clip tokens" if config.clip_tokens else ""
-        return f"{config.adapter_config.type}, readout {config.readout}{whole}"
+        return f"{config.adapter_config.type}, readout {config.readout}"
     if part == "alignment":
         return f"CTC over {config.align_vocab_size:,} of the language model's tokens"
     return f"in {' and '.join(name for name, lora in config.lora.items() if lora)}"

@@ -44,7 +44,6 @@ def parameters_by_part(config) -> dict[str, int]:
         "model.audio_tower.": "encoder",
         "model.multi_modal_projector.": "adapter",
         "model.readout.": "adapter",
-        "model.clip_tokens.": "adapter",
         "model.alignment.": "alignment",
         "model.language_model.": "language model",
         "lm_head.": "language model",
@@ -90,8 +89,7 @@ def describe_parts(config) -> list[tuple[str, str, str]]:
         spells = f", spelling vectors of {spelling['size']} of {spelling['buckets']:,} n-grams" if spelling else ""
         what = f"CTC over {config.align_vocab_size:,} of the LLM's own token embeddings and a blank{spells}"
         rows.append(("alignment head", what, millions(counts.get("alignment", 0))))
-    whole = f", after {config.clip_tokens} tokens of the clip as a whole" if config.clip_tokens else ""
-    rows.append(("readout", READOUTS.get(config.readout, config.readout) + whole, "with the adapter's"))
+    rows.append(("readout", READOUTS.get(config.readout, config.readout), "with the adapter's"))
     rows.append(
         ("language model", f"{component(config, 'text')}, {tuning(config, 'text')}", millions(counts["language model"]))
     )

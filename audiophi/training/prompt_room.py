@@ -39,7 +39,7 @@ class PromptRoom:
     def audio_tokens(self, samples: list[int]) -> int:
         """Tokens of clips of so many samples each; with a readout that collapses them only the words are certain."""
         if self.config.readout != "frames":
-            return self.config.clip_tokens * len(samples)
+            return 0
         return sum(self.config.num_audio_tokens(self.processor.frame_counts(count)) for count in samples)
 
     def tokens(self, example: Example, samples: list[int]) -> int:

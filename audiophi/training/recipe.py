@@ -110,11 +110,11 @@ class Evaluation:
 @dataclass
 class Tune:
     """What a stage trains. `adapter` covers the adapter, the alignment head, the readout and a learned layer mix;
-    `readout` says otherwise of the readout and the clip tokens."""
+    `readout` says otherwise of the readout alone."""
 
     encoder: Literal["frozen", "full", "lora"] = "frozen"
     adapter: Literal["frozen", "full"] = "full"
-    readout: Literal["frozen", "full"] | None = None  # and the clip tokens
+    readout: Literal["frozen", "full"] | None = None
     llm: Literal["frozen", "full", "lora"] = "frozen"
 
 
@@ -205,7 +205,6 @@ class Recipe:
     adapter: dict[str, Any] = field(default_factory=lambda: {"type": "mlp"})
     encoder_layer: str | int = "last"
     readout: Literal["frames", "collapse", "mixed"] | None = None  # null: frames, or what `init_from` has
-    clip_tokens: int | None = None  # embeddings of a clip as a whole; null: what `init_from` has, or none
     alignment: Alignment | None = None
     text_case: Literal["lower", "keep"] = "lower"
     instructions: dict[str, list[str]] = field(default_factory=dict)  # task: what is asked; not given, its own wordings
@@ -346,7 +345,6 @@ def _check(recipe: Recipe) -> None:
         refuse(not asked, f"instructions.{name}: give at least one instruction, it is the user's turn in every prompt")
     refuse(not 0 <= recipe.data.max_bad_rows <= 1, "data.max_bad_rows is a share between 0 and 1")
     refuse(not recipe.data.speeds or min(recipe.data.speeds) <= 0, "data.speeds: give one or more factors above 0")
-    refuse((recipe.clip_tokens or 0) < 0, f"clip_tokens must be 0 or more, got {recipe.clip_tokens}")
     refuse(recipe.logging_steps < 1, "logging_steps must be 1 or more")
     refuse(
         recipe.push_to_hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.push_to_hub),
