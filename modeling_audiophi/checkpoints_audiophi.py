@@ -1,8 +1,8 @@
 """Slim and full checkpoints: saving, loading, pushing.
 
-A *slim* checkpoint keeps only what differs from its base components (adapter, alignment, readout, layer mix, LoRA,
-parts that were tuned in full, added embedding rows) and names the components by id and revision; loading reads both
-and misses nothing silently. A *full* one holds everything and needs no other repository.
+A *slim* checkpoint keeps only what differs from its base components (adapter, alignment, readout, clip tokens, layer
+mix, LoRA, parts that were tuned in full, added embedding rows) and names the components by id and revision; loading
+reads both and misses nothing silently. A *full* one holds everything and needs no other repository.
 """
 
 import contextlib
@@ -27,7 +27,8 @@ from .quantization_audiophi import matrices_for_4bit
 HUB_ARGUMENTS = ("cache_dir", "token", "local_files_only", "force_download")
 # What quantization leaves as it is: only the language model's own matrices are large enough to be worth it.
 UNQUANTIZED = [
-    *("model.audio_tower", "model.multi_modal_projector", "model.alignment", "model.readout", "lm_head"),
+    *("model.audio_tower", "model.multi_modal_projector", "model.alignment", "model.readout", "model.clip_tokens"),
+    "lm_head",
     r".*\.lora_[AB]",
 ]
 

@@ -135,10 +135,13 @@ def check_components(audio, audio_config, text, text_config, revision=None):
 
 
 def check_context(config):
-    """ValueError when the audio tokens of one encoder window do not fit into the language model's context."""
-    tokens = output_length(config.window_frames, config.audio_length_rule)
+    """ValueError when the audio tokens of one encoder window, or the clip tokens, do not fit into the language model's
+    context."""
+    tokens = output_length(config.window_frames, config.audio_length_rule) + config.clip_tokens
     context = getattr(config.text_config, "max_position_embeddings", None)
     seconds = config.window_frames / encoder_class(config.audio_config).feature_rate(config.audio_config)
+    if context is not None and config.clip_tokens >= context:
+        raise ValueError(f"clip_tokens {config.clip_tokens}: the language model's context is only {context}")
     if context is not None and config.readout == "frames" and tokens >= context:
         raise ValueError(
             f"one window of {seconds:.1f} s makes {tokens} audio tokens, but the language model's context is "
@@ -178,6 +181,7 @@ class ComponentsMixin:
         adapter="conv_mlp",
         audio_token_id=None,
         readout="frames",
+        clip_tokens=0,
         encoder_layer="last",
         align_vocab_ids=None,
         align_spelling=None,
@@ -196,6 +200,7 @@ class ComponentsMixin:
             adapter: registry key, dict of `AudioPhiAdapterConfig` arguments, or such a config.
             audio_token_id: the processor's placeholder id; None adds a row to the embedding table. An id beyond the
                 table adds rows.
+            clip_tokens: how many tokens of a clip as a whole the LLM reads beside the readout's.
             align_vocab_ids: LLM token ids of the alignment head; None builds none.
             align_spelling: {"texts": text of each of those tokens, "buckets", "size"} to score their spelling too.
             audio_settings: changes to the encoder's config, say {"frequency_pooling": "concat"}; see encoders.py.
@@ -231,6 +236,7 @@ class ComponentsMixin:
             adapter_config=adapter,
             audio_token_id=audio_token_id,
             readout=readout,
+            clip_tokens=clip_tokens,
             encoder_layer=encoder_layer,
             align_vocab_size=len(vocab_ids or ()),
             align_spelling=sizes,

@@ -63,6 +63,7 @@ class AudioPhiConfig(PreTrainedConfig):
         encoder_layer: "last", an index into the encoder's hidden states, or "mix" (learned softmax mix).
         readout: "frames" (every adapter token goes to the LLM), "collapse" (blanks dropped, repeats merged) or "mixed"
             (collapsed words, and a token per second without words).
+        clip_tokens: tokens of each clip as a whole that the LLM reads before the readout's; 0: none.
         align_vocab_size: tokens of the alignment head, the blank not counted; 0 means no head.
         align_spelling: sizes of the head's `Spelling` (entries, buckets, size); None: it knows embeddings only.
         window_frames: longest encoder window in feature frames; None takes the encoder's own limit (30 s).
@@ -95,6 +96,7 @@ class AudioPhiConfig(PreTrainedConfig):
     audio_token_id: int = 0
     encoder_layer: str | int = "last"
     readout: str = "frames"
+    clip_tokens: int = 0
     align_vocab_size: int = 0
     align_spelling: dict | None = None
     window_frames: int | None = None
@@ -128,6 +130,8 @@ class AudioPhiConfig(PreTrainedConfig):
             raise ValueError(
                 f"readout {self.readout!r} needs an alignment head: set align_vocab_size (align_vocab_ids)"
             )
+        if self.clip_tokens < 0:
+            raise ValueError(f"clip_tokens must be 0 or more, got {self.clip_tokens}")
         if self.audio_token_id >= self.text_config.vocab_size:
             raise ValueError(
                 f"audio_token_id {self.audio_token_id} is outside the language model's "

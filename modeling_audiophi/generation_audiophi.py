@@ -80,7 +80,7 @@ class AudioPhiGenerationMixin(GenerationMixin):
         mask, audio = kwargs.pop("attention_mask", None), audio_features
         if audio is None:
             if self.config.readout == "frames":  # what is too long is known before the expensive work
-                self.model.expand_prompt(prompt, mask, self.model.adapter_lengths(audio_inputs), padding_side="left")
+                self.model.expand_prompt(prompt, mask, self.model.most_counts(audio_inputs), padding_side="left")
             audio = self.get_audio_features(**audio_inputs, return_dict=True)
         expanded = self.model.expand_prompt(prompt, mask, audio.counts, padding_side="left")
         length = expanded.input_ids.shape[1]

@@ -15,7 +15,8 @@ WINDOWS_AT_A_TIME = 16
 
 
 class HearingMixin:
-    """For a model with `audio_tower`, `multi_modal_projector`, `alignment` and `readout` as AudioPhiModel has them."""
+    """For a model with `audio_tower`, `multi_modal_projector`, `alignment`, `readout` and `clip_tokens` as
+    AudioPhiModel has them."""
 
     def encode(self, features, mask=None):
         """Encoder states of feature rows: `features` as the encoder takes them, `mask` (W, T) (None: all real).
@@ -61,6 +62,10 @@ class HearingMixin:
         lengths = output_length(self._as_mask(features, mask, axis).sum(1), rule)
         windows = audio_inputs.get("audio_num_windows")
         return sum_windows(lengths, torch.ones_like(lengths) if windows is None else windows.to(lengths.device))
+
+    def most_counts(self, audio_inputs):
+        """`counts` of a readout that keeps all (C,), the most that there can be: no encoder is run."""
+        return self.adapter_lengths(audio_inputs) + self.config.clip_tokens
 
     @can_return_tuple
     def get_audio_features(
@@ -118,20 +123,26 @@ class HearingMixin:
         adapter_dtype = next(self.multi_modal_projector.parameters(), hidden).dtype
         tokens, tokens_mask = self.multi_modal_projector(hidden.to(adapter_dtype), mask)
         tokens, tokens_mask = join_windows(tokens, tokens_mask, audio_num_windows)
-        logits, embeds, keep, counts = None, None, None, None
+        logits, embeds, keep, counts, read = None, None, None, None, None
         embedding_weight = self.get_input_embeddings().weight
         if with_alignment or (self.readout.needs_alignment and with_readout):
             if self.alignment is None:
                 raise ValueError("this model has no alignment head: build it with align_vocab_ids")
             logits = self.alignment.logits(tokens, embedding_weight)
         if with_readout:
-            encoded = join_windows(hidden, mask, audio_num_windows) if self.readout.needs_encoder else None
+            needed = self.readout.needs_encoder or self.clip_tokens is not None
+            encoded = join_windows(hidden, mask, audio_num_windows) if needed else None
             embeds, keep = self.readout(tokens, tokens_mask, self.alignment, logits, embedding_weight, encoded)
             keep = tokens_mask if keep is None else keep
-            counts = keep.sum(1)
+            read, kept = embeds, keep
+            if self.clip_tokens is not None:
+                clips = self.clip_tokens(*encoded).to(embeds.dtype)
+                read = torch.cat([clips, embeds], 1)
+                kept = torch.cat([keep.new_ones(clips.shape[:2]), keep], 1)
+            read, counts = read[kept], kept.sum(1)
         return AudioPhiAudioOutput(
             last_hidden_state=hidden,
-            pooler_output=None if embeds is None else embeds[keep],
+            pooler_output=read,
             hidden_states=states if watched[0] else None,
             attentions=attentions if watched[1] else None,
             counts=counts,

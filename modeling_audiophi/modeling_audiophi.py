@@ -1,6 +1,7 @@
 """AudioPhi: a frozen audio encoder, an adapter and a small causal language model.
 
     waveform -> features -> audio_tower -> multi_modal_projector -> readout -> language_model -> words
+                                       `-> clip_tokens ------------------------^
 
 The processor writes one placeholder per clip; the model puts as many embeddings there as the readout keeps.
 """
@@ -14,6 +15,7 @@ from transformers.utils import can_return_tuple
 from .adapters import adapter_class
 from .alignment_audiophi import AlignmentHead
 from .checkpoints_audiophi import CheckpointsMixin
+from .clip_tokens import ClipTokens
 from .components_audiophi import ComponentsMixin
 from .configuration_audiophi import AudioPhiConfig
 from .distillation_audiophi import as_teacher, kl_divergence
@@ -58,6 +60,8 @@ class AudioPhiPreTrainedModel(PreTrainedModel):
         elif isinstance(module, SoundWords):
             init.zeros_(module.common)
             init.ones_(module.scale)
+        elif isinstance(module, ClipTokens):
+            init.normal_(module.queries)
         elif hasattr(module, "layer_weights"):
             init.zeros_(module.layer_weights)
 
@@ -76,6 +80,8 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
         head = (config.align_vocab_size, size, config.align_spelling)
         self.alignment = AlignmentHead(*head) if config.align_vocab_size else None
         self.readout = build_readout(config)
+        whole = (size, encoder.hidden_size(config.audio_config), config.clip_tokens)
+        self.clip_tokens = ClipTokens(*whole) if config.clip_tokens else None
         self.language_model = AutoModel.from_config(config.text_config)
         for part, arguments in config.lora.items():
             inject_lora(self, part, arguments)
@@ -97,12 +103,20 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
 
     @torch.no_grad()
     def match_embeddings(self, align_vocab_ids=None, spellings=None):
-        """Fit new parts to the loaded LLM: the alignment's vocabulary and spelling, the readout to the table's RMS."""
+        """Fit new parts to the loaded LLM: the alignment's vocabulary and spelling, readout and clip tokens to the RMS
+        of its table."""
         if align_vocab_ids is not None:
             self.alignment.vocab_ids.copy_(torch.as_tensor(align_vocab_ids))
         if spellings is not None:
             self.alignment.spelling.match(spellings)
-        self.readout.start_at(self.get_input_embeddings().weight.float().square().mean().sqrt())
+        for part in (self.readout, self.clip_tokens):
+            if part is not None:
+                self.start_at_embeddings(part)
+
+    @torch.no_grad()
+    def start_at_embeddings(self, part):
+        """Fit a new readout, or clip tokens, to the root mean square of the LLM's embeddings."""
+        part.start_at(self.get_input_embeddings().weight.float().square().mean().sqrt())
 
     @can_return_tuple
     def forward(
@@ -155,7 +169,7 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
             if position_ids is not None:
                 raise ValueError("position_ids are those of the expanded prompt: leave them out where audio is given")
             if self.config.readout == "frames":  # what is too long is known before the expensive work
-                self.expand_prompt(input_ids, attention_mask, self.adapter_lengths(audio_inputs), past_length)
+                self.expand_prompt(input_ids, attention_mask, self.most_counts(audio_inputs), past_length)
             audio = self.get_audio_features(
                 **audio_inputs,
                 with_alignment=with_alignment,
@@ -229,7 +243,7 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
         then, not none: there is a loss to go back from where only they are trained, and processes exchange the same."""
         if not (self.training and torch.is_grad_enabled()):
             return embeds
-        parts = (self.audio_tower, self.multi_modal_projector, self.alignment, self.readout)
+        parts = (self.audio_tower, self.multi_modal_projector, self.alignment, self.readout, self.clip_tokens)
         trained = [p for part in parts if part is not None for p in part.parameters() if p.requires_grad]
         return embeds + sum(p.sum() for p in trained) * 0.0 if trained else embeds
 

@@ -11,11 +11,11 @@ class AudioPhiAudioOutput(ModelOutput):
     """Audio as the language model gets it.
 
     last_hidden_state: encoder states (windows, T, encoder size). pooler_output: what the LLM reads of all clips (N, LLM
-        size), clip after clip. hidden_states, attentions: of the encoder's blocks, see `run_recorded`; None when
-        nothing asked for them. counts: (C,) how many of pooler_output each clip has. embeds (C, T', LLM size), keep
-        (C, T') bool: the readout of every adapter token, and which of them the LLM reads. tokens, tokens_mask: adapter
-        outputs per clip (C, T', LLM size), (C, T'). align_logits: (C, T', align_vocab_size + 1), None when nothing
-        asked for them.
+        size), clip after clip, of each its clip tokens first, if there are any. hidden_states, attentions: of the
+        encoder's blocks, see `run_recorded`; None when nothing asked for them. counts: (C,) how many of pooler_output
+        each clip has. embeds (C, T', LLM size), keep (C, T') bool: the readout of every adapter token, and which of
+        them the LLM reads. tokens, tokens_mask: adapter outputs per clip (C, T', LLM size), (C, T'). align_logits:
+        (C, T', align_vocab_size + 1), None when nothing asked for them.
     """
 
     last_hidden_state: torch.Tensor | None = None

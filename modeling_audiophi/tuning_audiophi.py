@@ -1,10 +1,14 @@
-"""What a built model can still be made into: other parts trained, LoRA layers added, another readout, more words."""
+"""What a built model can still be made into: other parts trained, LoRA layers added, another readout,
+clip tokens, more words."""
 
 import copy
 
 import torch
 
 from .alignment_audiophi import AlignmentHead
+from .clip_tokens import ClipTokens
+from .components_audiophi import check_context
+from .encoders import encoder_class
 from .lora_audiophi import PARTS, inject_lora, is_lora_key
 from .readouts import build_readout
 from .spelling_audiophi import spell
@@ -71,8 +75,29 @@ class TuningMixin:
         self.config.readout = self.model.config.readout = name
         new = build_readout(self.config)
         self.model.readout = new.to(weight.device, weight.dtype)
-        self.model.match_embeddings()
+        self.model.start_at_embeddings(new)
         new.load_state_dict({k: v for k, v in old.state_dict().items() if k in new.state_dict()}, strict=False)
+
+    def set_clip_tokens(self, count):
+        """Let the LLM read `count` tokens of each clip as a whole, see `clip_tokens.py`: untrained ones, where it has
+        none yet.
+
+        Raises ValueError for a model that has another number, and for more than the context holds.
+        """
+        if count == self.config.clip_tokens:
+            return
+        if self.config.clip_tokens:
+            raise ValueError(f"the model has {self.config.clip_tokens} clip tokens, which cannot become {count}")
+        config = copy.deepcopy(self.config)
+        config.clip_tokens = count
+        check_context(type(config)(**config.to_dict()))
+        self.config.clip_tokens = self.model.config.clip_tokens = count
+        weight = next(self.model.readout.parameters())
+        encoder_size = encoder_class(config.audio_config).hidden_size(config.audio_config)
+        new = ClipTokens(config.text_config.hidden_size, encoder_size, count)
+        new.apply(self.model._init_weights)
+        self.model.clip_tokens = new.to(weight.device, weight.dtype)
+        self.model.start_at_embeddings(new)
 
     @torch.no_grad()
     def extend_alignment(self, vocab_ids, decode):

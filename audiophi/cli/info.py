@@ -53,6 +53,8 @@ def what_is(config, part: str) -> str:
         return f"{config.adapter_config.type}, readout {config.readout}"
     if part == "alignment":
         return f"CTC over {config.align_vocab_size:,} of the language model's tokens"
+    if part == "clip tokens":
+        return f"{config.clip_tokens} of each clip as a whole"
     return f"in {' and '.join(name for name, lora in config.lora.items() if lora)}"
 
 
@@ -81,9 +83,11 @@ def audio_of(config) -> dict[str, str]:
     context = getattr(config.text_config, "max_position_embeddings", None)
     rate = config.audio_tokens_per_second
     fewer = "" if config.readout == "frames" else " at most: fewer after the collapse"
-    lines = {"tokens per second": f"{rate:.2f}{fewer}", "encoder window": f"{window:.1f} s"}
+    whole = f", and {config.clip_tokens} of every clip as a whole" if config.clip_tokens else ""
+    lines = {"tokens per second": f"{rate:.2f}{fewer}{whole}", "encoder window": f"{window:.1f} s"}
     if context:
-        lines["context"] = f"{context:,} tokens, {max(0, context - PROMPT_TOKENS) / rate:.0f} s of audio"
+        room = context - PROMPT_TOKENS - config.clip_tokens
+        lines["context"] = f"{context:,} tokens, {max(0, room) / rate:.0f} s of audio"
     return lines
 
 
@@ -100,11 +104,13 @@ def costs(config, parts: dict[str, int]) -> dict[str, str]:
     # Looking a token up costs nothing; a tied table is the output layer too, which runs for written tokens only.
     layers = parts["language model"] + parts.get("LoRA", 0) - table * (1 if config.tie_word_embeddings else 2)
     align = config.align_vocab_size * text.hidden_size
-    hearing = 2 * (parts["encoder"] * frames + (parts.get("adapter", 0) + align) * tokens)
+    # The clip tokens' MLP, which runs for them only, is counted as if it read every frame, too.
+    listening = parts["encoder"] + parts.get("clip tokens", 0)
+    hearing = 2 * (listening * frames + (parts.get("adapter", 0) + align) * tokens)
     reading, writing = 2 * layers * tokens, 2 * (layers + table)
     window = config.window_frames / feature_rate
     lines = {}
-    positions = PROMPT_TOKENS + window * (tokens + SPEECH_TOKENS_PER_SECOND)
+    positions = PROMPT_TOKENS + config.clip_tokens + window * (tokens + SPEECH_TOKENS_PER_SECOND)
     for dtype, size in BYTES.items():
         weights, cached = sum(parts.values()) * size, cache_bytes(text, size) * positions
         lines[f"memory in {dtype}"] = f"{weights / 1e9:.2f} GB weights + {cached / 1e9:.2f} GB cache per beam"

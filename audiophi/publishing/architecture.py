@@ -39,12 +39,13 @@ def parameters_by_part(config) -> dict[str, int]:
     with torch.device("meta"):
         model = AudioPhiForConditionalGeneration(config)
     tied = config.tie_word_embeddings
-    counts = dict.fromkeys(("encoder", "adapter", "alignment", "language model", "LoRA"), 0)
+    counts = dict.fromkeys(("encoder", "adapter", "alignment", "clip tokens", "language model", "LoRA"), 0)
     prefixes = {
         "model.audio_tower.": "encoder",
         "model.multi_modal_projector.": "adapter",
         "model.readout.": "adapter",
         "model.alignment.": "alignment",
+        "model.clip_tokens.": "clip tokens",
         "model.language_model.": "language model",
         "lm_head.": "language model",
     }
@@ -90,6 +91,9 @@ def describe_parts(config) -> list[tuple[str, str, str]]:
         what = f"CTC over {config.align_vocab_size:,} of the LLM's own token embeddings and a blank{spells}"
         rows.append(("alignment head", what, millions(counts.get("alignment", 0))))
     rows.append(("readout", READOUTS.get(config.readout, config.readout), "with the adapter's"))
+    if config.clip_tokens:
+        what = f"{config.clip_tokens} of each clip as a whole, attentive statistics of the encoder's outputs"
+        rows.append(("clip tokens", what, millions(counts.get("clip tokens", 0))))
     rows.append(
         ("language model", f"{component(config, 'text')}, {tuning(config, 'text')}", millions(counts["language model"]))
     )

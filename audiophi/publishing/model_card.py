@@ -141,13 +141,14 @@ def architecture(config) -> str:
     rows = [f"| {part} | {what} | {count} |" for part, what, count in describe_parts(config)]
     rate = f"{config.audio_tokens_per_second:.2f}"
     fewer = "" if config.readout == "frames" else " at most, fewer after the collapse"
+    whole = f", and every clip as a whole {config.clip_tokens} more" if config.clip_tokens else ""
     return "\n".join(
         [
             "| part | what | parameters |",
             "|---|---|---|",
             *rows,
             "",
-            f"One second of audio becomes {rate} tokens of the LLM{fewer}.",
+            f"One second of audio becomes {rate} tokens of the LLM{fewer}{whole}.",
         ]
     )
 

@@ -59,6 +59,11 @@ def build_model(
         model = AudioPhiForConditionalGeneration.from_pretrained(recipe.init_from, dtype=torch.float32)
         if recipe.readout not in (None, model.config.readout):
             model.set_readout(recipe.readout)
+        if recipe.clip_tokens not in (None, model.config.clip_tokens):
+            try:
+                model.set_clip_tokens(recipe.clip_tokens)
+            except ValueError as error:
+                raise RecipeError(f"clip_tokens: {error}") from None
         if align_vocab_ids is not None:
             model.extend_alignment(align_vocab_ids, partial(decode_token, processor.tokenizer))
     else:
@@ -74,6 +79,7 @@ def build_model(
             adapter=adapter,
             audio_token_id=processor.audio_token_id,
             readout=recipe.readout or "frames",
+            clip_tokens=recipe.clip_tokens or 0,
             encoder_layer=recipe.encoder_layer,
             align_vocab_ids=align_vocab_ids,
             align_spelling=align_spelling(recipe, processor, align_vocab_ids),
@@ -172,7 +178,8 @@ def quantize_text(model: AudioPhiForConditionalGeneration) -> None:
 
 
 def part_of(name: str) -> str:
-    """Which part a parameter belongs to: "encoder", "adapter" (with alignment, readout and layer mix) or "llm"."""
+    """Which part a parameter belongs to: "encoder", "adapter" (with all else that is new and small: alignment, readout,
+    clip tokens, layer mix) or "llm"."""
     if ".layer_choice." in name:
         return "adapter"
     if name.startswith("model.audio_tower."):
@@ -189,15 +196,15 @@ def apply_tuning(model: AudioPhiForConditionalGeneration, stage: Stage) -> None:
     unused = unused_parameters(model, stage)
     for name, parameter in model.named_parameters():
         if part_of(name) == "adapter":
-            readout = name.startswith("model.readout.") and stage.tune.readout
+            readout = name.startswith(("model.readout.", "model.clip_tokens.")) and stage.tune.readout
             parameter.requires_grad_((readout or stage.tune.adapter) == "full" and not name.startswith(unused))
 
 
 def unused_parameters(model: AudioPhiForConditionalGeneration, stage: Stage) -> tuple[str, ...]:
     """Prefixes of adapter parameters that a stage's loss does not reach."""
     readout = model.model.readout
-    if stage.loss == "align" and not readout.learns_sounds:
-        return ("model.readout.",)
+    if stage.loss == "align":
+        return ("model.clip_tokens.",) if readout.learns_sounds else ("model.clip_tokens.", "model.readout.")
     if not stage.aligns and readout.learns_sounds:
         return ("model.readout.sound_words.",)
     if not stage.aligns and model.config.readout == "frames":

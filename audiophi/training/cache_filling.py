@@ -165,7 +165,7 @@ def cached_sources(recipe: Recipe) -> list[Source]:
 @functools.cache
 def encoder_of(recipe: str):
     """(processor, cache, encode) of a recipe in JSON, without the language model. Forked processes share it."""
-    recipe = replace(recipe_from_dict(json.loads(recipe)), alignment=None, readout=None)  # what comes after it
+    recipe = replace(recipe_from_dict(json.loads(recipe)), alignment=None, readout=None, clip_tokens=None)
     processor = build_processor(recipe)
     model = build_model(recipe, processor, None)
     model.model.language_model = model.lm_head = None

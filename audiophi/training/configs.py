@@ -62,6 +62,7 @@ def recipe_config(recipe: Recipe, align_vocab: int, audio_config=None, text_conf
         adapter_config=AudioPhiAdapterConfig(**recipe.adapter),
         audio_token_id=text_config.vocab_size - 1,
         readout=recipe.readout or "frames",
+        clip_tokens=recipe.clip_tokens or 0,
         encoder_layer=recipe.encoder_layer,
         align_vocab_size=align_vocab if recipe.alignment else 0,
         align_spelling=spelling,

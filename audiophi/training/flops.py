@@ -58,6 +58,10 @@ def stage_flops(model, stage: Stage, load: Load) -> int:
         total += 2 * clips * size.audio * config.align_vocab_size * (table + spelling)
     if stage.loss == "align":
         return total
+    if config.clip_tokens:
+        part = model.model.clip_tokens
+        frames = clips * size.frames * (linear_parameters(part.keys) + linear_parameters(part.values))
+        total += 3 * 2 * (frames + clips * config.clip_tokens * linear_parameters(part.made))
     language_model, positions = model.model.language_model, clips * size.text
     trained = sum(p.numel() for p in language_model.parameters() if p.requires_grad)
     passes = 3 if stage.gradient_checkpointing else 2

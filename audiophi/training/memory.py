@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from modeling_audiophi.clip_tokens import BOTTLENECK, HEADS
 from modeling_audiophi.encoders import encoder_class
 from modeling_audiophi.lengths_audiophi import output_length
 
@@ -73,7 +74,7 @@ def sizes(config, load: Load) -> Sizes:
     if hasattr(audio, "grid"):  # a picture is read whole, with a class token
         inner = [audio.grid[0] * audio.grid[1] + 1] * len(windows)
     tokens = sum(output_length(window, config.audio_length_rule) for window in windows)
-    text = round(tokens * load.kept) + load.prompt + load.words
+    text = round(tokens * load.kept) + config.clip_tokens + load.prompt + load.words
     return Sizes(sum(inner), sum(frames), tokens, text, max(inner), max(windows))
 
 
@@ -198,6 +199,9 @@ def training_memory(model, stage: Stage, load: Load, frozen_bytes: int = 4, valu
         parts = replace(parts, alignment=table + logits)
     if stage.loss == "align":
         return parts
+    if config.clip_tokens:  # the states and their norm; keys, values, both factors of their squares; scores and weights
+        values = 2 * width + 4 * BOTTLENECK + 3 * HEADS * config.clip_tokens
+        parts = replace(parts, adapter=adapter + clips * size.frames * values * TRAINED_BYTES)
     language_model, positions = model.model.language_model, clips * size.text
     saved = saved_by_layer(text, value_bytes, norm_bytes)
     copies = linear_parameters(language_model) // text.num_hidden_layers * value_bytes if autocast else 0

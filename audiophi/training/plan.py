@@ -28,8 +28,8 @@ def parameter_table(model: torch.nn.Module) -> list[tuple[str, int, int]]:
 
 
 def token_rate(room: PromptRoom, corpus: Corpus, sampled: int = 200) -> dict[str, float] | None:
-    """Audio tokens per second that the adapter makes, and the longest prompt against the LLM's context; None for text
-    alone.
+    """Audio tokens per second that the adapter makes, clip tokens included, and the longest prompt against the LLM's
+    context; None for text alone.
 
     Long prompts are found among the `sampled` longest rows; with a readout that collapses them, audio counts only in
     what the adapter makes.
@@ -38,7 +38,7 @@ def token_rate(room: PromptRoom, corpus: Corpus, sampled: int = 200) -> dict[str
 
     def made(row) -> int:
         counts = [room.processor.frame_counts(int(seconds * rate)) for seconds in row.lengths]
-        return sum(config.num_audio_tokens(frames) for frames in counts)
+        return sum(config.num_audio_tokens(frames) + config.clip_tokens for frames in counts)
 
     heard = [row for row in corpus.rows if row.lengths]
     if not heard:

@@ -37,10 +37,11 @@ class PromptRoom:
         return [*texts, max((task.target(text, self.text_case) for text in example.references), key=len)], len(turns)
 
     def audio_tokens(self, samples: list[int]) -> int:
-        """Tokens of clips of so many samples each; with a readout that collapses them only the words are certain."""
+        """Tokens of clips of so many samples each; of a readout that collapses them none are certain."""
+        whole = self.config.clip_tokens * len(samples)
         if self.config.readout != "frames":
-            return 0
-        return sum(self.config.num_audio_tokens(self.processor.frame_counts(count)) for count in samples)
+            return whole
+        return whole + sum(self.config.num_audio_tokens(self.processor.frame_counts(count)) for count in samples)
 
     def tokens(self, example: Example, samples: list[int]) -> int:
         """Positions of a row's longest prompt."""

@@ -109,8 +109,8 @@ class Evaluation:
 
 @dataclass
 class Tune:
-    """What a stage trains. `adapter` covers the adapter, the alignment head, the readout and a learned layer mix;
-    `readout` says otherwise of the readout alone."""
+    """What a stage trains. `adapter` covers the adapter, the alignment head, the readout, clip tokens and a learned
+    layer mix; `readout` says otherwise of readout and clip tokens alone."""
 
     encoder: Literal["frozen", "full", "lora"] = "frozen"
     adapter: Literal["frozen", "full"] = "full"
@@ -157,7 +157,7 @@ class Stage:
     batch_seconds: float | None = None  # padded seconds of audio per device and micro-batch
     batch_tokens: int | None = None  # beside either: padded tokens of text per device and micro-batch
     grad_accum: int = 1
-    learning_rate: float = 1e-3  # adapter, alignment head, readout, layer mix
+    learning_rate: float = 1e-3  # adapter, alignment head, readout, clip tokens, layer mix
     llm_learning_rate: float = 2e-4
     encoder_learning_rate: float = 1e-5
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
@@ -205,6 +205,7 @@ class Recipe:
     adapter: dict[str, Any] = field(default_factory=lambda: {"type": "mlp"})
     encoder_layer: str | int = "last"
     readout: Literal["frames", "collapse", "mixed"] | None = None  # null: frames, or what `init_from` has
+    clip_tokens: int | None = None  # tokens of a clip as a whole beside the readout's; null: 0, or what `init_from` has
     alignment: Alignment | None = None
     text_case: Literal["lower", "keep"] = "lower"
     instructions: dict[str, list[str]] = field(default_factory=dict)  # task: what is asked; not given, its own wordings
@@ -355,6 +356,7 @@ def _check(recipe: Recipe) -> None:
         recipe.readout in ("collapse", "mixed") and recipe.alignment is None and recipe.init_from is None,
         f"readout: {recipe.readout} needs the alignment head; add `alignment: {{merges: null}}`",
     )
+    refuse(recipe.clip_tokens is not None and recipe.clip_tokens < 0, "clip_tokens must be 0 or more")
     for where, sources in sources_of(recipe):
         for number, source in enumerate(sources):
             if source.task is not None:

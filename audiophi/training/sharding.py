@@ -6,8 +6,8 @@ unit that is gathered when they are called, whereas the alignment reads their ta
 
 What is sharded is a copy. The plain model stays beside it, on the CPU, and gets the trained values whenever it is
 needed: to evaluate (each process then generates for itself, as long as its clips take), to be saved, and for the next
-stage. Adapter, alignment and readout are small and used in part only by many a batch, so every process keeps them whole
-and their gradients are averaged (`average_gradients`).
+stage. Adapter, alignment, readout and clip tokens are small and used in part only by many a batch, so every process
+keeps them whole and their gradients are averaged (`average_gradients`).
 """
 
 import copy
