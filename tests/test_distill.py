@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +18,7 @@ from audiophi.tasks import TASKS
 from audiophi.training.prompt_room import PromptRoom
 from audiophi.training.recipe import RecipeError, recipe_from_dict
 from modeling_audiophi.distillation_audiophi import as_teacher, kl_divergence
+from tests.test_clusters import launch
 from tests.tiny_runs import LM, largest_difference, train
 
 RATE = 16_000
@@ -356,6 +358,19 @@ def test_accumulation_changes_nothing(settings, questions, tmp_path, keys):
     losses = [[entry["distill_loss"] for entry in history(settings, name)] for name in sizes]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert largest_difference(*weights) < 3e-4
+
+
+@pytest.mark.faults
+def test_two_processes_train_what_one_trains(settings, questions, tmp_path):
+    """Tokens that have a teacher are counted over both."""
+    stage = {**DISTILL, "loss": "lm", "distill_weight": 1.0, "steps": 2, "warmup": 0.0, "lora": {"r": 2, "dropout": 0}}
+    keys = {"data": {"train": [{"path": str(questions)}]}, "adapter": {**settings()["adapter"], "dropout": 0.0}}
+    launch(tmp_path / "two", settings({**stage, "batch_size": 4, "llm_learning_rate": 1e-3}, **keys))
+    one = {**stage, "batch_size": 8, "llm_learning_rate": 1e-3}
+    weights = train(settings(one, **keys, output_dir=str(tmp_path / "one")))
+    losses = [[entry["distill_loss"] for entry in history(settings, name)] for name in ("one", "two/run")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert largest_difference(weights, load_file(tmp_path / "two" / "run" / "final" / "model.safetensors")) < 3e-4
 
 
 def test_rows_that_teach_nothing_are_refused(settings, speech):

@@ -136,6 +136,16 @@ def test_operations_are_torchs_own_count(tiny_system):
         output.loss.backward()
     kept = float(output.audio_counts.sum() / model.model.adapter_lengths(batch).sum())
     assert stage_flops(model, chosen, replace(load, kept=kept)) == pytest.approx(counter.get_total_flops(), rel=0.15)
+    # The teacher reads the prompt without its audio.
+    read = {f"teacher_{name}": batch[name][:, 1:] for name in ("input_ids", "attention_mask", "labels")}
+    read["teacher_input_ids"] = read["teacher_input_ids"].masked_fill(
+        read["teacher_input_ids"] == model.config.audio_token_id, 5
+    )
+    before = counter.get_total_flops()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(**batch, **read).loss.backward()
+    more = stage_flops(model, stage("lm", distill_weight=1.0), load) - stage_flops(model, chosen, load)
+    assert more == pytest.approx(counter.get_total_flops() - before, rel=0.25)
 
 
 def test_what_costs_what(tiny_system):
@@ -161,6 +171,8 @@ def test_what_costs_what(tiny_system):
     assert twice.weights == plain.weights and twice.encoder == 2 * plain.encoder and twice.logits == 2 * plain.logits
     with pytest.raises(ValueError, match="stage lm: memory is computed for"):
         training_memory(empty, stage("lm", tune={"llm": "full"}), load)
+    distilled = bill(distill_weight=1.0)
+    assert distilled.logits > plain.logits and replace(distilled, logits=plain.logits) == plain
     lora = bill(tune={"llm": "lora"}, lora=LORA)
     assert lora.gradients > plain.gradients and lora.llm > plain.llm
 
