@@ -5,8 +5,6 @@ posterior is made of text, as training does with the confusions of real clips, n
 (TASU, https://arxiv.org/abs/2511.03310).
 """
 
-import torch
-
 from .lengths_audiophi import length_mask
 from .outputs_audiophi import AudioPhiAudioOutput
 

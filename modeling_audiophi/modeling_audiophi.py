@@ -133,9 +133,9 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
         """Language model over text and audio: `input_ids` (B, L) with a placeholder for each clip of the audio inputs,
         or, already expanded, with one for each row of `audio_embeds` (N, D). Clips may also be simulated, see
         `hear_simulated`: `heard_ids`, `heard_weights` (S, T, K) and `heard_lengths` (S,) of these, and `heard_clips`
-        (C,) bool, which they are; without any other neither encoder nor adapter runs. `inputs_embeds` (B, L, D) are taken as
-        they are. `cache`, also by its older name `past_key_values`: earlier positions. `asked`, from the processor, is
-        for `generate` only. Attentions are those of the expanded prompt.
+        (C,) bool, which they are; without any other neither encoder nor adapter runs. `inputs_embeds` (B, L, D) are
+        taken as they are. `cache`, also by its older name `past_key_values`: earlier positions. `asked`, from the
+        processor, is for `generate` only. Attentions are those of the expanded prompt.
 
         Raises ValueError when placeholders and audio differ in number, or the prompt exceeds the context.
         """
@@ -161,7 +161,8 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
         if has_audio:
             if position_ids is not None:
                 raise ValueError("position_ids are those of the expanded prompt: leave them out where audio is given")
-            if self.config.readout == "frames" and heard_ids is None:  # what is too long is known before the expensive work
+            # What is too long is known before the expensive work.
+            if self.config.readout == "frames" and heard_ids is None:
                 self.expand_prompt(input_ids, attention_mask, self.adapter_lengths(audio_inputs), past_length)
             if is_real:
                 audio = self.get_audio_features(
@@ -238,8 +239,9 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
         return embeds.masked_scatter(places.expand_as(embeds), audio_embeds.to(embeds.device, embeds.dtype))
 
     def reach_audio_parts(self, embeds):
-        """The same `embeds` of a prompt without audio, or with simulated clips alone. In training, the parts that read audio get gradients of zero
-        then, not none: there is a loss to go back from where only they are trained, and processes exchange the same."""
+        """The same `embeds` of a prompt without audio, or with simulated clips alone. In training, the parts that read
+        audio get gradients of zero then, not none: there is a loss to go back from where only they are trained, and
+        processes exchange the same."""
         if not (self.training and torch.is_grad_enabled()):
             return embeds
         parts = (self.audio_tower, self.multi_modal_projector, self.alignment, self.readout)
@@ -333,9 +335,10 @@ class AudioPhiForConditionalGeneration(
 
         `labels` (B, L) with -100 where nothing is to be predicted: the head runs at labelled positions only, and
         logits are not returned unless `return_logits=True`. `align_labels` (C, S): LLM token ids of each clip's
-        transcript, -100 padded, NO_TARGET first where there is none, simulated clips left out; without input_ids the language model is not run at
-        all, and align_logits are returned only with `return_logits=True`. `sound_labels` (C, S): likewise the words
-        that describe each clip, in any order, for a readout that `learns_sounds`; all -100 where there are none.
+        transcript, -100 padded, NO_TARGET first where there is none, simulated clips left out; without input_ids the
+        language model is not run at all, and align_logits are returned only with `return_logits=True`. `sound_labels`
+        (C, S): likewise the words that describe each clip, in any order, for a readout that `learns_sounds`; all -100
+        where there are none.
         `num_items_in_batch` (labelled tokens) and `align_items_in_batch` (clips) divide the summed losses under
         gradient accumulation.
         """

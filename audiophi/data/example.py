@@ -23,7 +23,8 @@ class Clip:
 
     audio: {"bytes", "path"} as `datasets.Audio(decode=False)` gives. transcript: what is said, for CTC to learn from;
     "" where nobody speaks, None where it is not known. seconds: its length where the source says so. simulated: it is
-    known by its transcript only, from which training makes what the alignment would hear (training/simulated.py).
+    known by its transcript only, from which training makes what the alignment would hear
+    (audiophi/training/simulated.py).
     """
 
     audio: dict | None
