@@ -249,13 +249,14 @@ def test_the_errors_of_real_clips_are_reproduced(confusions):
 def test_any_rates_are_reproduced(rate, deletes, seed):
     delete, insert = (rate, 0.0) if deletes else (0.0, rate)
     rng = np.random.default_rng(seed)
-    clips = [(" ".join(map(str, rng.integers(10, 40, size=15))), {}) for _ in range(60)]
+    clips = [(" ".join(map(str, rng.integers(10, 40, size=15))), {}) for _ in range(150)]
     said = iter([numbers(text) for text, _ in clips])
     measured = measure(lambda clips: [noisy(next(said), rng, delete, insert, 0.0) for _ in clips], clips, numbers)
-    text = " ".join(map(str, np.tile(np.arange(10, 40), 100)))
+    text = " ".join(map(str, np.tile(np.arange(10, 40), 400)))
     best = measured.simulate(text, np.random.default_rng(seed + 1))[0][:, 0]
-    assert abs(1 - (best != 1000).sum() / 3000 - measured.deletion_rate) < 0.05 > abs(measured.deletion_rate - delete)
-    assert abs((best == 1000).sum() / 3000 - measured.insertion_rate) < 0.05 > abs(measured.insertion_rate - insert)
+    # Six standard deviations and more.
+    assert abs(1 - (best != 1000).sum() / 12_000 - measured.deletion_rate) < 0.06 > abs(measured.deletion_rate - delete)
+    assert abs((best == 1000).sum() / 12_000 - measured.insertion_rate) < 0.06 > abs(measured.insertion_rate - insert)
 
 
 def test_what_is_heard_depends_on_the_key_alone_and_survives_saving(confusions, tmp_path):
