@@ -21,6 +21,7 @@ from .configuration_audiophi import AudioPhiConfig
 from .distillation_audiophi import as_teacher, kl_divergence
 from .encoders import encoder_class
 from .generation_audiophi import AudioPhiGenerationMixin
+from .heard_audiophi import hear_simulated
 from .hearing_audiophi import HearingMixin
 from .kv_cache_audiophi import CACHE_NAME
 from .lora_audiophi import inject_lora
@@ -136,14 +137,20 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
         inputs_embeds=None,
         audio_embeds=None,
         asked=None,
+        heard_ids=None,
+        heard_weights=None,
+        heard_lengths=None,
+        heard_clips=None,
         with_alignment=False,
         use_cache=None,
         **kwargs,
     ):
         """Language model over text and audio: `input_ids` (B, L) with a placeholder for each clip of the audio inputs,
-        or, already expanded, with one for each row of `audio_embeds` (N, D). `inputs_embeds` (B, L, D) are taken as
-        they are. `cache`, also by its older name `past_key_values`: earlier positions. `asked`, from the processor, is
-        for `generate` only. Attentions are those of the expanded prompt.
+        or, already expanded, with one for each row of `audio_embeds` (N, D). Clips may also be simulated, see
+        `hear_simulated`: `heard_ids`, `heard_weights` (S, T, K) and `heard_lengths` (S,) of these, and `heard_clips`
+        (C,) bool, which they are; without any other neither encoder nor adapter runs. `inputs_embeds` (B, L, D) are
+        taken as they are. `cache`, also by its older name `past_key_values`: earlier positions. `asked`, from the
+        processor, is for `generate` only. Attentions are those of the expanded prompt.
 
         Raises ValueError when placeholders and audio differ in number, or the prompt exceeds the context.
         """
@@ -158,7 +165,8 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
             "audio_hidden_mask": audio_hidden_mask,
             "audio_num_windows": audio_num_windows,
         }
-        has_audio = any(value is not None for value in (input_features, input_values, audio_hidden_states))
+        is_real = any(value is not None for value in (input_features, input_values, audio_hidden_states))
+        has_audio = is_real or heard_ids is not None
         if has_audio or audio_embeds is not None:
             if inputs_embeds is not None:
                 raise ValueError("give audio or inputs_embeds, not both: pooler_output may be put into the latter")
@@ -168,20 +176,27 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
         if has_audio:
             if position_ids is not None:
                 raise ValueError("position_ids are those of the expanded prompt: leave them out where audio is given")
-            if self.config.readout == "frames":  # what is too long is known before the expensive work
+            # What is too long is known before the expensive work.
+            if self.config.readout == "frames" and heard_ids is None:
                 self.expand_prompt(input_ids, attention_mask, self.most_counts(audio_inputs), past_length)
-            audio = self.get_audio_features(
-                **audio_inputs,
-                with_alignment=with_alignment,
-                output_hidden_states=False,  # those that forward returns are the language model's
-                output_attentions=False,
-                return_dict=True,
-            )
+            if is_real:
+                audio = self.get_audio_features(
+                    **audio_inputs,
+                    with_alignment=with_alignment,
+                    output_hidden_states=False,  # those that forward returns are the language model's
+                    output_attentions=False,
+                    return_dict=True,
+                )
+            if heard_ids is not None:
+                heard = (heard_ids, heard_weights, heard_lengths, heard_clips)
+                audio = hear_simulated(*heard, self.get_input_embeddings().weight, audio)
             audio_embeds = audio.pooler_output
             prompt = self.expand_prompt(input_ids, attention_mask, audio.counts, past_length)
             input_ids, attention_mask = prompt.input_ids, prompt.attention_mask
         if inputs_embeds is None:
             inputs_embeds = self.fill_in(input_ids, audio_embeds, past_length)
+            if has_audio and not is_real:
+                inputs_embeds = self.reach_audio_parts(inputs_embeds)
         length = inputs_embeds.shape[1]
         if position_ids is None and attention_mask is not None and attention_mask.shape[1:] == (past_length + length,):
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past_length:]
@@ -239,8 +254,9 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
         return embeds.masked_scatter(places.expand_as(embeds), audio_embeds.to(embeds.device, embeds.dtype))
 
     def reach_audio_parts(self, embeds):
-        """The same `embeds` of a prompt without audio. In training, the parts that read audio get gradients of zero
-        then, not none: there is a loss to go back from where only they are trained, and processes exchange the same."""
+        """The same `embeds` of a prompt without audio, or with simulated clips alone. In training, the parts that read
+        audio get gradients of zero then, not none: there is a loss to go back from where only they are trained, and
+        processes exchange the same."""
         if not (self.training and torch.is_grad_enabled()):
             return embeds
         parts = (self.audio_tower, self.multi_modal_projector, self.alignment, self.readout, self.clip_tokens)
@@ -319,6 +335,10 @@ class AudioPhiForConditionalGeneration(
         sound_labels=None,
         audio_embeds=None,
         asked=None,
+        heard_ids=None,
+        heard_weights=None,
+        heard_lengths=None,
+        heard_clips=None,
         align_loss_weight=1.0,
         align_items_in_batch=None,
         teacher_input_ids=None,
@@ -337,9 +357,10 @@ class AudioPhiForConditionalGeneration(
 
         `labels` (B, L) with -100 where nothing is to be predicted: the head runs at labelled positions only, and
         logits are not returned unless `return_logits=True`. `align_labels` (C, S): LLM token ids of each clip's
-        transcript, -100 padded, NO_TARGET first where there is none; without input_ids the language model is not run at
-        all, and align_logits are returned only with `return_logits=True`. `sound_labels` (C, S): likewise the words
-        that describe each clip, in any order, for a readout that `learns_sounds`; all -100 where there are none.
+        transcript, -100 padded, NO_TARGET first where there is none, simulated clips left out; without input_ids the
+        language model is not run at all, and align_logits are returned only with `return_logits=True`. `sound_labels`
+        (C, S): likewise the words that describe each clip, in any order, for a readout that `learns_sounds`; all -100
+        where there are none.
         `teacher_input_ids`, `teacher_attention_mask`, `teacher_labels` (B, L'), beside `labels`: the same chats with
         transcripts in the place of clips, and the same tokens labelled, or none in a row without a teacher; their loss
         is `kl_divergence` at `distill_temperature`, with `distill_only` the only one of the labels.
@@ -372,6 +393,10 @@ class AudioPhiForConditionalGeneration(
             outputs = self.model(
                 input_ids=input_ids,
                 **audio_inputs,
+                heard_ids=heard_ids,
+                heard_weights=heard_weights,
+                heard_lengths=heard_lengths,
+                heard_clips=heard_clips,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 cache=past_key_values if cache is None else cache,
@@ -404,7 +429,7 @@ class AudioPhiForConditionalGeneration(
             output.audio_counts = audio.counts
             output.align_logits = audio.align_logits if align_labels is None or return_logits else None
         if align_labels is not None:
-            if audio is None:
+            if audio is None or audio.align_logits is None:
                 raise ValueError("align_labels need audio inputs")
             output.align_loss, output.align_skipped = self.model.alignment.ctc_loss(
                 audio.align_logits, audio.tokens_mask.sum(1), align_labels, align_items_in_batch

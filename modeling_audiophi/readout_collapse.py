@@ -47,9 +47,13 @@ def word_embeddings(path, run, alignment, logits, embedding_weight):
     """
     words = path > 0  # blank frames, most of them, have no embedding: no need for their posteriors
     table = embedding_weight[alignment.vocab_ids]
-    posterior = (SHARPNESS * logits[words][:, 1:].float()).softmax(-1)
-    means = posterior.to(table.dtype) @ table
+    means = word_posterior(logits[words]).to(table.dtype) @ table
     return run_means(means.new_zeros(*path.shape, table.shape[-1]).index_put((words,), means), run)
+
+
+def word_posterior(logits):
+    """Sharpened posterior over words, the blank left out: `logits` (..., V' + 1) -> (..., V') float32."""
+    return (SHARPNESS * logits[..., 1:].float()).softmax(-1)
 
 
 def run_numbers(starts):

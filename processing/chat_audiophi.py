@@ -28,6 +28,7 @@ MASK_NAMES = {
     "input_values": "input_values_mask",
     "audio_hidden_states": "audio_hidden_mask",
 }
+HEARD = "heard_ids"  # of a clip that is only words: what the alignment would hear, see `AudioPhiProcessor.pad_audio`
 
 
 @dataclass
@@ -43,8 +44,8 @@ class Chat:
 
 
 def is_encoded(clip) -> bool:
-    """Whether a clip is features already: a dict from `encode_audio`, or cached encoder outputs."""
-    return isinstance(clip, dict) and any(key in clip for key in MASK_NAMES)
+    """Whether a clip is features already: a dict from `encode_audio`, cached encoder outputs, or simulated."""
+    return isinstance(clip, dict) and any(key in clip for key in (*MASK_NAMES, HEARD))
 
 
 def task_code(name: str) -> int:
@@ -123,7 +124,7 @@ def read_item(item, place: str) -> tuple:
         return None, item["text"]
     if kind == "audio":
         if "encoded" in item and not is_encoded(item["encoded"]):
-            raise ValueError(f"{place}: its encoded has none of {', '.join(MASK_NAMES)}.")
+            raise ValueError(f"{place}: its encoded has none of {', '.join((*MASK_NAMES, HEARD))}.")
         given = next((item[key] for key in ("encoded", "audio") if is_encoded(item.get(key))), None)
         return given or {key: value for key, value in item.items() if key != "type"}, None
     if kind == "input_audio":  # OpenAI

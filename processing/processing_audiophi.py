@@ -14,6 +14,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from .audio_io import load_audio
 from .chat_audiophi import (
+    HEARD,
     MASK_NAMES,
     PROCESSOR_OPTIONS,
     Renderer,
@@ -207,10 +208,17 @@ class AudioPhiProcessor(ProcessorMixin):
 
     def pad_audio(self, clips: list[dict]) -> dict:
         """Batch clips from `encode_audio`, or cached encoder outputs: {"audio_hidden_states": (windows, frames, size),
-        "audio_hidden_mask": (windows, frames)}, the mask left out where all frames are real.
+        "audio_hidden_mask": (windows, frames)}, the mask left out where all frames are real. Beside either there may be
+        clips that were never audio: {"heard_ids": (T, K) LLM token ids, "heard_weights": (T, K)}.
 
         Returns the model's audio inputs, one row per window, and `audio_num_windows` (clips,); nothing for no clips.
+        With S clips that were never audio, also `heard_ids` and `heard_weights` (S, longest T, widest K), their
+        `heard_lengths` (S,), and `heard_clips` (clips,) bool, which of all they are.
         """
+        heard = [clip for clip in clips if HEARD in clip]
+        if heard:
+            real = self.pad_audio([clip for clip in clips if HEARD not in clip])
+            return {**real, **pad_heard(heard), "heard_clips": torch.tensor([HEARD in clip for clip in clips])}
         if not clips:
             return {}
         key = next((key for key in MASK_NAMES if key in clips[0]), None)
@@ -416,6 +424,18 @@ def pad_rows(rows: list[tuple[torch.Tensor, torch.Tensor]], time_axis: int) -> t
             )
         )
     return torch.cat([features for features, _ in padded]), torch.cat([mask for _, mask in padded])
+
+
+def pad_heard(clips: list[dict]) -> dict[str, torch.Tensor]:
+    """`AudioPhiProcessor.pad_audio` for clips that were never audio, zero-padded on the right."""
+    ids, weights = ([torch.as_tensor(clip[key]) for clip in clips] for key in (HEARD, "heard_weights"))
+    lengths, width = torch.tensor([len(rows) for rows in ids]), max(rows.shape[1] for rows in ids)
+
+    def pad(rows, dtype):
+        wide = [torch.nn.functional.pad(row.to(dtype), (0, width - row.shape[1])) for row in rows]
+        return torch.nn.utils.rnn.pad_sequence(wide, batch_first=True)
+
+    return {HEARD: pad(ids, torch.long), "heard_weights": pad(weights, torch.float32), "heard_lengths": lengths}
 
 
 def choose_audio_token(tokenizer, embedding_rows: int) -> str:

@@ -65,6 +65,12 @@ def chat_of(turns, audios: list) -> tuple[list[dict], list]:
     return messages, own or audios
 
 
+def places_of(messages) -> int:
+    """How many clips the turns of users have a place for, marks not counted."""
+    users = [message["content"] for message in messages if message["role"] == "user"]
+    return sum(item["type"] == "audio" for content in users for item in content)
+
+
 def _items(content, number: int, own: list) -> list[dict]:
     """Content as `AUDIO` and text items; the audio that it names itself goes to `own`."""
     if isinstance(content, str):
@@ -102,7 +108,7 @@ def _named(item: dict):
 def _placed(messages: list[dict], clips: int) -> list[dict]:
     """Users' turns with `AUDIO` where they have marks. Without any the clips are what the first turn is about."""
     users = [message for message in messages if message["role"] == "user"]
-    places = sum(item["type"] == "audio" for message in users for item in message["content"])
+    places = places_of(messages)
     marks = sum(item["text"].count(MARK) for m in users for item in m["content"] if item["type"] == "text")
     if not places and not marks:
         users[0]["content"] = [*([AUDIO] * clips), *users[0]["content"]]

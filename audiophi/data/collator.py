@@ -11,7 +11,7 @@ import torch
 
 from audiophi.tasks import TASKS
 from modeling_audiophi.alignment_audiophi import NO_TARGET
-from processing.processing_audiophi import MASK_NAMES, AudioPhiProcessor
+from processing.processing_audiophi import HEARD, MASK_NAMES, AudioPhiProcessor
 
 from .alignment_text import AlignmentTokenizer, normalise_transcript
 from .augment import Augment
@@ -35,7 +35,8 @@ def training_item(
     """An example as the collator takes it: {"messages": all turns, the answer too, "clips", "transcripts" (text, "" or
     None per clip), "read" (`Task.read`), "sounds" (text or None), "id", "epoch"}.
 
-    `clips`: the example's, encoded (`processor.encode_audio`, or cached {"audio_hidden_states"}). `wordings`: what may
+    `clips`: the example's, encoded (`processor.encode_audio`, cached {"audio_hidden_states"}, or simulated
+    {"heard_ids", "heard_weights"}). `wordings`: what may
     be asked; `draw` ("instruction" or "reference", choices) -> one of them, None: the first. `id`, `epoch` name it for
     the augmentation's random numbers.
     """
@@ -99,10 +100,10 @@ class AudioPhiCollator:
             audio inputs as from `processor.pad_audio`, where there are clips; in mode lm or both `input_ids`,
             `attention_mask`, `labels` (batch, length), -100 except on the assistant's words and the end token; in mode
             align or both `align_labels` (clips, targets), padded with -100, NO_TARGET first for a clip that CTC learns
-            nothing from, and with learn_sounds `sound_labels` likewise, empty for a clip without. With distill
-            `teacher_input_ids`, `teacher_attention_mask`, `teacher_labels` (batch, another length): the same chats with
-            transcripts in the place of clips, and the same tokens labelled. A row without a teacher (`Task.read`, or
-            too long for the context) is all padding.
+            nothing from, and with learn_sounds `sound_labels` likewise, empty for a clip without. Simulated clips have
+            no frames, hence no row in either. With distill `teacher_input_ids`, `teacher_attention_mask`,
+            `teacher_labels` (batch, another length): the same chats with transcripts in the place of clips, and the
+            same tokens labelled. A row without a teacher (`Task.read`, or too long for the context) is all padding.
 
         Raises:
             ValueError naming an item whose answer makes other tokens where the transcript is read.
@@ -114,11 +115,12 @@ class AudioPhiCollator:
             batch = self._prompts(items)
             if self.distill:
                 batch |= self._read_prompts(items, batch["labels"])
-        if self.mode != "lm" and any(item["clips"] for item in items):
-            batch["align_labels"] = self._targets([text for item in items for text in item["transcripts"]])
+        real = [(item, place) for item in items for place, clip in enumerate(item["clips"]) if HEARD not in clip]
+        if self.mode != "lm" and real:
+            batch["align_labels"] = self._targets([item["transcripts"][place] for item, place in real])
             if self.learn_sounds:
                 # Of one clip it is known what the words are about.
-                words = [item["sounds"] if len(item["clips"]) == 1 else None for item in items for _ in item["clips"]]
+                words = [item["sounds"] if len(item["clips"]) == 1 else None for item, _ in real]
                 batch["sound_labels"] = self._targets([text or "" for text in words])
         return batch
 
@@ -182,6 +184,8 @@ class AudioPhiCollator:
     def _augmented(self, item: dict, number: int) -> dict:
         """A clip as `processor.pad_audio` wants it, augmented."""
         clip = item["clips"][number]
+        if HEARD in clip:
+            return clip
         if "audio_hidden_states" in clip:
             clip = as_windows(clip)
         key = next(name for name in MASK_NAMES if name in clip)

@@ -11,7 +11,7 @@ from audiophi.tasks.base import Row, plain
 from processing.audio_io import MAX_SECONDS
 from processing.plain_text import whole_characters
 
-from .chats import chat_of
+from .chats import chat_of, places_of
 from .dataset_paths import URL_PREFIXES, Reach
 from .example import Clip, RowError
 
@@ -63,8 +63,9 @@ class Columns:
         if "text" not in self.by and "transcript" in self.by:
             self.by["text"] = self.by["transcript"]
         self.numbered = [name for name in self.names if name and name.startswith(NUMBERED)]
+        self.simulated = entry["heard"] == "simulated"
         asks = "messages" in self.by or "instruction" in self.by or entry["instruction"] is not None
-        if "audio" not in self.by and not asks:
+        if "audio" not in self.by and not asks and not self.simulated:
             raise ValueError(
                 f"{entry['path']}: no column looks like audio (tried {', '.join(USUAL['audio'])}). Columns: "
                 f"{', '.join(self.names)}. Pass audio_column."
@@ -85,8 +86,11 @@ class Columns:
                 "questions or answers, name it with text_column, instruction_column or answer_column."
             )
 
-    def row(self, values: dict, number: int, folder: Path | None, reach: Reach, labels: dict) -> Row:
-        """A row of the source. `labels`: column -> (number -> name) of class columns. Raises RowError naming it."""
+    def row(
+        self, values: dict, number: int, folder: Path | None, reach: Reach, labels: dict, about_words: bool = False
+    ) -> Row:
+        """A row of the source. `labels`: column -> (number -> name) of class columns. `about_words`: whether its answer
+        is what is said. Raises RowError naming it."""
         get = {meaning: values.get(column) for meaning, column in self.by.items()}
         for meaning, column in self.by.items():
             if column in labels and get[meaning] is not None:
@@ -101,9 +105,15 @@ class Columns:
             messages = ()
             if get.get("messages") is not None:
                 messages, audios = chat_of(get["messages"], audios)
+            if self.simulated:
+                messages, audios = self._simulated(get, messages, audios, about_words, number)
             seconds = plausible_seconds(get.get("seconds"))
             clips = tuple(
-                Clip(place_of(audio, folder, reach, number), seconds=seconds if len(audios) == 1 else None)
+                Clip(
+                    None if self.simulated else place_of(audio, folder, reach, number),
+                    seconds=seconds if len(audios) == 1 else None,
+                    simulated=self.simulated,
+                )
                 for audio in audios
             )
             answers = tuple(filter(None, (text_of(v, "answer", number) for v in as_list(get.get("answers")))))
@@ -129,6 +139,22 @@ class Columns:
             return replace(row, **{key: text_of(get.get(key), key, number) for key in rest})
         except ValueError as error:
             raise RowError(f"{source}: row {number + 1} ({name}): {error}", name) from error
+
+    def _simulated(self, get: dict, messages, audios: list, about_words: bool, number: int) -> tuple:
+        """(messages, audios) of a row whose clips are simulated. One that names no audio has as many clips as its chat
+        has places for; one without places, a clip in its first turn where its words are known, else none."""
+        if audios:
+            return messages, audios
+        known = as_list(get.get("transcript"))
+        if about_words:
+            known = [*known, *as_list(get.get("text")), *as_list(get.get("answers"))]
+            known += [words_of(message["content"]) for message in messages[-1:] if message["role"] == "assistant"]
+        known = [text for value in known if (text := text_of(value, "transcript", number)) is not None]
+        if places := places_of(messages):
+            return messages, [None] * places
+        if not known and (messages or get.get("instruction") is not None or self.entry["instruction"] is not None):
+            return messages, []
+        return (chat_of(get["messages"], [None])[0] if messages else messages), [None]
 
 
 @functools.cache

@@ -34,8 +34,9 @@ from .example import Example, RowError, drawing, posed
 SPEC_KEYS = (
     *("path", "split", "weight", "filter", "exclude", "limit", "task", "instruction", "speech"),
     *("audio_column", "text_column", "label_column", "instruction_column", "answer_column", "transcript_column"),
-    *("audio_folder", "allow_urls"),
+    *("audio_folder", "allow_urls", "heard"),
 )
+HEARD = ("real", "simulated")
 PEEK = 64  # rows of a stream that are read before the first is handed out
 UNDECODED = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
 
@@ -71,12 +72,15 @@ class Examples(Sequence):
             row = replace(row, others=tuple(self._others(row)))
         try:
             example = self._task.example(row)
+            if any(clip.simulated and clip.transcript is None for clip in example.clips):
+                raise RowError(f"{row.id}: heard: simulated, but it is not known what is said in each of its clips")
             return posed(example) if self._posed else example
         except RowError as error:
             raise RowError(f"{self.path}: row {number + 1}, {error}", row.id) from None
 
     def _row(self, values: dict, number: int) -> Row:
-        return self.columns.row(values, number, self._folder, self._reach, self._labels)
+        about_words = self._task.about_words
+        return self.columns.row(values, number, self._folder, self._reach, self._labels, about_words)
 
     def _others(self, row: Row) -> Iterator[Row]:
         """Rows drawn by the number of this one; of a stream, of those that came last."""
@@ -120,7 +124,8 @@ def load_examples(spec, **defaults) -> Examples:
             instruction: what the user asks with these clips;
             speech: False where nobody speaks in the clips, so that CTC may learn silence from them;
             allow_urls: fetch what its rows name by URL (which files they may name: dataset_paths.py);
-            audio_folder: of Clotho, AudioCaps, ...: where the audio is, if not below the folder.
+            audio_folder: of Clotho, AudioCaps, ...: where the audio is, if not below the folder;
+            heard: "simulated": clips are known by their words only, no audio is opened, and a row needs none.
     Raises:
         FileNotFoundError, or ValueError naming the data set and what is wrong: no such column, split or key, no rows.
     """
@@ -192,6 +197,8 @@ def _entry(spec, defaults: dict) -> dict:
         raise ValueError(f"data specification {spec!r}: {problem}. Known keys: {', '.join(SPEC_KEYS)}.")
     given = {**dict.fromkeys(SPEC_KEYS), **given}
     given["kind"], given["path"] = split_kind(str(given["path"]))
+    if given["heard"] not in (None, *HEARD):
+        raise ValueError(f"{given['path']}: heard {given['heard']!r} is not one of {', '.join(HEARD)}.")
     if given["task"] is not None:
         try:
             task_named(given["task"])

@@ -71,6 +71,7 @@ class Task:
         order: where it stands among a model's tasks; the lowest is what a model does unasked.
         command: help of `audiophi NAME FILE...`; None: no such command.
         report: see `Report`; None for a task that is trained but not measured.
+        about_words: whether the answer is what is said, so that it tells what a clip without audio would say.
         others: with how many other rows of its source, drawn by its number, a row comes to `example`.
         asked_as: name of the task in whose words it is asked, for one that is a case of another.
     """
@@ -83,6 +84,7 @@ class Task:
     order = 50
     command: str | None = None
     report: Report | None = None
+    about_words = False
     asked_as: str | None = None
     others = 0
 

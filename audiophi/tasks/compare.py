@@ -52,7 +52,7 @@ SAME_SEX = Kind(
 
 class Compare(Questions):
     name = "compare"
-    others = 12
+    others, about_words = 12, True
     what = "to compare it with"
 
     def clips(self, row: Row):

@@ -23,7 +23,7 @@ class Transcribe(Task):
         "Transcribe the audio.",
         "Type what you hear the speaker say.",
     )
-    in_pieces = True
+    in_pieces = about_words = True
     decoding = {"draft_tokens": 16}
     command = "Write down what is said in audio files."
     reads_alignment = True

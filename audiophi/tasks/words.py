@@ -117,7 +117,7 @@ NOTHING = Kind(
 
 class Words(Questions):
     name = "words"
-    others = 3
+    others, about_words = 3, True
     what = "said in it"
 
     def questions(self, row: Row):

@@ -89,7 +89,7 @@ def encode_missing(
     missing, keys = [], set()  # several rows may ask about one clip
     for row in rows:
         try:
-            for clip in range(len(row.lengths)):
+            for clip in range(0 if corpus.simulated(row) else len(row.lengths)):
                 for speed in speeds:
                     key = corpus.key(row, clip, speed)
                     if key not in cache:
@@ -150,7 +150,8 @@ def cached_sources(recipe: Recipe) -> list[Source]:
         if stage.tune.encoder != "frozen":
             break  # the stages after it have another encoder
         if uses_cache(recipe, stage):
-            found |= {json.dumps(asdict(source)): source for source in stage.data or recipe.data.train}
+            real = [source for source in stage.data or recipe.data.train if source.heard != "simulated"]
+            found |= {json.dumps(asdict(source)): source for source in real}
     if recipe.data.streaming or not found:
         reason = {
             "data.streaming: true": recipe.data.streaming,

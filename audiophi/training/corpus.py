@@ -28,6 +28,10 @@ from .bad_rows import BadRows, TooManyBadRows
 from .batches import Draw
 from .feature_cache import FeatureCache, clip_key, hash_audio
 from .recipe import Source
+from .simulated import Confusions
+
+# How long a clip would be that is known by its words only, for batches by seconds: what English is read at.
+CHARACTERS_PER_SECOND = 15
 
 
 class Row(NamedTuple):
@@ -112,13 +116,19 @@ class Corpus:
         """Names of the sources' tasks, each once."""
         return list(dict.fromkeys(table.task for table in self.tables))
 
+    def simulated(self, row: Row) -> bool:
+        """Whether a row's clips are known by their words only."""
+        return self.sources[row.table].heard == "simulated"
+
     def example(self, row: Row) -> Example:
         return self.tables[row.table][row.index]
 
     def texts(self, text_case: str, sounds: bool = False) -> Iterable[str]:
         """What is said in the clips, which the alignment's vocabulary must spell; with `sounds` also the words that
-        say what is heard."""
+        say what is heard. Not of simulated clips: no audio would teach the alignment those words."""
         for row in self.rows:
+            if self.simulated(row):
+                continue
             example = self.example(row)
             found = [clip.transcript for clip in example.clips if clip.transcript]
             if sounds:
@@ -198,7 +208,10 @@ def repr_bytes(audio: dict) -> bytes:
 
 
 def measure_seconds(clip: Clip, name: str) -> float:
-    """Length of a clip, from the file's header where possible, else by decoding. Raises AudioError or OSError."""
+    """Length of a clip, from the file's header where possible, else by decoding; of a simulated one estimated. Raises
+    AudioError or OSError."""
+    if clip.simulated:
+        return max(1, len(clip.transcript)) / CHARACTERS_PER_SECOND
     audio = clip.audio
     if audio is not None and (audio.get("bytes") is not None or audio.get("path")):
         try:
@@ -219,7 +232,7 @@ def measure_seconds(clip: Clip, name: str) -> float:
 class TrainingSet(Dataset):
     """`dataset[Draw]` -> an item for `AudioPhiCollator`: cached encoder outputs, or features where there is no cache.
 
-    `instructions`: by task, as the recipe has them.
+    `instructions`: by task, as the recipe has them. `confusions`: make what is heard of clips without audio.
     """
 
     def __init__(
@@ -231,7 +244,9 @@ class TrainingSet(Dataset):
         seed: int = 0,
         time_stretch: float = 0.0,
         text_case: str = "lower",
+        confusions: Confusions | None = None,
     ):
+        self.confusions = confusions
         self.corpus, self.processor, self.cache = corpus, processor, cache
         self.instructions, self.text_case = instructions, text_case
         self.seed, self.time_stretch = seed, time_stretch
@@ -264,6 +279,9 @@ class TrainingSet(Dataset):
         return item_of(self.corpus.example(row), clips, self.instructions, choose, self.text_case, draw.row, draw.epoch)
 
     def _clip(self, row: Row, clip: int, draw: Draw) -> dict:
+        if self.corpus.simulated(row):
+            transcript = self.corpus.example(row).clips[clip].transcript
+            return self.confusions.clip(transcript, self.seed, draw.epoch, draw.row, clip)
         if self.cache is None:
             waveform = self.corpus.waveform(row, clip, draw.speed, self.processor.sampling_rate)
             return self.processor.encode_audio((waveform, self.processor.sampling_rate))

@@ -40,7 +40,7 @@ def token_rate(room: PromptRoom, corpus: Corpus, sampled: int = 200) -> dict[str
         counts = [room.processor.frame_counts(int(seconds * rate)) for seconds in row.lengths]
         return sum(config.num_audio_tokens(frames) + config.clip_tokens for frames in counts)
 
-    heard = [row for row in corpus.rows if row.lengths]
+    heard = [row for row in corpus.rows if row.lengths and not corpus.simulated(row)]
     if not heard:
         return None
     tokens = {row: made(row) for row in heard}

@@ -1,9 +1,14 @@
 """Which rows make prompts that the LLM's context can hold: one that is longer would end the run when its turn comes."""
 
+import math
 from dataclasses import replace
 
+from audiophi.data.alignment_text import AlignmentTokenizer, normalise_transcript
 from audiophi.data.example import Example, in_words, longest, with_clips
 from audiophi.tasks import TASKS, wordings
+
+# Of simulated clips more tokens may be heard than are said, by as much as this.
+ADDED = 1.25
 
 
 class PromptRoom:
@@ -13,9 +18,18 @@ class PromptRoom:
         processor: of the model. config: the model's.
         instructions: of the recipe, by task.
         text_case: see `normalise_transcript`.
+        align_tokenizer: where clips are simulated, by whose tokens the LLM reads them.
     """
 
-    def __init__(self, processor, config, instructions: dict[str, list[str]], text_case: str = "lower"):
+    def __init__(
+        self,
+        processor,
+        config,
+        instructions: dict[str, list[str]],
+        text_case: str = "lower",
+        align_tokenizer: AlignmentTokenizer | None = None,
+    ):
+        self.align_tokenizer = align_tokenizer
         self.processor, self.config, self.text_case = processor, config, text_case
         self.context = getattr(config.text_config, "max_position_embeddings", None)
         self.instructions = instructions
@@ -43,6 +57,11 @@ class PromptRoom:
             return whole
         return whole + sum(self.config.num_audio_tokens(self.processor.frame_counts(count)) for count in samples)
 
+    def heard_tokens(self, example: Example) -> int:
+        """Tokens that simulated clips are likely to be at most."""
+        said = (normalise_transcript(clip.transcript, self.text_case) for clip in example.clips if clip.simulated)
+        return math.ceil(ADDED * sum(len(self.align_tokenizer.encode(text)) for text in said))
+
     def tokens(self, example: Example, samples: list[int]) -> int:
         """Positions of a row's longest prompt."""
         texts, turns = self.words(example)
@@ -63,10 +82,12 @@ class PromptRoom:
             return None
         texts, turns = self.words(example)
         audio = self.audio_tokens(samples)
+        said = ADDED * sum(len(clip.transcript.encode()) + 1 for clip in example.clips if clip.simulated)
         # No tokenizer makes more tokens than there are bytes: most rows need not be tokenised to know.
-        if audio + sum(len(text.encode()) for text in texts) + self.frame * (turns + 1) <= self.context:
+        if audio + said + sum(len(text.encode()) for text in texts) + self.frame * (turns + 1) <= self.context:
             return None
-        total = self.tokens(example, samples)
+        audio += self.heard_tokens(example)
+        total = audio + self.tokens(example, [])
         if total <= self.context:
             return None
         told = f"{audio} audio tokens and " if audio else ""

@@ -63,7 +63,9 @@ class Source:
     (`one_task_each`). The task decides what the user asks, unless the source has its own `instruction` or a column of
     questions (`instruction_column`, `answer_column`, chats). `speech: false`: nobody speaks in the clips, so CTC may
     learn silence from them. `audio_folder`: where the audio of Clotho, AudioCaps, ... is, if not beside its CSVs.
-    `allow_urls`: fetch what its rows name by URL.
+    `allow_urls`: fetch what its rows name by URL. `heard: simulated`: of the clips only the words are used, which the
+    rows give as `transcript` (or as `text`, for tasks about words), and the LLM reads what the alignment would have
+    heard, with the errors that it makes on real clips (simulated.py); no audio is needed.
     """
 
     path: str
@@ -84,6 +86,7 @@ class Source:
     limit: int | None = None
     max_seconds: float | None = None
     allow_urls: bool | None = None
+    heard: Literal["real", "simulated"] | None = None
 
 
 @dataclass
@@ -92,6 +95,8 @@ class Data:
 
     train: list[Source]
     eval: list[Source] = field(default_factory=list)
+    # Real clips with known words that simulated ones are measured on; none: those of the stage, or of train.
+    heard_from: list[Source] = field(default_factory=list)
     # Speed perturbation: one factor is drawn per clip and epoch.
     speeds: list[float] = field(default_factory=lambda: [1.0])
     max_bad_rows: float = 0.05  # share of rows without text or with unreadable audio above which the run stops
@@ -321,6 +326,7 @@ def sources_of(recipe: Recipe) -> Iterator[tuple[str, list[Source]]]:
     """(dotted key, sources) of all the data that a recipe names."""
     yield "data.train", recipe.data.train
     yield "data.eval", recipe.data.eval
+    yield "data.heard_from", recipe.data.heard_from
     for number, stage in enumerate(recipe.stages):
         if stage.data:
             yield f"stages.{number}.data", stage.data
@@ -365,6 +371,11 @@ def _check(recipe: Recipe) -> None:
         refuse(
             source.task is not None and TASKS[source.task].report is None,
             f"data.eval: task {source.task} is for training only, it has no score",
+        )
+    for key in ("eval", "heard_from"):
+        refuse(
+            any(source.heard == "simulated" for source in getattr(recipe.data, key)),
+            f"data.{key}: heard: simulated is for training; real clips are needed here",
         )
     # Readout mixed learns from more than words; which readout a checkpoint has is not known yet.
     sounds = recipe.readout == "mixed" or (recipe.readout is None and recipe.init_from is not None)
@@ -442,7 +453,33 @@ def _check(recipe: Recipe) -> None:
         refuse(
             recipe.data.streaming and stage.steps is None, f"{at}: a stream has no known length; give steps, not epochs"
         )
+        if any(source.heard == "simulated" for source in stage.data or recipe.data.train):
+            _check_simulated(recipe, i)
         for source in stage.data or recipe.data.train:
             refuse(
                 source.weight is not None and source.weight <= 0, f"{at}: the weight of {source.path} must be above 0"
             )
+
+
+def _check_simulated(recipe: Recipe, number: int) -> None:
+    """RecipeError where a stage cannot train on simulated clips."""
+    stage, at = recipe.stages[number], f"stages.{number}"
+    data = recipe.data
+    reasons = {
+        "the align loss needs audio; give this stage data of its own without such sources, or loss: lm": (
+            stage.loss == "align"
+        ),
+        "only readout collapse and mixed give the LLM words": (
+            recipe.readout == "frames" or (recipe.readout is None and recipe.init_from is None)
+        ),
+        "add `alignment` with the merges that the alignment was trained with": recipe.alignment is None,
+        "the alignment is not trained yet, so it has no errors to measure; begin with init_from, or a stage with loss "
+        "align": recipe.init_from is None and all(before.loss == "lm" for before in recipe.stages[:number]),
+        "there are no real clips to measure what the alignment confuses, in its data or data.train; name some in "
+        "data.heard_from": all(
+            source.heard == "simulated" for source in [*(stage.data or []), *data.train, *data.heard_from]
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise RecipeError(f"{at}: heard: simulated: {reason}")

@@ -9,11 +9,13 @@ from transformers import TrainingArguments
 
 from audiophi.data.augment import Augment
 from audiophi.data.collator import AudioPhiCollator
+from processing.chat_audiophi import HEARD
 
 from .batches import BatchSchedule
 from .cache_filling import fill_cache, open_cache, uses_cache
 from .corpus import Corpus, TrainingSet
 from .feature_cache import FeatureCache
+from .measured_clips import run_confusions
 from .plan import token_rate
 from .prompt_room import PromptRoom
 from .recipe import Recipe, RecipeError, Stage
@@ -30,8 +32,10 @@ def data_key(recipe: Recipe, stage: Stage) -> str:
 
 def stage_cache(run: "Run", stage: Stage, corpus: Corpus) -> FeatureCache | None:
     """The filled cache of a stage with a frozen encoder; None where the encoder must run: tuned, a learned layer mix,
-    or no cache."""
+    or no cache; and where no row has audio."""
     recipe = run.recipe
+    if all(corpus.simulated(row) for row in corpus.rows):
+        return None
     if not uses_cache(recipe, stage):
         if recipe.cache and stage.tune.encoder == "frozen":
             run.say("cache: off, a learned layer mix needs all layers of the encoder")
@@ -60,10 +64,12 @@ def stage_data(run: "Run", stage: Stage, number: int, arguments: TrainingArgumen
     rank, world_size = arguments.process_index, arguments.world_size
     sources = stage.data or recipe.data.train
     sounds = run.model.model.readout.learns_sounds
-    room = PromptRoom(run.processor, run.model.config, recipe.instructions, recipe.text_case)
+    room = PromptRoom(run.processor, run.model.config, recipe.instructions, recipe.text_case, run.align_tokenizer)
+    confusions = run_confusions(run, stage)
     if recipe.data.streaming:
         fits = None if stage.loss == "align" else room
-        stream = StreamingSet(sources, run.bad, run.processor, stage, recipe, rank, world_size, sounds, fits)
+        stream = StreamingSet(sources, run.bad, run.processor, stage, recipe, rank, world_size, sounds, fits,
+                              confusions)  # fmt: skip
         return stream, None, None, None
     corpus = run.corpora[data_key(recipe, stage)]
     if stage.loss == "align":
@@ -92,7 +98,7 @@ def stage_data(run: "Run", stage: Stage, number: int, arguments: TrainingArgumen
         world_size=world_size,
     )
     words = (recipe.instructions, recipe.seed, stage.time_stretch, recipe.text_case)
-    dataset = TrainingSet(corpus, run.processor, cache, *words)
+    dataset = TrainingSet(corpus, run.processor, cache, *words, confusions)
     return dataset, schedule, cache, rate
 
 
@@ -100,12 +106,13 @@ def check_rows_without_audio(stage: Stage, corpus: Corpus) -> None:
     """RecipeError where a stage could not train on rows of text alone: nothing bounds a batch of them, or there are no
     others to train the parts that hear."""
     silent = sum(not row.lengths for row in corpus.rows)
+    unheard = sum(not row.lengths or corpus.simulated(row) for row in corpus.rows)
     if silent and stage.batch_seconds is not None and stage.batch_tokens is None:
         raise RecipeError(
             f"stage {stage.name}: {silent:,} rows have no audio, so batch_seconds does not bound a batch of them; give "
             "batch_tokens, too"
         )
-    if silent == len(corpus) and stage.tune.llm == "frozen":
+    if unheard == len(corpus) and stage.tune.llm == "frozen":
         raise RecipeError(f"stage {stage.name}: no row with audio, so only the LLM could learn, and it is frozen")
 
 
@@ -194,9 +201,10 @@ class StageCollator:
         batch["drawn"] = [(example["epoch"], example["id"]) for example in examples]
         if self.live:
             clips = [
-                (example["epoch"], example["id"], *([clip] if clip else []))
+                (example["epoch"], example["id"], *([place] if place else []))
                 for example in examples
-                for clip in range(len(example["clips"]))
+                for place, clip in enumerate(example["clips"])
+                if HEARD not in clip
             ]
             windows = batch["audio_num_windows"].tolist() if clips else []
             batch["augment_keys"] = [

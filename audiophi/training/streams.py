@@ -13,9 +13,10 @@ from processing.audio_io import AudioError
 
 from .bad_rows import BadRows, TooManyBadRows
 from .batches import BatchSchedule
-from .corpus import drawing, item_of, lacks_words, missing_file, source_spec, text_tokens
+from .corpus import drawing, item_of, lacks_words, measure_seconds, missing_file, source_spec, text_tokens
 from .prompt_room import PromptRoom
 from .recipe import RecipeError, Source
+from .simulated import Confusions
 
 
 class StreamingSet(IterableDataset):
@@ -27,6 +28,7 @@ class StreamingSet(IterableDataset):
 
     Args:
         sounds: whether the loss align learns from answers that say what is heard. room: what prompts must fit into.
+        confusions: make what is heard of clips without audio.
     Raises RecipeError for sources of one path with different `max_seconds`: a row tells its path alone.
     """
 
@@ -41,7 +43,9 @@ class StreamingSet(IterableDataset):
         world_size: int = 1,
         sounds: bool = False,
         room: PromptRoom | None = None,
+        confusions: Confusions | None = None,
     ):
+        self.confusions = confusions
         self.sources, self.bad, self.processor, self.stage, self.recipe = sources, bad, processor, stage, recipe
         self.rank, self.world_size, self.sounds, self.room, self.buffer = rank, world_size, sounds, room, 512
         self.longest: dict[str, float | None] = {}
@@ -116,7 +120,11 @@ class StreamingSet(IterableDataset):
         speeds = self.recipe.data.speeds
         speed = speeds[zlib.crc32(f"{self.recipe.seed} {epoch} {number}".encode()) // 7 % len(speeds)]
         clips, samples = [], []
-        for clip in example.clips:
+        for place, clip in enumerate(example.clips):
+            if clip.simulated:
+                samples.append(int(rate * measure_seconds(clip, example.id) / speed))
+                clips.append(self.confusions.clip(clip.transcript, self.recipe.seed, epoch, number, place))
+                continue
             waveform = clip.read(example.id, rate)
             waveform = waveform if speed == 1 else speed_perturb(waveform, speed, rate)
             samples.append(len(waveform))
@@ -124,7 +132,10 @@ class StreamingSet(IterableDataset):
         limit = self.longest[example.source]
         if limit is not None and speed * sum(samples) / rate > limit:
             return None, 0.0
-        clips = [self.processor.encode_audio((waveform, rate)) for waveform in clips]
+        clips = [
+            clip if known.simulated else self.processor.encode_audio((clip, rate))
+            for known, clip in zip(example.clips, clips, strict=True)
+        ]
         excess = self.room and self.room.excess(example, samples)
         if excess:
             raise AudioError(excess)
