@@ -8,23 +8,14 @@ wrong type and settings that contradict each other are `RecipeError`s which name
 
 import dataclasses
 import difflib
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from audiophi.tasks import TASKS, task_named
-
+from .recipe_checks import check
 from .recipe_values import RecipeError, build, parse_yaml
-
-POSITIVE_STAGE_KEYS = (
-    *("steps", "epochs", "minutes", "batch_size", "batch_seconds", "batch_tokens", "grad_accum"),
-    *("eval_steps", "save_steps", "save_minutes", "max_grad_norm", "max_loss_rise"),
-    "distill_temperature",
-)
 
 
 @dataclass
@@ -258,7 +249,7 @@ def recipe_from_dict(data: dict) -> Recipe:
     recipe = build(Recipe, data, "")
     for owner, key in ((recipe.data, "train"), (recipe.data, "eval"), *((stage, "data") for stage in recipe.stages)):
         setattr(owner, key, getattr(owner, key) and one_task_each(getattr(owner, key)))
-    _check(recipe)
+    check(recipe)
     return recipe
 
 
@@ -320,166 +311,3 @@ def _apply(data: dict, dotted: str, value: Any) -> None:
             node = node[key]
         else:
             node = node[key]
-
-
-def sources_of(recipe: Recipe) -> Iterator[tuple[str, list[Source]]]:
-    """(dotted key, sources) of all the data that a recipe names."""
-    yield "data.train", recipe.data.train
-    yield "data.eval", recipe.data.eval
-    yield "data.heard_from", recipe.data.heard_from
-    for number, stage in enumerate(recipe.stages):
-        if stage.data:
-            yield f"stages.{number}.data", stage.data
-
-
-def check_task(name: str, where: str) -> None:
-    try:
-        task_named(name)
-    except ValueError as error:
-        raise RecipeError(f"{where}: {error}") from None
-
-
-def _check(recipe: Recipe) -> None:
-    """Contradictions that types cannot express."""
-
-    def refuse(condition: bool, message: str) -> None:
-        if condition:
-            raise RecipeError(message)
-
-    refuse(not recipe.stages, "stages: a recipe needs at least one stage")
-    for name, asked in recipe.instructions.items():
-        check_task(name, f"instructions.{name}")
-        refuse(not asked, f"instructions.{name}: give at least one instruction, it is the user's turn in every prompt")
-    refuse(not 0 <= recipe.data.max_bad_rows <= 1, "data.max_bad_rows is a share between 0 and 1")
-    refuse(not recipe.data.speeds or min(recipe.data.speeds) <= 0, "data.speeds: give one or more factors above 0")
-    refuse(recipe.logging_steps < 1, "logging_steps must be 1 or more")
-    refuse(
-        recipe.push_to_hub is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.push_to_hub),
-        f"push_to_hub: {recipe.push_to_hub!r} is not a repository's name, org/name",
-    )
-    refuse(recipe.push_stages and not recipe.push_to_hub, "push_stages: name the repository with push_to_hub")
-    refuse(
-        recipe.readout in ("collapse", "mixed") and recipe.alignment is None and recipe.init_from is None,
-        f"readout: {recipe.readout} needs the alignment head; add `alignment: {{merges: null}}`",
-    )
-    refuse(recipe.clip_tokens is not None and recipe.clip_tokens < 0, "clip_tokens must be 0 or more")
-    for where, sources in sources_of(recipe):
-        for number, source in enumerate(sources):
-            if source.task is not None:
-                check_task(source.task, f"{where}.{number}.task")
-    for source in recipe.data.eval:
-        refuse(
-            source.task is not None and TASKS[source.task].report is None,
-            f"data.eval: task {source.task} is for training only, it has no score",
-        )
-    for key in ("eval", "heard_from"):
-        refuse(
-            any(source.heard == "simulated" for source in getattr(recipe.data, key)),
-            f"data.{key}: heard: simulated is for training; real clips are needed here",
-        )
-    # Readout mixed learns from more than words; which readout a checkpoint has is not known yet.
-    sounds = recipe.readout == "mixed" or (recipe.readout is None and recipe.init_from is not None)
-    names = [stage.name for stage in recipe.stages]
-    refuse(len(set(names)) < len(names), f"stages: names must differ, got {', '.join(names)}")
-    for i, stage in enumerate(recipe.stages):
-        at = f"stages.{i}"
-        refuse(not re.fullmatch(r"[A-Za-z0-9][\w.-]*", stage.name), f"{at}.name: {stage.name!r} cannot name a folder")
-        refuse(
-            stage.name in ("final", "logs"), f"{at}.name: {stage.name!r} is taken by the run's own folder of that name"
-        )
-        refuse((stage.steps is None) == (stage.epochs is None), f"{at}: give either steps or epochs")
-        refuse(
-            stage.minutes is not None and recipe.data.streaming,
-            f"{at}.minutes: a stream's steps cannot be timed beforehand; give steps",
-        )
-        refuse(
-            (stage.batch_size is None) == (stage.batch_seconds is None),
-            f"{at}: give either batch_size or batch_seconds",
-        )
-        for key in POSITIVE_STAGE_KEYS:
-            value = getattr(stage, key)
-            refuse(value is not None and value <= 0, f"{at}.{key} must be above 0, got {value}")
-        refuse(
-            {stage.tune.encoder, stage.tune.adapter, stage.tune.llm, stage.tune.readout or "frozen"} == {"frozen"},
-            f"{at}.tune: everything is frozen, there is nothing to train",
-        )
-        refuse(
-            stage.aligns and recipe.alignment is None and recipe.init_from is None,
-            f"{at}.loss: {stage.loss} needs the alignment head; add `alignment: {{merges: null}}`",
-        )
-        refuse(
-            stage.loss == "align" and stage.tune.llm != "frozen",
-            f"{at}.tune.llm: the align loss does not run the LLM, so it cannot tune it; use frozen, or loss: both",
-        )
-        refuse(
-            stage.loss == "align"
-            and {stage.tune.encoder, stage.tune.adapter, (stage.tune.readout if sounds else None) or "frozen"}
-            == {"frozen"},
-            f"{at}.tune: the align loss reaches encoder and adapter only (and readout mixed), and they are frozen",
-        )
-        refuse(
-            stage.distill_weight < 0, f"{at}.distill_weight must be 0 or more, got {stage.distill_weight:g}"
-        )
-        refuse(
-            stage.loss == "align" and stage.distills,
-            f"{at}.distill_weight: the align loss does not run the LLM, so there is nothing to distill; use loss: both",
-        )
-        refuse(
-            stage.loss == "distill" and stage.distill_weight != 0,
-            f"{at}.distill_weight is for distill beside another loss; with loss: distill it is the only one",
-        )
-        refuse(
-            stage.distills and stage.tune.llm == "full",
-            f"{at}.tune.llm: distill's teacher is the LLM itself, whose weights must not move; use lora or frozen",
-        )
-        refuse(
-            stage.tune.llm == "full" and recipe.components.quantize_text != "none",
-            f"{at}.tune.llm: quantised weights cannot be trained in full; use lora",
-        )
-        refuse(
-            not 0 <= stage.time_stretch < 0.5,
-            f"{at}.time_stretch must be 0 or more and below 0.5, got {stage.time_stretch:g}",
-        )
-        refuse(
-            stage.time_stretch > 0
-            and (
-                not recipe.cache
-                or recipe.data.streaming
-                or stage.tune.encoder != "frozen"
-                or recipe.encoder_layer == "mix"
-            ),
-            f"{at}.time_stretch works on cached encoder outputs; use data.speeds where the encoder runs in every step",
-        )
-        refuse(
-            recipe.data.streaming and stage.steps is None, f"{at}: a stream has no known length; give steps, not epochs"
-        )
-        if any(source.heard == "simulated" for source in stage.data or recipe.data.train):
-            _check_simulated(recipe, i)
-        for source in stage.data or recipe.data.train:
-            refuse(
-                source.weight is not None and source.weight <= 0, f"{at}: the weight of {source.path} must be above 0"
-            )
-
-
-def _check_simulated(recipe: Recipe, number: int) -> None:
-    """RecipeError where a stage cannot train on simulated clips."""
-    stage, at = recipe.stages[number], f"stages.{number}"
-    data = recipe.data
-    reasons = {
-        "the align loss needs audio; give this stage data of its own without such sources, or loss: lm": (
-            stage.loss == "align"
-        ),
-        "only readout collapse and mixed give the LLM words": (
-            recipe.readout == "frames" or (recipe.readout is None and recipe.init_from is None)
-        ),
-        "add `alignment` with the merges that the alignment was trained with": recipe.alignment is None,
-        "the alignment is not trained yet, so it has no errors to measure; begin with init_from, or a stage with loss "
-        "align": recipe.init_from is None and all(before.loss == "lm" for before in recipe.stages[:number]),
-        "there are no real clips to measure what the alignment confuses, in its data or data.train; name some in "
-        "data.heard_from": all(
-            source.heard == "simulated" for source in [*(stage.data or []), *data.train, *data.heard_from]
-        ),
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise RecipeError(f"{at}: heard: simulated: {reason}")
