@@ -269,7 +269,7 @@ def newest(stage):
 @pytest.mark.parametrize("kind", TWO)
 def test_processes_with_unlike_batches_do_not_wait_for_ever(kind, settings, waveform, tmp_path, monkeypatch):
     """Short speech in one process and long sounds in the other, so that each uses other parts of the model; a clip too
-    short for its text, from which a process learns nothing; a last step with an odd clip."""
+    short for its text, from which a process learns nothing; a row of text alone; a last step with an odd clip."""
     for name, seconds, rows in (
         (
             "speech",
@@ -284,10 +284,14 @@ def test_processes_with_unlike_batches_do_not_wait_for_ever(kind, settings, wave
             row |= {"audio": f"{number}.wav", "id": f"{name}{number}"}
         (tmp_path / name / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sounds = {"path": str(tmp_path / "sounds"), "task": "caption", "label_column": "label"}
-    data = {"train": [{"path": str(tmp_path / "speech")}, sounds], "eval": [sounds, {"path": str(tmp_path / "speech")}]}
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"instruction": "2 + 2?", "answer": "4"}) + "\n")
+    sources = [{"path": str(tmp_path / "speech")}, sounds, {"path": str(text)}]
+    data = {"train": sources, "eval": [sounds, {"path": str(tmp_path / "speech")}]}
     passes = {"steps": None, "epochs": 3, "batch_size": 1}
     stages = ({**ALIGN, **passes}, {**LM, "loss": "both", **passes, "tune": {"llm": "full"}})
     keys = {"adapter": {**settings()["adapter"], **SETTLED}, "data": data, "logging_steps": 1, "readout": "mixed"}
+    keys["clip_tokens"] = 2
     one = [{**stage, "grad_accum": 2} for stage in stages]
     script = tmp_path / "train_without_dropout.py"
     script.write_text(WITHOUT_DROPOUT)
@@ -299,7 +303,7 @@ def test_processes_with_unlike_batches_do_not_wait_for_ever(kind, settings, wave
     assert [{**s, "seconds": 0} for s in scores_of_two] == [{**s, "seconds": 0} for s in scores]
 
 
-# The mixed readout's dropout cannot be set.
+# Dropout of the mixed readout and of clip tokens cannot be set.
 WITHOUT_DROPOUT = """
 import sys
 import torch

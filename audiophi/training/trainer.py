@@ -40,6 +40,9 @@ def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         if name in buffers or (name in parameters and parameters[name].requires_grad)
     }
 
+# What is logged of a model's output, summed over the micro-batches of all processes.
+LOGGED = ("lm_loss", "align_loss", "sound_loss", "distill_loss", "align_skipped")
+
 
 class Clock:
     """Seconds spent on optimiser steps of a stage: evaluations, checkpoints and earlier processes' losses not
@@ -152,7 +155,7 @@ class AudioPhiTrainer(Trainer):
             **self._distilling(),
         )
         self._augment_keys = []
-        for name in ("lm_loss", "align_loss", "sound_loss", "distill_loss", "align_skipped"):
+        for name in LOGGED:
             if (value := getattr(outputs, name)) is not None:
                 self._sums[name] = self._sums.get(name, 0) + value.detach().float()
         # Gradients are averaged over ranks, each of which has only its part of the sum.
@@ -272,9 +275,13 @@ class AudioPhiTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
-            for name, value in self._sums.items():
-                total = self.accelerator.reduce(value, "sum")  # each rank has its part of the sum
-                logs[name] = float(total) / max(1, self._summed_steps)
+            # Each rank has its part of the sums, and none of a loss that its batches had no rows for: all exchange the
+            # same in any case, or some would wait for ever.
+            found = [[float(self._sums.get(name, 0)), name in self._sums] for name in LOGGED]
+            told = self.accelerator.reduce(torch.tensor(found, device=self.args.device), "sum")
+            for name, (total, ranks) in zip(LOGGED, told.tolist(), strict=True):
+                if ranks:
+                    logs[name] = total / max(1, self._summed_steps)
             logs |= {f"grad_norm_{part}": norm for part, norm in self.part_norms.items()}
             self._sums, self._summed_steps = {}, 0
         super().log(logs, start_time)
@@ -292,7 +299,7 @@ class AudioPhiTrainer(Trainer):
         """Into a checkpoint to resume from, only what training changes: the frozen parts never do. Into any other
         folder, what `from_pretrained` loads."""
         folder = Path(output_dir or self.args.output_dir)
-        if not self.args.should_save:  # DeepSpeed calls it in all processes
+        if not self.args.should_save:
             return
         model = self.accelerator.unwrap_model(self.model) if self.plain is None else self.plain
         if not folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
