@@ -211,3 +211,30 @@ def test_speech_is_laid_over_sounds(speech, sounds, tmp_path):
     voice, sound = rng.normal(size=1600) * 0.1, rng.normal(size=700)
     added = make_mixed.mix(voice, sound, 10.0) - voice
     assert 10 * np.log10(np.mean(voice**2) / np.mean(added**2)) == pytest.approx(10.0, abs=0.01)
+
+
+def test_the_llm_itself_responds(speech, tiny_llm_dir, tmp_path, monkeypatch):
+    """Its answers are kept as it gave them; an interrupted run goes on; the rows train as any others with questions."""
+    from tools import make_responses
+
+    out = tmp_path / "responses.parquet"
+    arguments = [str(speech), str(out), "--llm", tiny_llm_dir, "--rows", "6", "--max_new_tokens", "20"]
+    ended = lambda rows, args: ((row, "A fox." if number % 3 else None) for number, row in enumerate(rows))  # noqa: E731
+    given, calls = make_responses.answers, []
+
+    def spied(rows, args):
+        calls.append(len(rows))
+        for (row, own), (_, instead) in zip(given(rows, args), ended(rows, args), strict=True):
+            assert own is None or own  # a random LLM rarely comes to an end
+            yield row, instead
+
+    monkeypatch.setattr(make_responses, "answers", spied)
+    assert make_responses.main(arguments) == 0
+    lines = (tmp_path / "responses.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "responses.jsonl").write_text("".join(lines[:2]) + lines[2][:9])
+    assert make_responses.main(arguments) == 0 and calls == [6, 4]
+    rows = load_examples({"path": str(out)})
+    assert rows.task == "answer" and {rows[i].kind for i in range(len(rows))} == {"respond"}
+    assert rows[0].reference == "A fox." and rows[0].transcript and rows[0].messages
+    with pytest.raises(SystemExit):
+        make_responses.main([str(speech), str(tmp_path / "x.txt")])
