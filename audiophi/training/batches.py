@@ -81,10 +81,6 @@ class BatchSchedule(Sampler[list[Draw]]):
                 done += 1
             epoch += 1
 
-    def steps_per_epoch(self) -> int:
-        """Optimiser steps in the first pass (later ones differ slightly when batches are measured in seconds)."""
-        return len(self._epoch(0))
-
     def longest(self) -> list[Draw]:
         """The micro-batch with the most padded seconds in the first pass: what memory must hold."""
         batches = [batch for step in self._epoch(0) for batch in self._micro_batches(step)]
