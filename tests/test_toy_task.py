@@ -98,5 +98,5 @@ def test_no_tasks_name_stands_outside_its_file():
     # Columns of data sets, an element of the demo's page, a command line of the benchmark's.
     assert {file for file, _ in found} <= {
         "audiophi/data/dataset_audiocaps.py", "audiophi/data/dataset_columns.py", "audiophi/data/dataset_questions.py",
-        "audiophi/app.py", "benchmarks/transcribe_folder.py", "tools/make_questions.py",
+        "audiophi/app.py", "benchmarks/transcribe_folder.py", "tools/make_questions.py", "tools/make_responses.py",
     }, found  # fmt: skip
