@@ -408,3 +408,11 @@ def test_fsdp_is_refused(settings):
     for stage in ({**DISTILL}, {**LM, "distill_weight": 1.0}):
         with pytest.raises(RecipeError, match="FSDP2 cannot distill"):
             check_recipe(recipe_from_dict(settings(stage)))
+
+
+def test_only_words_have_a_teacher_among_questions_that_are_made():
+    """Who reads what is said does not know who says it, nor what is heard behind it."""
+    clip = Clip({"path": "a.wav", "bytes": None}, transcript="a fox")
+    example = Example(task="words", number=0, id="a", source="data", clips=(clip,))
+    taught = {name for name, task in TASKS.items() if task.read(example) is not None}
+    assert taught == {"answer", "words"}

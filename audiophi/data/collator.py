@@ -36,9 +36,8 @@ def training_item(
     None per clip), "read" (`Task.read`), "sounds" (text or None), "id", "epoch"}.
 
     `clips`: the example's, encoded (`processor.encode_audio`, cached {"audio_hidden_states"}, or simulated
-    {"heard_ids", "heard_weights"}). `wordings`: what may
-    be asked; `draw` ("instruction" or "reference", choices) -> one of them, None: the first. `id`, `epoch` name it for
-    the augmentation's random numbers.
+    {"heard_ids", "heard_weights"}). `wordings`: what may be asked; `draw` ("instruction" or "reference", choices) ->
+    one of them, None: the first. `id`, `epoch` name it for the augmentation's random numbers.
     """
     task = TASKS[example.task]
     answer = draw("reference", example.references) if draw else example.references[0]

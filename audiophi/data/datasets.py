@@ -36,7 +36,7 @@ SPEC_KEYS = (
     *("audio_column", "text_column", "label_column", "instruction_column", "answer_column", "transcript_column"),
     *("audio_folder", "allow_urls", "heard"),
 )
-HEARD = ("real", "simulated")
+WAYS_OF_HEARING = ("real", "simulated")
 PEEK = 64  # rows of a stream that are read before the first is handed out
 UNDECODED = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
 
@@ -197,8 +197,8 @@ def _entry(spec, defaults: dict) -> dict:
         raise ValueError(f"data specification {spec!r}: {problem}. Known keys: {', '.join(SPEC_KEYS)}.")
     given = {**dict.fromkeys(SPEC_KEYS), **given}
     given["kind"], given["path"] = split_kind(str(given["path"]))
-    if given["heard"] not in (None, *HEARD):
-        raise ValueError(f"{given['path']}: heard {given['heard']!r} is not one of {', '.join(HEARD)}.")
+    if given["heard"] not in (None, *WAYS_OF_HEARING):
+        raise ValueError(f"{given['path']}: heard {given['heard']!r} is not one of {', '.join(WAYS_OF_HEARING)}.")
     if given["task"] is not None:
         try:
             task_named(given["task"])

@@ -41,6 +41,7 @@ class Questions(Answer):
     """Base class: a subclass has a name, and `questions`."""
 
     asked_as = Answer.name
+    taught_by_reading = False  # who only reads the words does not know the voice, nor the sound behind it
     what = "that could be asked about"  # for the message about a row without any
 
     def claims(self, columns, instruction):

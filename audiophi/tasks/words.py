@@ -118,6 +118,7 @@ NOTHING = Kind(
 class Words(Questions):
     name = "words"
     others, about_words = 3, True
+    taught_by_reading = True
     what = "said in it"
 
     def questions(self, row: Row):

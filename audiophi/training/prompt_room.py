@@ -74,7 +74,7 @@ class PromptRoom:
         if said is None:
             return False
         turns = in_words(self.turns(example), said)
-        return self.excess(replace(example, clips=(), messages=tuple(turns)), []) is None
+        return self.excess(replace(example, clips=(), messages=tuple(turns), questions=()), []) is None
 
     def excess(self, example: Example, samples: list[int]) -> str | None:
         """Why a row whose clips have so many samples each does not fit; None for one that does."""
