@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from audiophi.data.collator import AudioPhiCollator, training_item
-from audiophi.data.example import Clip, Example, content_of, in_words
+from audiophi.data.example import Clip, Example, Question, content_of, in_words
 from audiophi.evaluation.conditions import as_text
 from audiophi.tasks import TASKS
 from audiophi.training.prompt_room import PromptRoom
@@ -171,6 +172,9 @@ def test_prompt_room_knows_what_the_teacher_reads(tiny):
     long = question("the quick brown fox " * 200)
     assert room.can_be_taught(question("a")) and not room.can_be_taught(question(None))
     assert room.excess(long, [RATE]) is None and not room.can_be_taught(long)
+    asked = Question("first_word", ("What is the first word?",), ("Which?",), ("the",))
+    made = {"task": "words", "messages": (), "questions": (asked,)}  # not asked yet
+    assert room.can_be_taught(replace(question("a"), **made)) and not room.can_be_taught(replace(long, **made))
 
 
 # ---- loss ------------------------------------------------------------------------------------------------------------
