@@ -107,6 +107,29 @@ def test_training_asks_anew_in_every_epoch():
     assert len(text) == max(len(one.messages[0]["content"][-1]["text"]) for one in asked + [whole])
 
 
+def test_several_questions_are_asked_in_one_chat(speech):
+    rows = load_examples({"path": str(speech), "task": "words", "turns": 3})
+    for number, example in enumerate(rows[i] for i in range(len(rows))):
+        kinds = {question.kind for question in example.questions}
+        chats = [posed(example, drawing(0, epoch, number)) for epoch in range(20)]
+        most = longest(example)
+        answers = {question.answers[0] for question in example.questions}
+        for chat in chats:
+            turns = chat.messages
+            assert len(turns) == len(most.messages) == 2 * min(3, len(kinds)) - 1
+            assert [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2) + ["user"]
+            # The clip is heard once, before the first question; no question comes twice.
+            assert [item["type"] for item in turns[0]["content"]] == ["audio", "text"]
+            asked = [turn["content"][-1]["text"] for turn in turns[::2]]
+            assert all(len(turn["content"]) == 1 for turn in turns[2::2]) and len(set(asked)) == len(asked)
+            assert {turn["content"] for turn in turns[1::2]} <= answers
+            assert sum(map(len, asked)) <= sum(len(turn["content"][-1]["text"]) for turn in most.messages[::2])
+        assert len(kinds) < 4 or len({str(chat.messages) for chat in chats}) > 10
+        assert len(rows.for_evaluation()[number].messages) == 1
+    with pytest.raises(ValueError, match="turns must be 1 or more"):
+        load_examples({"path": str(speech), "task": "words", "turns": 0})
+
+
 @given(st.integers(0, 10**6), st.integers(0, 10**6))
 def test_a_drawing_of_two_is_a_coin(seed, epoch):
     coins = [drawing(seed, epoch, number)("coin", (0, 1)) for number in range(200)]

@@ -13,6 +13,7 @@ import json
 import random
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -29,7 +30,7 @@ def questions_of(recipe, seed: int) -> dict[str, list[dict]]:
         examples = load_examples(source_spec(source))
         for number in range(len(examples)):
             with suppress(RowError):
-                example = examples[number]
+                example = replace(examples[number], turns=1)
                 for kind in dict.fromkeys(question.kind for question in example.questions):
                     own = [question for question in example.questions if question.kind == kind]
                     draw = drawing(seed, place, number, kind)

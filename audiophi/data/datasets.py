@@ -34,7 +34,7 @@ from .example import Example, RowError, drawing, posed
 SPEC_KEYS = (
     *("path", "split", "weight", "filter", "exclude", "limit", "task", "instruction", "speech"),
     *("audio_column", "text_column", "label_column", "instruction_column", "answer_column", "transcript_column"),
-    *("audio_folder", "allow_urls", "heard"),
+    *("audio_folder", "allow_urls", "heard", "turns"),
 )
 WAYS_OF_HEARING = ("real", "simulated")
 PEEK = 64  # rows of a stream that are read before the first is handed out
@@ -74,6 +74,7 @@ class Examples(Sequence):
             example = self._task.example(row)
             if any(clip.simulated and clip.transcript is None for clip in example.clips):
                 raise RowError(f"{row.id}: heard: simulated, but it is not known what is said in each of its clips")
+            example = replace(example, turns=self.columns.entry["turns"] or 1)
             return posed(example) if self._posed else example
         except RowError as error:
             raise RowError(f"{self.path}: row {number + 1}, {error}", row.id) from None
@@ -125,7 +126,8 @@ def load_examples(spec, **defaults) -> Examples:
             speech: False where nobody speaks in the clips, so that CTC may learn silence from them;
             allow_urls: fetch what its rows name by URL (which files they may name: dataset_paths.py);
             audio_folder: of Clotho, AudioCaps, ...: where the audio is, if not below the folder;
-            heard: "simulated": clips are known by their words only, no audio is opened, and a row needs none.
+            heard: "simulated": clips are known by their words only, no audio is opened, and a row needs none;
+            turns: questions that training asks one after the other, of a task that makes several of a row.
     Raises:
         FileNotFoundError, or ValueError naming the data set and what is wrong: no such column, split or key, no rows.
     """
@@ -199,6 +201,8 @@ def _entry(spec, defaults: dict) -> dict:
     given["kind"], given["path"] = split_kind(str(given["path"]))
     if given["heard"] not in (None, *WAYS_OF_HEARING):
         raise ValueError(f"{given['path']}: heard {given['heard']!r} is not one of {', '.join(WAYS_OF_HEARING)}.")
+    if given["turns"] is not None and given["turns"] < 1:
+        raise ValueError(f"{given['path']}: turns must be 1 or more, got {given['turns']}.")
     if given["task"] is not None:
         try:
             task_named(given["task"])

@@ -72,8 +72,9 @@ class Example:
     references: right answers, any of them is; the first one is what `reference` says.
     kind, metric, choices: how an answer is scored, see `audiophi/evaluation/answer_metrics.py`.
     transcript: what is said in all the clips, to be read by an LLM that does not hear.
-    questions: what may be asked, where a task makes several questions of a row: `posed` chooses one. Until then there
-        are no messages, and the references are all answers, of which the longest tells how much text there can be.
+    questions: what may be asked, where a task makes several questions of a row: `posed` chooses. Until then there are
+        no messages, and the references are all answers, of which the longest tells how much text there can be.
+    turns: how many of the questions, each of another kind, training asks one after the other in one chat.
     """
 
     task: str
@@ -90,6 +91,7 @@ class Example:
     choices: tuple[str, ...] = ()
     transcript: str | None = None
     questions: tuple[Question, ...] = ()
+    turns: int = 1
     extra: dict = field(default_factory=dict, compare=False)
 
     @property
@@ -109,17 +111,25 @@ def drawing(*names) -> Callable[[str, Sequence], object]:
 
 
 def posed(example: Example, draw: Callable[[str, Sequence], object] | None = None) -> Example:
-    """The example with one of its questions, drawn: first a kind, then a question of it, then a wording. `draw` None:
-    as in an evaluation, by the row's number and in a wording that is never trained. Others are left as they are."""
+    """The example with a chat of its questions, drawn: first a kind, then a question of it, then a wording; then another
+    kind, as many as it has `turns` and kinds. `draw` None: one question as in an evaluation, by the row's number and in
+    a wording that is never trained. Examples without questions are left as they are."""
     if not example.questions:
         return example
     tested, draw = draw is None, draw or drawing(example.number)
-    kind = draw("kind", list(dict.fromkeys(question.kind for question in example.questions)))
-    question = draw("question", [question for question in example.questions if question.kind == kind])
-    wording = draw("instruction", question.test_wordings if tested else question.wordings)
+    kinds, messages = list(dict.fromkeys(question.kind for question in example.questions)), []
+    for turn in range(1 if tested else min(example.turns, len(kinds))):
+        name = str(turn or "")
+        kind = draw(f"kind{name}", kinds)
+        question = draw(f"question{name}", [question for question in example.questions if question.kind == kind])
+        wording = draw(f"instruction{name}", question.test_wordings if tested else question.wordings)
+        if turn:
+            messages.append({"role": "assistant", "content": answer})
+        messages.append({"role": "user", "content": content_of(0 if turn else len(example.clips), wording)})
+        kinds, answer = [other for other in kinds if other != kind], question.answers[0]
     return replace(
         example,
-        messages=({"role": "user", "content": content_of(len(example.clips), wording)},),
+        messages=tuple(messages),
         references=question.answers if tested else question.answers[:1],
         kind=kind,
         metric=question.metric,
@@ -129,12 +139,16 @@ def posed(example: Example, draw: Callable[[str, Sequence], object] | None = Non
 
 
 def longest(example: Example) -> Example:
-    """The example with the longest of its questions, and all their answers: what a prompt needs at most."""
+    """The example with the longest of its questions, as often as it has `turns`, and all their answers: what a prompt
+    needs at most."""
     if not example.questions:
         return example
     wording = max((text for question in example.questions for text in question.wordings), key=len)
-    messages = ({"role": "user", "content": content_of(len(example.clips), wording)},)
-    return replace(example, messages=messages, questions=())
+    answer = max(example.references, key=len, default="")
+    messages = [{"role": "user", "content": content_of(len(example.clips), wording)}]
+    for _ in range(min(example.turns, len({question.kind for question in example.questions})) - 1):
+        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": content_of(0, wording)}]
+    return replace(example, messages=tuple(messages), questions=())
 
 
 def content_of(clips: int, text: str) -> list[dict]:

@@ -63,6 +63,10 @@ def check(recipe: "Recipe") -> None:
         for number, source in enumerate(sources):
             if source.task is not None:
                 check_task(source.task, f"{where}.{number}.task")
+            refuse(
+                source.turns is not None and source.turns < 1,
+                f"{where}.{number}.turns must be 1 or more, got {source.turns}",
+            )
     for source in recipe.data.eval:
         refuse(
             source.task is not None and TASKS[source.task].report is None,
