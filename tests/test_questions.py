@@ -64,7 +64,7 @@ def test_right_answers_are_right_and_others_wrong(task):
     for example in examples:
         for question in example.questions:
             one = posed(example, lambda what, given, q=question: q if what == "question" else q.kind
-                        if what == "kind" else given[0])  # fmt: skip
+                        if what == "kind" else next(iter(given), "Well?"))  # fmt: skip
             assert one.kind == question.kind and one.references == question.answers[:1]
             assert answers.fields(one, question.answers[0])["correct"] == 1.0, question
             assert not answers.fields(one, "zebra")["correct"]
@@ -78,7 +78,7 @@ def test_wordings_of_tests_are_never_trained(task):
         for question in example.questions:
             trained |= {wording_key(text) for text in question.wordings}
             tested |= {wording_key(text) for text in question.test_wordings}
-            assert len(question.wordings) >= 3 and question.test_wordings
+            assert (len(question.wordings) >= 3 or not question.wordings) and question.test_wordings
             assert not any("{" in text and "..." not in text for text in question.wordings)
     assert not trained & tested
     assert not (trained | tested) & known  # or it would be decoded, and answered, as that task's
@@ -99,7 +99,8 @@ def test_training_asks_anew_in_every_epoch():
     asked = [posed(example, drawing(0, epoch, 7)) for epoch in range(200)]
     assert asked[:5] == [posed(example, drawing(0, epoch, 7)) for epoch in range(5)]
     kinds = Counter(one.kind for one in asked)
-    assert len(kinds) == len({question.kind for question in example.questions}) and min(kinds.values()) > 5
+    assert set(kinds) == {question.kind for question in example.questions if question.wordings}
+    assert "second_word" not in kinds and min(kinds.values()) > 5
     said = Counter(one.references[0] for one in asked if one.kind == "is_said")
     assert min(said["yes"], said["no"]) > 2
     whole = longest(example)
@@ -110,7 +111,7 @@ def test_training_asks_anew_in_every_epoch():
 def test_several_questions_are_asked_in_one_chat(speech):
     rows = load_examples({"path": str(speech), "task": "words", "turns": 3})
     for number, example in enumerate(rows[i] for i in range(len(rows))):
-        kinds = {question.kind for question in example.questions}
+        kinds = {question.kind for question in example.questions if question.wordings}
         chats = [posed(example, drawing(0, epoch, number)) for epoch in range(20)]
         most = longest(example)
         answers = {question.answers[0] for question in example.questions}

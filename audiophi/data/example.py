@@ -50,8 +50,8 @@ class Clip:
 class Question:
     """One of the questions that a row can be asked.
 
-    kind: what is asked for, by which scores are reported. wordings, test_wordings: how it is asked in training, and in
-    tests only. answers: any of them is right, the first one is learned. metric, choices: as in `Example`.
+    kind: what is asked for, by which scores are reported. wordings, test_wordings: how it is asked in training, none for
+    a kind that is never trained, and in tests only. answers: any of them is right, the first one is learned. metric, choices: as in `Example`.
     """
 
     kind: str
@@ -117,7 +117,7 @@ def posed(example: Example, draw: Callable[[str, Sequence], object] | None = Non
     if not example.questions:
         return example
     tested, draw = draw is None, draw or drawing(example.number)
-    kinds, messages = list(dict.fromkeys(question.kind for question in example.questions)), []
+    kinds, messages = kinds_of(example), []
     for turn in range(1 if tested else min(example.turns, len(kinds))):
         name = str(turn or "")
         kind = draw(f"kind{name}", kinds)
@@ -138,15 +138,20 @@ def posed(example: Example, draw: Callable[[str, Sequence], object] | None = Non
     )
 
 
+def kinds_of(example: Example) -> list[str]:
+    """The kinds of its questions that training asks, in the order in which they come."""
+    return list(dict.fromkeys(question.kind for question in example.questions if question.wordings))
+
+
 def longest(example: Example) -> Example:
     """The example with the longest of its questions, as often as it has `turns`, and all their answers: what a prompt
     needs at most."""
     if not example.questions:
         return example
-    wording = max((text for question in example.questions for text in question.wordings), key=len)
+    wording = max((text for question in example.questions for text in question.wordings), key=len, default="")
     answer = max(example.references, key=len, default="")
     messages = [{"role": "user", "content": content_of(len(example.clips), wording)}]
-    for _ in range(min(example.turns, len({question.kind for question in example.questions})) - 1):
+    for _ in range(min(example.turns, len(kinds_of(example))) - 1):
         messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": content_of(0, wording)}]
     return replace(example, messages=tuple(messages), questions=())
 

@@ -41,6 +41,7 @@ IS_IT = Kind(
     "yes_no",
     YES_NO,
 )
+NOT_HEARD = Kind("not_heard", (), ("Which of these two is not in the recording: {one} or {two}?",), "choice")
 
 
 class Choose(Questions):
@@ -62,5 +63,7 @@ class Choose(Questions):
             pair = (row.label, other)
             asked += [EITHER.ask(row.label, choices=pair, one=row.label, two=other),
                       EITHER.ask(row.label, choices=pair, one=other, two=row.label),
-                      IS_IT.ask("yes", one=row.label), IS_IT.ask("no", one=other)]  # fmt: skip
+                      IS_IT.ask("yes", one=row.label), IS_IT.ask("no", one=other),
+                      NOT_HEARD.ask(other, choices=pair, one=row.label, two=other),
+                      NOT_HEARD.ask(other, choices=pair, one=other, two=row.label)]  # fmt: skip
         return asked

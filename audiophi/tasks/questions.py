@@ -19,7 +19,8 @@ class Kind:
 
     Args:
         name: by which scores are reported.
-        wordings, test_wordings: with {slots} for what the question is about.
+        wordings, test_wordings: with {slots} for what the question is about. No wordings: kept out of training, to see
+            what a model makes of a kind of question that it was never asked (tools/make_questions.py).
         metric: see `audiophi/evaluation/answer_metrics.py`.
         forms: what the form of the answer is asked with, one after the other put behind each wording.
     """
@@ -62,7 +63,7 @@ class Questions(Answer):
         if not clips:
             raise RowError(f"{row.id}: has no audio")
         questions = tuple(self.questions(row))
-        if not questions:
+        if not any(question.wordings for question in questions):
             raise RowError(f"{row.id}: has nothing {self.what}")
         answers = tuple(dict.fromkeys(answer for question in questions for answer in question.answers[:1]))
         known = [clip.transcript for clip in clips]

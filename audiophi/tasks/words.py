@@ -103,6 +103,8 @@ SPEAKS = Kind(
     "yes_no",
     YES_NO,
 )
+SECOND = Kind("second_word", (), ("Which word comes second?", "Tell me the second word that you hear."))
+AFTER = Kind("which_last", (), ('Of "{one}" and "{two}", which is said later?',), "choice")
 NOTHING = Kind(
     "nothing_said",
     (
@@ -134,10 +136,14 @@ class Words(Questions):
         # As many of one as of the other, or "yes" would be the better guess.
         for word, absent in zip(known, foreign, strict=False):
             asked += [SAID.ask("yes", word=word), SAID.ask("no", word=absent)]
+        if len(words) > 1:
+            asked.append(SECOND.ask(words[1]))
         once = [word for word in known if words.count(word) == 1]
         for one, two in zip(once[::2], once[1::2], strict=False):
             asked += [BEFORE.ask(one, one=one, two=two, choices=(one, two)),
-                      BEFORE.ask(one, one=two, two=one, choices=(one, two))]  # fmt: skip
+                      BEFORE.ask(one, one=two, two=one, choices=(one, two)),
+                      AFTER.ask(two, one=one, two=two, choices=(one, two)),
+                      AFTER.ask(two, one=two, two=one, choices=(one, two))]  # fmt: skip
         if len(words) <= COUNTED:
             asked.append(MANY.ask(str(len(words))))
         if len(words) <= SHORT:
