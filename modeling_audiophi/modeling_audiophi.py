@@ -142,6 +142,7 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
         heard_lengths=None,
         heard_clips=None,
         with_alignment=False,
+        augment=None,
         use_cache=None,
         **kwargs,
     ):
@@ -183,6 +184,7 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
                 audio = self.get_audio_features(
                     **audio_inputs,
                     with_alignment=with_alignment,
+                    augment=augment,
                     output_hidden_states=False,  # those that forward returns are the language model's
                     output_attentions=False,
                     return_dict=True,
@@ -348,6 +350,7 @@ class AudioPhiForConditionalGeneration(
         distill_temperature=2.0,
         distill_only=False,
         distill_items_in_batch=None,
+        augment=None,
         return_logits=None,
         logits_to_keep=0,
         use_cache=None,
@@ -365,7 +368,8 @@ class AudioPhiForConditionalGeneration(
         transcripts in the place of clips, and the same tokens labelled, or none in a row without a teacher; their loss
         is `kl_divergence` at `distill_temperature`, with `distill_only` the only one of the labels.
         `num_items_in_batch` (labelled tokens), `align_items_in_batch` (clips) and `distill_items_in_batch` (tokens that
-        the teacher has labelled) divide the summed losses under gradient accumulation.
+        the teacher has labelled) divide the summed losses under gradient accumulation. `augment`: (hidden, mask) ->
+        hidden, changes the encoder's output.
 
         Raises ValueError for a teacher without labels, or with other labelled tokens than they have, and for
         `distill_only` without a teacher.
@@ -387,7 +391,7 @@ class AudioPhiForConditionalGeneration(
         output = AudioPhiOutput()
         if input_ids is None and inputs_embeds is None and align_labels is not None:
             with_readout = sound_labels is not None
-            how = {"with_alignment": True, "with_readout": with_readout, "return_dict": True}
+            how = {"with_alignment": True, "with_readout": with_readout, "augment": augment, "return_dict": True}
             audio = self.get_audio_features(**audio_inputs, **how)
         else:
             outputs = self.model(
@@ -403,6 +407,7 @@ class AudioPhiForConditionalGeneration(
                 inputs_embeds=inputs_embeds,
                 audio_embeds=audio_embeds,
                 with_alignment=align_labels is not None,
+                augment=augment,
                 use_cache=use_cache,
                 return_dict=True,
                 **kwargs,
