@@ -26,6 +26,7 @@ from .hearing_audiophi import HearingMixin
 from .kv_cache_audiophi import CACHE_NAME
 from .lora_audiophi import inject_lora
 from .outputs_audiophi import AudioPhiModelOutput, AudioPhiOutput
+from .packing_audiophi import pack_rows
 from .placeholders_audiophi import check_context, check_placeholders, expand_placeholders, padding_side_of
 from .readout_mixed import SoundWords
 from .readouts import build_readout
@@ -199,9 +200,14 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
             inputs_embeds = self.fill_in(input_ids, audio_embeds, past_length)
             if has_audio and not is_real:
                 inputs_embeds = self.reach_audio_parts(inputs_embeds)
-        length = inputs_embeds.shape[1]
+        length, packed = inputs_embeds.shape[1], None
         if position_ids is None and attention_mask is not None and attention_mask.shape[1:] == (past_length + length,):
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past_length:]
+            if self.training and cache is None and not kwargs.get("output_attentions"):
+                packed = pack_rows(attention_mask, self.language_model)
+        if packed is not None:
+            inputs_embeds, position_ids = packed.pack(inputs_embeds), packed.position_ids
+            attention_mask, use_cache = None, False
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -212,6 +218,8 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
             **kwargs,
         )
         hidden, states = outputs.last_hidden_state, outputs.hidden_states
+        if packed is not None:
+            hidden, states = packed.unpack(hidden), states and tuple(packed.unpack(state) for state in states)
         if prompt is not None:
             hidden = prompt.gather(hidden)
             states = states and tuple(prompt.gather(state) for state in states)
