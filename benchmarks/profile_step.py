@@ -105,11 +105,9 @@ def profile_training(model, processor, loss: str, clips, repetitions: int) -> li
             with torch.no_grad():
                 hidden, mask = model.model.encode(
                     batch.pop("input_features"), batch.pop("input_features_mask")
-                )  # as the Trainer's hook augments them
+                )
             with watch.part("augmentation"):
-                hidden = hidden.clone()
-                for row, length in enumerate(mask.sum(1).tolist()):
-                    hidden[row, :length] = augment(hidden[row, :length], repetition, row)
+                hidden = augment(hidden, mask, torch.arange(len(hidden)) + repetition)
             loss_value = model(**batch, audio_hidden_states=hidden, audio_hidden_mask=mask).loss
             with watch.part("backward: adapter"):
                 loss_value.backward()

@@ -83,6 +83,7 @@ class HearingMixin:
         with_readout=True,
         output_hidden_states=None,
         output_attentions=None,
+        augment=None,
         **kwargs,
     ):
         """Audio to tokens. One row per encoder window, in prompt order.
@@ -91,8 +92,9 @@ class HearingMixin:
         `audio_hidden_states` (W, T, encoder size) with `audio_hidden_mask` (W, T): cached outputs of the (frozen)
         encoder. A mask may be a list of rows. `audio_num_windows` (C,): windows per clip. `output_hidden_states`,
         `output_attentions` (default: the config's): also return what the encoder's blocks saw, see `run_recorded`,
-        which runs them window by window. Returns `AudioPhiAudioOutput`; raises ValueError for features of the wrong
-        kind, and for attention weights that there are not.
+        which runs them window by window. `augment`: (hidden, mask) -> hidden, for training. Returns
+        `AudioPhiAudioOutput`; raises ValueError for features of the wrong kind, and for attention weights that there
+        are not.
         """
         states, attentions = None, None
         watched = [self.config.output_hidden_states if output_hidden_states is None else output_hidden_states]
@@ -120,6 +122,8 @@ class HearingMixin:
                     "model.set_attn_implementation('eager') makes most encoders do so, output_attentions=False does "
                     "without"
                 )
+        if augment is not None:
+            hidden = augment(hidden, mask)
         adapter_dtype = next(self.multi_modal_projector.parameters(), hidden).dtype
         tokens, tokens_mask = self.multi_modal_projector(hidden.to(adapter_dtype), mask)
         tokens, tokens_mask = join_windows(tokens, tokens_mask, audio_num_windows)

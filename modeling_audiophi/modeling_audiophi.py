@@ -26,6 +26,7 @@ from .hearing_audiophi import HearingMixin
 from .kv_cache_audiophi import CACHE_NAME
 from .lora_audiophi import inject_lora
 from .outputs_audiophi import AudioPhiModelOutput, AudioPhiOutput
+from .packing_audiophi import pack_rows
 from .placeholders_audiophi import check_context, check_placeholders, expand_placeholders, padding_side_of
 from .readout_mixed import SoundWords
 from .readouts import build_readout
@@ -142,6 +143,7 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
         heard_lengths=None,
         heard_clips=None,
         with_alignment=False,
+        augment=None,
         use_cache=None,
         **kwargs,
     ):
@@ -183,6 +185,7 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
                 audio = self.get_audio_features(
                     **audio_inputs,
                     with_alignment=with_alignment,
+                    augment=augment,
                     output_hidden_states=False,  # those that forward returns are the language model's
                     output_attentions=False,
                     return_dict=True,
@@ -197,9 +200,14 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
             inputs_embeds = self.fill_in(input_ids, audio_embeds, past_length)
             if has_audio and not is_real:
                 inputs_embeds = self.reach_audio_parts(inputs_embeds)
-        length = inputs_embeds.shape[1]
+        length, packed = inputs_embeds.shape[1], None
         if position_ids is None and attention_mask is not None and attention_mask.shape[1:] == (past_length + length,):
             position_ids = (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, past_length:]
+            if self.training and cache is None and not kwargs.get("output_attentions"):
+                packed = pack_rows(attention_mask, self.language_model)
+        if packed is not None:
+            inputs_embeds, position_ids = packed.pack(inputs_embeds), packed.position_ids
+            attention_mask, use_cache = None, False
         outputs = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -210,6 +218,8 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
             **kwargs,
         )
         hidden, states = outputs.last_hidden_state, outputs.hidden_states
+        if packed is not None:
+            hidden, states = packed.unpack(hidden), states and tuple(packed.unpack(state) for state in states)
         if prompt is not None:
             hidden = prompt.gather(hidden)
             states = states and tuple(prompt.gather(state) for state in states)
@@ -348,6 +358,7 @@ class AudioPhiForConditionalGeneration(
         distill_temperature=2.0,
         distill_only=False,
         distill_items_in_batch=None,
+        augment=None,
         return_logits=None,
         logits_to_keep=0,
         use_cache=None,
@@ -365,7 +376,8 @@ class AudioPhiForConditionalGeneration(
         transcripts in the place of clips, and the same tokens labelled, or none in a row without a teacher; their loss
         is `kl_divergence` at `distill_temperature`, with `distill_only` the only one of the labels.
         `num_items_in_batch` (labelled tokens), `align_items_in_batch` (clips) and `distill_items_in_batch` (tokens that
-        the teacher has labelled) divide the summed losses under gradient accumulation.
+        the teacher has labelled) divide the summed losses under gradient accumulation. `augment`: (hidden, mask) ->
+        hidden, changes the encoder's output.
 
         Raises ValueError for a teacher without labels, or with other labelled tokens than they have, and for
         `distill_only` without a teacher.
@@ -387,7 +399,7 @@ class AudioPhiForConditionalGeneration(
         output = AudioPhiOutput()
         if input_ids is None and inputs_embeds is None and align_labels is not None:
             with_readout = sound_labels is not None
-            how = {"with_alignment": True, "with_readout": with_readout, "return_dict": True}
+            how = {"with_alignment": True, "with_readout": with_readout, "augment": augment, "return_dict": True}
             audio = self.get_audio_features(**audio_inputs, **how)
         else:
             outputs = self.model(
@@ -403,6 +415,7 @@ class AudioPhiForConditionalGeneration(
                 inputs_embeds=inputs_embeds,
                 audio_embeds=audio_embeds,
                 with_alignment=align_labels is not None,
+                augment=augment,
                 use_cache=use_cache,
                 return_dict=True,
                 **kwargs,

@@ -1,12 +1,15 @@
 """AudioPhiCollator: what the model is trained on, checked on token ids."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from audiophi.data.alignment_text import AlignmentTokenizer
-from audiophi.data.augment import Augment
 from audiophi.data.collator import AudioPhiCollator, training_item
 from audiophi.data.example import Clip, Example, content_of
+from audiophi.training.recipe import Stage
+from audiophi.training.stage_data import StageCollator
 from modeling_audiophi.alignment_audiophi import NO_TARGET
 
 RATE = 16_000
@@ -209,43 +212,28 @@ def test_cached_encoder_outputs_give_the_same_loss_as_audio(model_and_processor,
         torch.testing.assert_close(model(**batch).loss, model(**live).loss, atol=1e-5, rtol=1e-5)
 
 
-class TestAugmentation:
-    def batch(self, processor, examples, seed=0):
-        collate = AudioPhiCollator(
-            processor, "lm", augment=Augment(noise=0.5, time_masks=2, seed=seed)
-        )
-        return collate(examples)
+def test_every_window_has_a_seed_of_its_own(processor):
+    """The seeds of a stage's augmentation: by epoch, row, clip and window, whatever the batch."""
+    readout = SimpleNamespace(learns_sounds=False)
+    run = SimpleNamespace(
+        processor=processor,
+        align_tokenizer=None,
+        recipe=SimpleNamespace(seed=0, text_case="lower", loss_on="all"),
+        model=SimpleNamespace(model=SimpleNamespace(readout=readout), config=SimpleNamespace(text_config=None)),
+    )
+    collate = StageCollator(run, collate_stage())
+    windows = {"audio_hidden_states": [torch.ones(8, 6)] * 2}
+    examples = [cached(4, id=1, epoch=3), {**cached(4, id=2, epoch=3), "clips": [windows]}, cached(4, id=1, epoch=4)]
+    seeds = collate(examples)["augment_seeds"].tolist()
+    assert len(set(seeds)) == 4
+    assert collate(examples[1::-1])["augment_seeds"].tolist() == [*seeds[1:3], seeds[0]]
+    assert "augment_seeds" not in StageCollator(run, Stage(name="a", loss="lm", steps=1))(examples)
+    run.recipe.seed = 1
+    assert not set(seeds) & set(StageCollator(run, collate_stage())(examples)["augment_seeds"].tolist())
 
-    def test_is_the_same_whatever_the_batch_and_order(self, processor):
-        examples = [cached(40, id=1, epoch=3), cached(60, id=2, epoch=3)]
-        states = self.batch(processor, examples)["audio_hidden_states"]
-        swapped = self.batch(processor, examples[::-1])["audio_hidden_states"]
-        alone = self.batch(processor, examples[:1])["audio_hidden_states"]
-        assert torch.equal(states[0], swapped[1]) and torch.equal(states[0, :40], alone[0])
-        assert (states[0, 40:] == 0).all()
-        assert not torch.equal(states[0, :40], examples[0]["clips"][0]["audio_hidden_states"])
 
-    @pytest.mark.parametrize("change", [{"epoch": 4}, {"id": 2}])
-    def test_differs_by_epoch_and_example(self, processor, change):
-        first = self.batch(processor, [cached(40, id=1, epoch=3)])["audio_hidden_states"]
-        other = self.batch(processor, [{**cached(40, id=1, epoch=3), **change}])["audio_hidden_states"]
-        assert not torch.equal(first, other)
-
-    def test_differs_by_seed_and_between_windows(self, processor):
-        example = {**cached(40, id=1), "clips": [{"audio_hidden_states": [torch.ones(8, 6).cumsum(1)] * 2}]}
-        states = self.batch(processor, [example])["audio_hidden_states"]
-        assert not torch.equal(states[0], states[1])
-        assert not torch.equal(states, self.batch(processor, [example], seed=1)["audio_hidden_states"])
-
-    def test_leaves_the_examples_and_the_padding_alone(self, processor, examples):
-        before = examples[1]["clips"][0]["input_features"].clone()
-        batch = self.batch(processor, examples)
-        assert torch.equal(examples[1]["clips"][0]["input_features"], before)
-        features, mask = batch["input_features"].transpose(1, 2), batch["input_features_mask"]
-        assert (features[~mask] == 0).all() and (~mask).any()
-        plain = AudioPhiCollator(processor, "lm")(examples)
-        assert not torch.equal(batch["input_features"], plain["input_features"])
-        assert torch.equal(batch["input_ids"], plain["input_ids"])
+def collate_stage():
+    return Stage(name="a", loss="lm", noise=0.1, steps=1)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,9 @@ import torch
 
 from audiophi.tasks import TASKS
 from modeling_audiophi.alignment_audiophi import NO_TARGET
-from processing.processing_audiophi import HEARD, MASK_NAMES, AudioPhiProcessor
+from processing.processing_audiophi import HEARD, AudioPhiProcessor
 
 from .alignment_text import AlignmentTokenizer, normalise_transcript
-from .augment import Augment
 from .example import Example, in_words, with_clips
 
 MODES = ("align", "lm", "both")
@@ -64,7 +63,6 @@ class AudioPhiCollator:
         mode: "align" (CTC targets, no prompt), "lm" (prompt and labels) or "both".
         align_tokenizer: makes the CTC targets; needed unless mode is "lm".
         learn_sounds: whether the loss align also takes the words that say what is heard.
-        augment: applied to the features of every clip.
         padding_side: of the text.
         text_case: see `normalise_transcript`; of CTC's targets.
         loss_on: which of the assistant's turns are learned, "all" or the "last".
@@ -76,7 +74,6 @@ class AudioPhiCollator:
     mode: str = "lm"
     align_tokenizer: AlignmentTokenizer | None = None
     learn_sounds: bool = False
-    augment: Augment | None = None
     padding_side: str = "right"
     text_case: str = "lower"
     loss_on: str = "all"
@@ -107,7 +104,7 @@ class AudioPhiCollator:
         Raises:
             ValueError naming an item whose answer makes other tokens where the transcript is read.
         """
-        items = [{**item, "clips": [self._augmented(item, n) for n in range(len(item["clips"]))]} for item in items]
+        items = [{**item, "clips": [as_windows(clip) for clip in item["clips"]]} for item in items]
         if self.mode == "align":
             batch = self.processor.pad_audio([clip for item in items for clip in item["clips"]])
         else:
@@ -180,23 +177,6 @@ class AudioPhiCollator:
         batch["labels"] = batch["input_ids"].masked_fill(~spoken, IGNORED)
         return batch
 
-    def _augmented(self, item: dict, number: int) -> dict:
-        """A clip as `processor.pad_audio` wants it, augmented."""
-        clip = item["clips"][number]
-        if HEARD in clip:
-            return clip
-        if "audio_hidden_states" in clip:
-            clip = as_windows(clip)
-        key = next(name for name in MASK_NAMES if name in clip)
-        if self.augment is None or key == "input_values":
-            return clip  # a waveform has no features to mask
-        time_last = key == self.processor.feature_key and self.processor.time_axis == -1
-        features = clip[key].transpose(1, 2).clone() if time_last else clip[key].clone()
-        for window, length in enumerate(clip[MASK_NAMES[key]].sum(-1).tolist()):
-            name = (item.get("epoch", 0), item.get("id"), *([number] if number else []), window)
-            features[window, :length] = self.augment(features[window, :length], *name)
-        return {**clip, key: features.transpose(1, 2) if time_last else features}
-
 
 def _replaced(message: dict, clips) -> dict:
     """`message` with its audio items holding the next of `clips`."""
@@ -209,8 +189,9 @@ def _replaced(message: dict, clips) -> dict:
 
 
 def as_windows(clip: dict) -> dict:
-    """Cached encoder states, (frames, size) or a list of them, one per window, as one padded tensor and its mask."""
-    if "audio_hidden_mask" in clip:
+    """Cached encoder states, (frames, size) or a list of them, one per window, as one padded tensor and its mask; other
+    clips as they are."""
+    if "audio_hidden_states" not in clip or "audio_hidden_mask" in clip:
         return clip
     states = clip["audio_hidden_states"]
     windows = states if isinstance(states, (list, tuple)) else [states]

@@ -50,8 +50,9 @@ class Clip:
 class Question:
     """One of the questions that a row can be asked.
 
-    kind: what is asked for, by which scores are reported. wordings, test_wordings: how it is asked in training, none for
-    a kind that is never trained, and in tests only. answers: any of them is right, the first one is learned. metric, choices: as in `Example`.
+    kind: what is asked for, by which scores are reported. wordings: how it is asked in training, none for a kind that
+    is never trained. test_wordings: how in tests only. answers: any of them is right, the first one is learned. metric,
+    choices: as in `Example`.
     """
 
     kind: str
@@ -111,22 +112,22 @@ def drawing(*names) -> Callable[[str, Sequence], object]:
 
 
 def posed(example: Example, draw: Callable[[str, Sequence], object] | None = None) -> Example:
-    """The example with a chat of its questions, drawn: first a kind, then a question of it, then a wording; then another
-    kind, as many as it has `turns` and kinds. `draw` None: one question as in an evaluation, by the row's number and in
-    a wording that is never trained. Examples without questions are left as they are."""
+    """The example with a chat of its questions, drawn: first a kind, then a question of it, then a wording; then
+    another kind, as many as it has `turns` and kinds. `draw` None: one question as in an evaluation, by the row's
+    number and in a wording that is never trained. Examples without questions are left as they are."""
     if not example.questions:
         return example
     tested, draw = draw is None, draw or drawing(example.number)
-    kinds, messages = kinds_of(example), []
+    kinds, messages, question = kinds_of(example), [], None
     for turn in range(1 if tested else min(example.turns, len(kinds))):
-        name = str(turn or "")
+        name, clips = (str(turn), 0) if turn else ("", len(example.clips))
+        if question is not None:
+            messages.append({"role": "assistant", "content": question.answers[0]})
         kind = draw(f"kind{name}", kinds)
         question = draw(f"question{name}", [question for question in example.questions if question.kind == kind])
         wording = draw(f"instruction{name}", question.test_wordings if tested else question.wordings)
-        if turn:
-            messages.append({"role": "assistant", "content": answer})
-        messages.append({"role": "user", "content": content_of(0 if turn else len(example.clips), wording)})
-        kinds, answer = [other for other in kinds if other != kind], question.answers[0]
+        messages.append({"role": "user", "content": content_of(clips, wording)})
+        kinds = [other for other in kinds if other != kind]
     return replace(
         example,
         messages=tuple(messages),

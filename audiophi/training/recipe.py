@@ -56,8 +56,8 @@ class Source:
     learn silence from them. `audio_folder`: where the audio of Clotho, AudioCaps, ... is, if not beside its CSVs.
     `allow_urls`: fetch what its rows name by URL. `heard: simulated`: of the clips only the words are used, which the
     rows give as `transcript` (or as `text`, for tasks about words), and the LLM reads what the alignment would have
-    heard, with the errors that it makes on real clips (simulated.py); no audio is needed. `turns`: of the questions that
-    a task makes of a row, how many are asked in one chat, each of another kind, so that a clip is heard once for all.
+    heard, with the errors that it makes on real clips (simulated.py); no audio is needed. `turns`: how many of the
+    questions that a task makes of a row are asked in one chat, each of another kind: the clip is heard once for all.
     """
 
     path: str

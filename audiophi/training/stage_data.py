@@ -4,10 +4,11 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
 
-from audiophi.data.augment import Augment
+from audiophi.data.augment import Augment, seed_of
 from audiophi.data.collator import AudioPhiCollator
 from processing.chat_audiophi import HEARD
 
@@ -164,8 +165,8 @@ def without_long_prompts(run: "Run", corpus: Corpus, room: PromptRoom) -> Corpus
     return corpus.only(kept)
 
 
-def stage_augment(recipe: Recipe, stage: Stage) -> Augment | None:
-    """Feature noise and SpecAugment of a stage; None for neither."""
+def stage_augment(stage: Stage) -> Augment | None:
+    """Noise and SpecAugment of a stage, on the encoder's output; None for neither."""
     if not stage.noise and stage.spec_augment is None:
         return None
     masks = stage.spec_augment
@@ -174,22 +175,20 @@ def stage_augment(recipe: Recipe, stage: Stage) -> Augment | None:
         time_width=masks.time_width if masks else 0,
         feature_dropout=masks.feature_prob if masks else 0.0,
         noise=stage.noise,
-        seed=recipe.seed,
     )
 
 
 class StageCollator:
-    """AudioPhiCollator for a stage. Its batches also name their rows, `drawn`: (epoch, number) of each; with `live`
-    also every window, for the augmentation of live encoder outputs."""
+    """AudioPhiCollator for a stage. Its batches also name their rows, `drawn`: (epoch, number) of each; and where the
+    stage augments, `augment_seeds` (windows,) int64."""
 
-    def __init__(self, run: "Run", stage: Stage, augment: Augment | None, live: bool):
-        self.live = live
+    def __init__(self, run: "Run", stage: Stage):
+        self.seed = run.recipe.seed if stage_augment(stage) else None
         self.collate = AudioPhiCollator(
             run.processor,
             mode="lm" if stage.loss == "distill" else stage.loss,
             align_tokenizer=run.align_tokenizer,
             learn_sounds=run.model.model.readout.learns_sounds,
-            augment=augment,
             text_case=run.recipe.text_case,
             loss_on=run.recipe.loss_on,
             distill=stage.distills,
@@ -199,15 +198,18 @@ class StageCollator:
     def __call__(self, examples: list[dict]) -> dict:
         batch = dict(self.collate(examples))
         batch["drawn"] = [(example["epoch"], example["id"]) for example in examples]
-        if self.live:
+        if self.seed is not None and "audio_num_windows" in batch:
             clips = [
-                (example["epoch"], example["id"], *([place] if place else []))
+                (example["epoch"], example["id"], place)
                 for example in examples
                 for place, clip in enumerate(example["clips"])
                 if HEARD not in clip
             ]
-            windows = batch["audio_num_windows"].tolist() if clips else []
-            batch["augment_keys"] = [
-                (*clip, window) for clip, count in zip(clips, windows, strict=True) for window in range(count)
+            windows = batch["audio_num_windows"].tolist()
+            seeds = [
+                seed_of(self.seed, *clip, window)
+                for clip, count in zip(clips, windows, strict=True)
+                for window in range(count)
             ]
+            batch["augment_seeds"] = torch.tensor(seeds)
         return batch

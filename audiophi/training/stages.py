@@ -208,9 +208,7 @@ def train_stage(run: Run, number: int) -> None:
     dataset, schedule, cache, rate = stage_data(run, stage, number, training_args)
     steps = schedule.steps if schedule else stage.steps
     training_args.max_steps = steps
-    augment = stage_augment(recipe, stage)
-    live = augment is not None and cache is None and stage.tune.encoder == "frozen"
-    collator = StageCollator(run, stage, None if live else augment, live)
+    collator = StageCollator(run, stage)
     precision = "fp16" if training_args.fp16 else "bf16" if training_args.bf16 else "fp32"
     model = run.model
     if run.sharded:
@@ -225,7 +223,7 @@ def train_stage(run: Run, number: int) -> None:
         data_collator=collator,
         stage=stage,
         schedule=schedule,
-        augment=augment if live else None,
+        augment=stage_augment(stage),
         processor=run.processor,
         guard=LossGuard(folder, stage, precision, training_args.process_index, dataset.describe),
         signals=run.signals,

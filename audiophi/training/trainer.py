@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,9 +65,7 @@ class AudioPhiTrainer(Trainer):
 
     Args:
         stage: of the recipe. schedule: a BatchSchedule (None for streams, whose dataset yields batches).
-        augment: applied here to the frozen encoder's live outputs; cached ones were augmented by the collator, in the
-        same
-            way and with the same random numbers, so that training does not depend on the cache.
+        augment: applied to the encoder's output, cached or not.
         processor: saved and pushed with the model. Not Trainer's `processing_class`, whose special tokens Trainer
             would put into the generation settings.
         guard: stops an unhealthy stage. signals: ask to stop. Both may be None.
@@ -105,9 +104,6 @@ class AudioPhiTrainer(Trainer):
         self._last_saved = time.monotonic()
         self.stop_requested = self.save_is_due = False
         self.clock = Clock()
-        self._augment_keys: list = []
-        if augment is not None:
-            self.model.model.multi_modal_projector.register_forward_pre_hook(self._augment_live)
 
     # ---- data --------------------------------------------------------------------------------------------------------
 
@@ -145,7 +141,8 @@ class AudioPhiTrainer(Trainer):
         (distill) of the whole optimiser step, over all ranks."""
         self._evaluate_frozen_parts()
         inputs = dict(inputs)
-        self._augment_keys = inputs.pop("augment_keys", [])
+        if (seeds := inputs.pop("augment_seeds", None)) is not None:
+            inputs["augment"] = partial(self.augment, seeds=seeds)
         inputs.pop("drawn", None)  # names the rows, for the guard
         outputs = model(
             **inputs,
@@ -154,7 +151,6 @@ class AudioPhiTrainer(Trainer):
             align_loss_weight=self.stage.align_weight,
             **self._distilling(),
         )
-        self._augment_keys = []
         for name in LOGGED:
             if (value := getattr(outputs, name)) is not None:
                 self._sums[name] = self._sums.get(name, 0) + value.detach().float()
@@ -193,18 +189,6 @@ class AudioPhiTrainer(Trainer):
             model.model.audio_tower.eval()
         if self.stage.tune.llm == "frozen":
             model.model.language_model.eval()
-
-    def _augment_live(self, module, arguments):
-        """Forward pre-hook of the adapter: augments live encoder outputs (windows, frames, size)."""
-        if not (module.training and self._augment_keys):
-            return None
-        hidden, mask = arguments
-        changed = hidden.detach().float().cpu().clone()
-        for window, key in enumerate(self._augment_keys):
-            length = int(mask[window].sum())
-            changed[window, :length] = self.augment(changed[window, :length], *key)
-        # The learned layer mix still gets its gradient, as if nothing had been added.
-        return hidden + (changed.to(hidden) - hidden).detach(), mask
 
     def floating_point_ops(self, inputs):
         """Not estimated: the Trainer's formula knows text only."""

@@ -1,0 +1,78 @@
+"""Packing: several short prompts in one row of what the language model reads, so that it computes no padding.
+
+Chats differ in length, and a batch is as long as its longest: with several questions a row much of it is padding.
+Positions that begin anew within a row tell transformers where one prompt ends and the next begins, for every attention
+implementation (`transformers.masking_utils.find_packed_sequence_indices`; FlashAttention wants one row). After Krell et
+al. 2021, "Efficient Sequence Packing without Cross-contamination" (https://arxiv.org/abs/2107.02027).
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+# Rows are filled up to the longest prompt, or this many tokens: attention's cost grows with the square.
+ROOM = 512
+# Packing has to leave out at least this share of a batch to be worth its copies.
+WORTH = 0.1
+
+
+@dataclass
+class Packed:
+    """A packed batch: `source` (R, S) which of the batch's B * L places each packed one is, `position_ids` (R, S),
+    `place` (B, L) where in the R * S places each one of the batch went (0 for padding)."""
+
+    source: torch.Tensor
+    position_ids: torch.Tensor
+    place: torch.Tensor
+
+    def pack(self, values):
+        """(B, L, D) -> (R, S, D)."""
+        return values.flatten(0, 1)[self.source]
+
+    def unpack(self, values):
+        """(R, S, D) -> (B, L, D); padding holds anything."""
+        return values.flatten(0, 1)[self.place]
+
+
+def can_pack(language_model) -> bool:
+    """Whether the family's layers look at other positions through attention alone, whose masks transformers makes."""
+    kinds = set(getattr(language_model.config, "layer_types", None) or ())
+    stateful = getattr(language_model, "_is_stateful", False)
+    by_attention = all(kind.endswith("attention") and not kind.startswith("linear") for kind in kinds)
+    return bool(getattr(language_model, "_supports_attention_backend", False)) and not stateful and by_attention
+
+
+def pack_rows(attention_mask, language_model):
+    """`Packed` of a batch by its mask (B, L), the longest prompts first into the first row that has room (first-fit
+    decreasing); None where it is not worth it, or `language_model` cannot tell prompts of a row apart."""
+    if not can_pack(language_model):
+        return None
+    one_row = "flash" in (language_model.config._attn_implementation or "")  # as it wants it
+    lengths = attention_mask.sum(1).tolist()
+    batch, width = attention_mask.shape
+    room = sum(lengths) if one_row else min(sum(lengths), max(ROOM, *lengths))
+    rows, free = [], []
+    for number in sorted(range(batch), key=lambda number: -lengths[number]):
+        row = next((row for row, left in enumerate(free) if left >= lengths[number]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            free.append(room)
+        rows[row].append(number)
+        free[row] -= lengths[number]
+    size = room - min(free, default=0)
+    if len(rows) * size > (1 - WORTH) * batch * width:
+        return None
+    device = attention_mask.device
+    columns = [real.nonzero()[:, 0] + number * width for number, real in enumerate(attention_mask.cpu().bool())]
+    source, positions = torch.zeros(len(rows), size, dtype=torch.long), torch.zeros(len(rows), size, dtype=torch.long)
+    place = torch.zeros(batch * width, dtype=torch.long)
+    for row, numbers in enumerate(rows):
+        start = 0
+        for number in numbers:
+            end = start + lengths[number]
+            source[row, start:end], positions[row, start:end] = columns[number], torch.arange(lengths[number])
+            place[columns[number]] = torch.arange(row * size + start, row * size + end)
+            start = end
+        # What is left over is a prompt of its own, which nobody reads.
+        positions[row, start:] = torch.arange(size - start)
+    return Packed(source.to(device), positions.to(device), place.view(batch, width).to(device))
