@@ -5,10 +5,15 @@ states (attentive pooling), each for what it needs, and take the deviation along
 speakers apart better than what it is on average. Okabe et al. 2018, "Attentive Statistics Pooling for Deep Speaker
 Embedding" (https://arxiv.org/abs/1803.10963), after the statistics pooling of x-vectors (Snyder et al. 2018, ICASSP);
 ECAPA-TDNN pools so, too (Desplanques et al. 2020, https://arxiv.org/abs/2005.07143).
+
+A yes or no at the end of a language model teaches them little. Where it is known what a clip is like ("woman", "dog
+bark"), `description_loss` puts them near the LLM's own embeddings of these words.
 """
 
 import torch
 from torch import nn
+
+from .readout_mixed import SoundWords, bag_losses
 
 BOTTLENECK = 256
 HEADS = 4
@@ -37,10 +42,12 @@ class ClipTokens(nn.Module):
             nn.Linear(2 * BOTTLENECK, hidden_size),
             nn.LayerNorm(hidden_size),
         )
+        self.words = SoundWords(hidden_size)
 
     def start_at(self, rms):
         """Fit new parameters to the root mean square of the LLM's embeddings."""
         self.made[-1].weight.fill_(rms)
+        self.words.start_at(rms)
 
     def forward(self, hidden, mask):
         """Encoder states (C, T, E) and mask (C, T) bool, a clip's windows joined -> (C, count, hidden_size)."""
@@ -48,6 +55,18 @@ class ClipTokens(nn.Module):
         pooled = attentive_statistics(self.queries, self.keys(states), self.values(states), mask, HEADS)
         pooled = self.pooled_norm(pooled.to(self.queries.dtype))
         return self.made(torch.cat([pooled, self.queries.expand(len(hidden), -1, -1)], -1))
+
+    def description_loss(self, tokens, labels, table):
+        """Cross-entropy between each token's scores of the words and its clip's description, a bag of words.
+
+        `tokens` (C, count, D), `labels` (C, S) ids of `table` (V, D), negative where padded. The sum over clips with
+        labels of the mean over their tokens.
+        """
+        described = (labels >= 0).any(1)
+        tokens, labels = tokens[described], labels[described]
+        clip = torch.arange(len(labels), device=labels.device).repeat_interleave(tokens.shape[1])
+        losses = bag_losses(self.words(tokens.flatten(0, 1), table), labels, clip)
+        return losses.sum() / tokens.shape[1]
 
 
 def attentive_statistics(queries, keys, values, mask, heads):

@@ -127,7 +127,7 @@ class HearingMixin:
         adapter_dtype = next(self.multi_modal_projector.parameters(), hidden).dtype
         tokens, tokens_mask = self.multi_modal_projector(hidden.to(adapter_dtype), mask)
         tokens, tokens_mask = join_windows(tokens, tokens_mask, audio_num_windows)
-        logits, embeds, keep, counts, read = None, None, None, None, None
+        logits, embeds, keep, counts, read, clips = None, None, None, None, None, None
         embedding_weight = self.get_input_embeddings().weight
         if with_alignment or (self.readout.needs_alignment and with_readout):
             if self.alignment is None:
@@ -155,4 +155,5 @@ class HearingMixin:
             tokens=tokens,
             tokens_mask=tokens_mask,
             align_logits=logits,
+            clips=clips,
         )

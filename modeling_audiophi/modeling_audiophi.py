@@ -343,6 +343,7 @@ class AudioPhiForConditionalGeneration(
         labels=None,
         align_labels=None,
         sound_labels=None,
+        clip_labels=None,
         audio_embeds=None,
         asked=None,
         heard_ids=None,
@@ -351,6 +352,7 @@ class AudioPhiForConditionalGeneration(
         heard_clips=None,
         align_loss_weight=1.0,
         align_items_in_batch=None,
+        clip_items_in_batch=None,
         teacher_input_ids=None,
         teacher_attention_mask=None,
         teacher_labels=None,
@@ -371,13 +373,14 @@ class AudioPhiForConditionalGeneration(
         transcript, -100 padded, NO_TARGET first where there is none, simulated clips left out; without input_ids the
         language model is not run at all, and align_logits are returned only with `return_logits=True`. `sound_labels`
         (C, S): likewise the words that describe each clip, in any order, for a readout that `learns_sounds`; all -100
-        where there are none.
+        where there are none. `clip_labels` (C, S): beside `labels`, the words that describe each clip as a whole, for a
+        model with clip tokens.
         `teacher_input_ids`, `teacher_attention_mask`, `teacher_labels` (B, L'), beside `labels`: the same chats with
         transcripts in the place of clips, and the same tokens labelled, or none in a row without a teacher; their loss
         is `kl_divergence` at `distill_temperature`, with `distill_only` the only one of the labels.
-        `num_items_in_batch` (labelled tokens), `align_items_in_batch` (clips) and `distill_items_in_batch` (tokens that
-        the teacher has labelled) divide the summed losses under gradient accumulation. `augment`: (hidden, mask) ->
-        hidden, changes the encoder's output.
+        `num_items_in_batch` (labelled tokens), `align_items_in_batch`, `clip_items_in_batch` (clips) and
+        `distill_items_in_batch` (tokens that the teacher has labelled) divide the summed losses under gradient
+        accumulation. `augment`: (hidden, mask) -> hidden, changes the encoder's output.
 
         Raises ValueError for a teacher without labels, or with other labelled tokens than they have, and for
         `distill_only` without a teacher.
@@ -435,6 +438,9 @@ class AudioPhiForConditionalGeneration(
                     found = self._distill_loss(logits, targets, *teacher, distill_temperature, distill_items_in_batch)
                     output.distill_loss, weighted = found, distill_weight * found
                     output.loss = weighted if output.loss is None else output.loss + weighted
+                if clip_labels is not None and audio is not None:
+                    output.clip_loss = self._clip_loss(audio, clip_labels, clip_items_in_batch)
+                    output.loss = output.clip_loss if output.loss is None else output.loss + output.clip_loss
             if labels is None or return_logits:
                 kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
                 output.logits = self.compute_logits(hidden[:, kept])
@@ -462,6 +468,12 @@ class AudioPhiForConditionalGeneration(
         table = self.get_input_embeddings().weight[alignment.vocab_ids]
         loss = self.model.readout.sound_loss(audio.embeds, sounds, labels, table)
         return loss / (len(labels) if num_items is None else num_items)
+
+    def _clip_loss(self, audio, clip_labels, num_items=None):
+        """The clip tokens' loss, a mean over described clips (the sum divided by `num_items` when given)."""
+        table = self.get_input_embeddings().weight
+        loss = self.model.clip_tokens.description_loss(audio.clips, clip_labels, table)
+        return loss / ((clip_labels >= 0).any(1).sum().clamp(min=1) if num_items is None else num_items)
 
     def _lm_loss(self, logits, targets, num_items_in_batch):
         """Cross-entropy of the labelled tokens: `logits` (tokens, vocabulary), `targets` (tokens,)."""

@@ -15,7 +15,8 @@ class AudioPhiAudioOutput(ModelOutput):
         encoder's blocks, see `run_recorded`; None when nothing asked for them. counts: (C,) how many of pooler_output
         each clip has. embeds (C, T', LLM size), keep (C, T') bool: the readout of every adapter token, and which of
         them the LLM reads. tokens, tokens_mask: adapter outputs per clip (C, T', LLM size), (C, T'). align_logits:
-        (C, T', align_vocab_size + 1), None when nothing asked for them.
+        (C, T', align_vocab_size + 1), None when nothing asked for them. clips: clip tokens (C, count, LLM size), None
+        for a model without.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -28,6 +29,7 @@ class AudioPhiAudioOutput(ModelOutput):
     tokens: torch.Tensor | None = None
     tokens_mask: torch.Tensor | None = None
     align_logits: torch.Tensor | None = None
+    clips: torch.Tensor | None = None
 
 
 @dataclass
@@ -42,14 +44,16 @@ class AudioPhiModelOutput(BaseModelOutputWithPast):
 class AudioPhiOutput(CausalLMOutputWithPast):
     """Losses (scalars) and predictions of `AudioPhiForConditionalGeneration`.
 
-    loss = lm_loss + align_loss_weight * (align_loss + sound_loss) + distill_weight * distill_loss, whichever were asked
-    for; align_skipped counts clips whose transcript is longer than their audio tokens. audio_counts (C,): embeddings
-    that the LLM read of each clip. logits (B, L, vocabulary) is None with labels unless `return_logits=True`.
+    loss = lm_loss + clip_loss + align_loss_weight * (align_loss + sound_loss) + distill_weight * distill_loss,
+    whichever were asked for; align_skipped counts clips whose transcript is longer than their audio tokens.
+    audio_counts (C,): embeddings that the LLM read of each clip. logits (B, L, vocabulary) is None with labels unless
+    `return_logits=True`.
     """
 
     lm_loss: torch.Tensor | None = None
     align_loss: torch.Tensor | None = None
     sound_loss: torch.Tensor | None = None
+    clip_loss: torch.Tensor | None = None
     distill_loss: torch.Tensor | None = None
     align_skipped: torch.Tensor | None = None
     align_logits: torch.Tensor | None = None

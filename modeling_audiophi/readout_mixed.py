@@ -40,7 +40,7 @@ class MixedReadout(nn.Module):
 
     def start_at(self, rms):
         self.sounds[-1].weight.fill_(rms)
-        self.sound_words.scale.fill_(FIRST_SCORE / (len(self.sound_words.common) * rms**2))
+        self.sound_words.start_at(rms)
 
     def forward(self, tokens, mask, alignment, logits, embedding_weight, encoded):
         """See `readouts.py`."""
@@ -64,16 +64,13 @@ class MixedReadout(nn.Module):
         their tokens.
         """
         sounds = sounds & (labels >= 0).any(1, keepdim=True)
-        scores = self.sound_words(embeds[sounds], table)
-        bags = scores.new_zeros(len(labels), len(table) + 1).scatter_(1, labels.clamp(min=-1) + 1, 1.0)[:, 1:]
-        bags = bags / bags.sum(1, keepdim=True).clamp(min=1)
         clip = torch.arange(len(labels), device=sounds.device)[:, None].expand_as(sounds)[sounds]
-        losses = -(scores * bags[clip]).sum(-1)
+        losses = bag_losses(self.sound_words(embeds[sounds], table), labels, clip)
         return (losses / sounds.sum(1)[clip]).sum()
 
 
 class SoundWords(nn.Module):
-    """Scores sound tokens against the LLM's embeddings, for `MixedReadout.sound_loss` only.
+    """Scores tokens against the LLM's embeddings, for the losses of descriptions only.
 
     `common` is what all descriptions share ("the sound of"), so that the tokens need only say what is particular.
     """
@@ -83,10 +80,21 @@ class SoundWords(nn.Module):
         self.common = nn.Parameter(torch.zeros(hidden_size))
         self.scale = nn.Parameter(torch.ones(()))
 
+    def start_at(self, rms):
+        self.scale.fill_(FIRST_SCORE / (len(self.common) * rms**2))
+
     def forward(self, tokens, table):
         """`tokens` (N, D), `table` (V', D) -> log probabilities (N, V') float32."""
         queries = self.scale * (tokens.to(self.common.dtype) + self.common)
         return nn.functional.linear(queries, table.to(queries.dtype)).float().log_softmax(-1)
+
+
+def bag_losses(scores, labels, clip):
+    """Cross-entropy (N,) between log probabilities `scores` (N, V) of words and the words of a description, in no
+    order, each counting once: of `labels` (C, S), negative where padded, the row that `clip` (N,) says."""
+    bags = scores.new_zeros(len(labels), scores.shape[-1] + 1).scatter_(1, labels.clamp(min=-1) + 1, 1.0)[:, 1:]
+    bags = bags / bags.sum(1, keepdim=True).clamp(min=1)
+    return -(scores * bags[clip]).sum(-1)
 
 
 def sound_and_word_runs(path, mask):

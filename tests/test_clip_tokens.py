@@ -74,7 +74,33 @@ def test_one_frame_or_none_makes_finite_tokens_and_gradients(dtype, frames):
     made = module(100 * torch.randn(1, 7, 8), length_mask(torch.tensor([frames]), 7))
     assert made.dtype == dtype and torch.isfinite(made).all()
     made.float().square().mean().backward()
+    module.description_loss(module(torch.randn(1, 7, 8), length_mask(torch.tensor([frames]), 7)),
+                            torch.tensor([[1, 2]]), torch.randn(9, 12, dtype=dtype)).backward()  # fmt: skip
     assert all(torch.isfinite(parameter.grad).all() for parameter in module.parameters())
+
+
+def test_a_description_is_a_bag_of_words_of_its_clip(tokens):
+    """Clips without one count nothing; order and repetition do not matter; it can be learned."""
+    table = torch.randn(20, 12)
+    with torch.no_grad():
+        tokens.start_at(table.square().mean().sqrt())
+    hidden, mask = torch.randn(3, 6, 8), torch.ones(3, 6, dtype=torch.bool)
+    made = tokens(hidden, mask)
+    labels = torch.tensor([[4, 9, -100], [-100, -100, -100], [7, -100, -100]])
+    whole = tokens.description_loss(made, labels, table)
+    parts = [tokens.description_loss(made[[n]], labels[[n]], table) for n in range(3)]
+    torch.testing.assert_close(whole, sum(parts))
+    assert parts[1] == 0 and parts[1].requires_grad
+    swapped = torch.tensor([[9, 4, 9], [-100, -100, -100], [-100, 7, 7]])
+    torch.testing.assert_close(tokens.description_loss(made, swapped, table), whole)
+    optimizer = torch.optim.Adam(tokens.parameters(), lr=1e-2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        tokens.description_loss(tokens(hidden, mask), labels, table).backward()
+        optimizer.step()
+    made = tokens.eval()(hidden, mask)
+    best = tokens.words(made.flatten(0, 1), table).view(3, -1, 20).mean(1)
+    assert set(best[0].topk(2).indices.tolist()) == {4, 9} and best[2].argmax() == 7
 
 
 def test_under_autocast_the_statistics_stay_exact(tokens):
@@ -144,6 +170,8 @@ def test_a_gradient_reaches_them_and_none_without_audio_is_zero(make_tiny_model,
     inputs = prompts(processor, [[waveform(0.9)]])
     model(**inputs, labels=labels_of(inputs)).loss.backward()
     for name, parameter in model.model.clip_tokens.named_parameters():
+        if name.startswith("words."):  # of the description's loss alone
+            continue
         # A bias of the keys moves all scores alike.
         assert parameter.grad is not None and (parameter.grad.any() or name == "keys.bias"), name
     model.zero_grad()

@@ -219,7 +219,9 @@ def test_every_window_has_a_seed_of_its_own(processor):
         processor=processor,
         align_tokenizer=None,
         recipe=SimpleNamespace(seed=0, text_case="lower", loss_on="all"),
-        model=SimpleNamespace(model=SimpleNamespace(readout=readout), config=SimpleNamespace(text_config=None)),
+        model=SimpleNamespace(
+            model=SimpleNamespace(readout=readout, clip_tokens=None), config=SimpleNamespace(text_config=None)
+        ),
     )
     collate = StageCollator(run, collate_stage())
     windows = {"audio_hidden_states": [torch.ones(8, 6)] * 2}
@@ -234,6 +236,15 @@ def test_every_window_has_a_seed_of_its_own(processor):
 
 def collate_stage():
     return Stage(name="a", loss="lm", noise=0.1, steps=1)
+
+
+def test_descriptions_of_clips_are_words_of_the_llm(processor, examples):
+    """One row per clip, in order, also where nothing is known of it; and none where nobody learns them."""
+    known = [{**item, "described": [text]} for item, text in zip(examples, ["woman adult", None], strict=False)]
+    labels = AudioPhiCollator(processor, "lm", describe=True)(known)["clip_labels"]
+    told = [processor.tokenizer.decode([i for i in row if i >= 0]) for row in labels.tolist()]
+    assert told == [" woman adult", ""]
+    assert "clip_labels" not in AudioPhiCollator(processor, "lm")(known)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def training_item(
     epoch: int = 0,
 ) -> dict:
     """An example as the collator takes it: {"messages": all turns, the answer too, "clips", "transcripts" (text, "" or
-    None per clip), "read" (`Task.read`), "sounds" (text or None), "id", "epoch"}.
+    None per clip), "described" (text or None per clip), "read" (`Task.read`), "sounds" (text or None), "id", "epoch"}.
 
     `clips`: the example's, encoded (`processor.encode_audio`, cached {"audio_hidden_states"}, or simulated
     {"heard_ids", "heard_weights"}). `wordings`: what may be asked; `draw` ("instruction" or "reference", choices) ->
@@ -47,6 +47,7 @@ def training_item(
         "messages": messages,
         "clips": clips,
         "transcripts": [clip.transcript for clip in example.clips],
+        "described": [clip.described for clip in example.clips],
         "read": task.read(example),
         "sounds": task.sounds(answer),
         "id": id if id is not None else example.id,
@@ -62,6 +63,7 @@ class AudioPhiCollator:
         processor: of the model.
         mode: "align" (CTC targets, no prompt), "lm" (prompt and labels) or "both".
         align_tokenizer: makes the CTC targets; needed unless mode is "lm".
+        describe: whether the losses lm and both also take the words that describe a clip as a whole.
         learn_sounds: whether the loss align also takes the words that say what is heard.
         padding_side: of the text.
         text_case: see `normalise_transcript`; of CTC's targets.
@@ -74,6 +76,7 @@ class AudioPhiCollator:
     mode: str = "lm"
     align_tokenizer: AlignmentTokenizer | None = None
     learn_sounds: bool = False
+    describe: bool = False
     padding_side: str = "right"
     text_case: str = "lower"
     loss_on: str = "all"
@@ -112,6 +115,10 @@ class AudioPhiCollator:
             if self.distill:
                 batch |= self._read_prompts(items, batch["labels"])
         real = [(item, place) for item in items for place, clip in enumerate(item["clips"]) if HEARD not in clip]
+        if self.describe and self.mode != "align" and real:
+            texts = [" " + item["described"][place] if item["described"][place] else "" for item, place in real]
+            found = self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
+            batch["clip_labels"] = padded(found)
         if self.mode != "lm" and real:
             batch["align_labels"] = self._targets([item["transcripts"][place] for item, place in real])
             if self.learn_sounds:
@@ -124,9 +131,7 @@ class AudioPhiCollator:
         """Token ids (clips, longest), padded with -100."""
         known = [None if text is None else normalise_transcript(text, self.text_case) for text in texts]
         targets = [[NO_TARGET] if text is None else self.align_tokenizer.encode(text) for text in known]
-        targets = [torch.tensor(ids, dtype=torch.long) for ids in targets]
-        padded = torch.nn.utils.rnn.pad_sequence(targets, batch_first=True, padding_value=IGNORED)
-        return padded if padded.shape[1] else padded.new_full((len(targets), 1), IGNORED)
+        return padded(targets)
 
     def _prompts(self, items: list[dict]) -> dict[str, torch.Tensor]:
         conversations = []
@@ -176,6 +181,13 @@ class AudioPhiCollator:
             spoken = last_run(spoken)
         batch["labels"] = batch["input_ids"].masked_fill(~spoken, IGNORED)
         return batch
+
+
+def padded(targets: list[list[int]]) -> torch.Tensor:
+    """Lists of ids as one (rows, longest), padded with -100; one column at least."""
+    rows = [torch.tensor(ids, dtype=torch.long) for ids in targets]
+    whole = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
+    return whole if whole.shape[1] else whole.new_full((len(rows), 1), IGNORED)
 
 
 def _replaced(message: dict, clips) -> dict:

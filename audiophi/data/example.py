@@ -24,13 +24,15 @@ class Clip:
     """Audio, undecoded so that a broken file costs its own row, and what is known of it.
 
     audio: {"bytes", "path"} as `datasets.Audio(decode=False)` gives. transcript: what is said, for CTC to learn from;
-    "" where nobody speaks, None where it is not known. seconds: its length where the source says so. simulated: it is
-    known by its transcript only, from which training makes what the alignment would hear
+    "" where nobody speaks, None where it is not known. described: words that say what it is like as a whole, who
+    speaks, what is heard, in no order; None where that is not known. seconds: its length where the source says so.
+    simulated: it is known by its transcript only, from which training makes what the alignment would hear
     (audiophi/training/simulated.py).
     """
 
     audio: dict | None
     transcript: str | None = None
+    described: str | None = None
     seconds: float | None = None
     simulated: bool = False
 

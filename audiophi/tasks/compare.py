@@ -5,7 +5,7 @@ from audiophi.data.example import drawing
 
 from .base import Row
 from .questions import YES_NO, Kind, Questions, words_of
-from .speaker import SEXES
+from .traits import sex_of
 from .words import CONTENT
 
 ORDER = ("the first", "the second")
@@ -69,7 +69,7 @@ class Compare(Questions):
         return next(iter([*first, *second]), None)
 
     def likeness(self, row: Row):
-        return row.label or SEXES.get((row.gender or "").lower())
+        return row.label or sex_of(row)
 
     def questions(self, row: Row):
         other = self.partner(row)
@@ -81,7 +81,7 @@ class Compare(Questions):
             if row.label != other.label:
                 asked += [SOUND_IN.ask(place, one=label, choices=ORDER)
                           for place, label in zip(ORDER, (row.label, other.label), strict=True)]  # fmt: skip
-        sexes = [SEXES.get((one.gender or "").strip().lower()) for one in (row, other)]
+        sexes = [sex_of(one) for one in (row, other)]
         if all(sexes):
             asked.append(SAME_SEX.ask("yes" if sexes[0] == sexes[1] else "no"))
         said = [words_of(one.text) if row.speech is not False else [] for one in (row, other)]

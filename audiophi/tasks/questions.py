@@ -10,6 +10,7 @@ from audiophi.data.example import Clip, Example, Question, RowError
 
 from .answer import Answer
 from .base import Row, base_example, plain, saying, silent
+from .traits import description
 
 YES_NO = (" Answer yes or no.", " Yes or no?")
 
@@ -55,8 +56,10 @@ class Questions(Answer):
     def clips(self, row: Row) -> tuple[Clip, ...]:
         """What is heard, in order."""
         if row.speech is False:
-            return silent(row.clips)
-        return saying(row.clips, row.text if row.transcript is None else row.transcript)
+            clips = silent(row.clips)
+        else:
+            clips = saying(row.clips, row.text if row.transcript is None else row.transcript)
+        return (replace(clips[0], described=description(row)),) if len(clips) == 1 else clips
 
     def example(self, row: Row) -> Example:
         clips = self.clips(row)

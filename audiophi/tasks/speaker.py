@@ -2,10 +2,8 @@
 
 from .base import Row
 from .questions import YES_NO, Kind, Questions
+from .traits import SEXES, grown_of, sex_of
 
-ADULT = 18  # years
-CHILD = 12  # between the two nobody can tell
-SEXES = {"m": "a man", "male": "a man", "man": "a man", "f": "a woman", "female": "a woman", "woman": "a woman"}
 LANGUAGES = ("English", "Spanish", "French", "Italian", "Russian", "German", "Mandarin", "Hindi")
 
 SEX = Kind(
@@ -57,15 +55,12 @@ class Speaker(Questions):
 
     def questions(self, row: Row):
         asked = []
-        years = age_of(row.age)
-        sex = SEXES.get((row.gender or "").strip().lower())
-        if sex and (years is None or years >= ADULT):
+        if sex := sex_of(row):
             other = next(name for name in SEXES.values() if name != sex)
             pair = (sex, other)
             asked += [SEX.ask(sex, choices=pair), IS_SEX.ask("yes", sex=sex), IS_SEX.ask("no", sex=other)]
-        if years is not None and (years <= CHILD or years >= ADULT):
-            grown = ("a child", "an adult") if years <= CHILD else ("an adult", "a child")
-            asked.append(GROWN.ask(grown[0], choices=grown))
+        if grown := grown_of(row):
+            asked.append(GROWN.ask(grown, choices=(grown, *({"a child", "an adult"} - {grown}))))
         if row.language:
             wrong = [other.language for other in row.others if other.language]
             wrong = [name for name in dict.fromkeys([*wrong, *LANGUAGES]) if name != row.language][:3]
@@ -74,11 +69,3 @@ class Speaker(Questions):
                 options.insert(place, row.language)
                 asked.append(LANGUAGE.ask(row.language, choices=options, options=", ".join(options)))
         return asked
-
-
-def age_of(text: str | None) -> int | None:
-    """Years from "6", "50-70" (the lower) or "6.0"; None for anything else."""
-    try:
-        return int(float((text or "").split("-")[0]))
-    except ValueError:
-        return None

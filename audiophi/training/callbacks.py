@@ -23,7 +23,7 @@ from .checkpoints import write_atomically
 from .corpus import Corpus
 from .uploads import HubUpload
 
-LOSSES = ("loss", "lm_loss", "align_loss", "sound_loss", "distill_loss")
+LOSSES = ("loss", "lm_loss", "align_loss", "sound_loss", "clip_loss", "distill_loss")
 
 
 class History:

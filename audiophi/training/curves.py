@@ -27,7 +27,7 @@ def draw_curves(entries: list[dict], path: str | Path, title: str = "") -> None:
             axis.axvspan(min(seconds), max(seconds), color="0.95" if number % 2 else "0.88", lw=0)
         losses.text(min(seconds), 1.0, f" {stage}", transform=losses.get_xaxis_transform(), va="top")
     curves = {
-        losses: ("lm_loss", "align_loss", "sound_loss", "distill_loss"),
+        losses: ("lm_loss", "align_loss", "sound_loss", "clip_loss", "distill_loss"),
         rates: ("wer", "wer_align", "listening_gap", "label_accuracy", "accuracy"),
     }
     for axis, names in curves.items():

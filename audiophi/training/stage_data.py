@@ -189,6 +189,7 @@ class StageCollator:
             mode="lm" if stage.loss == "distill" else stage.loss,
             align_tokenizer=run.align_tokenizer,
             learn_sounds=run.model.model.readout.learns_sounds,
+            describe=run.model.model.clip_tokens is not None,
             text_case=run.recipe.text_case,
             loss_on=run.recipe.loss_on,
             distill=stage.distills,

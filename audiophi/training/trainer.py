@@ -42,7 +42,7 @@ def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 # What is logged of a model's output, summed over the micro-batches of all processes.
-LOGGED = ("lm_loss", "align_loss", "sound_loss", "distill_loss", "align_skipped")
+LOGGED = ("lm_loss", "align_loss", "sound_loss", "clip_loss", "distill_loss", "align_skipped")
 
 
 class Clock:
@@ -95,7 +95,7 @@ class AudioPhiTrainer(Trainer):
         self.processor = processor
         self.stage, self.schedule, self.augment = stage, schedule, augment
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the items of the whole optimiser step
-        self.align_items_in_batch = self.distill_items_in_batch = None
+        self.align_items_in_batch = self.clip_items_in_batch = self.distill_items_in_batch = None
         self.part_norms: dict[str, float] = {}
         self._sums: dict[str, torch.Tensor] = {}
         self._summed_steps = 0
@@ -124,11 +124,11 @@ class AudioPhiTrainer(Trainer):
         return DataLoader(self.train_dataset, batch_sampler=self.schedule, **options)
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        counts = [[taught_clips(batch), distilled_tokens(batch)] for batch in batch_samples]
+        counts = [[taught_clips(batch), described_clips(batch), distilled_tokens(batch)] for batch in batch_samples]
         counts = torch.tensor(counts, device=device).sum(0, keepdim=True)
         if self.args.world_size > 1:
             counts = self.accelerator.gather(counts).sum(0, keepdim=True)
-        self.align_items_in_batch, self.distill_items_in_batch = counts[0].clamp(min=1)
+        self.align_items_in_batch, self.clip_items_in_batch, self.distill_items_in_batch = counts[0].clamp(min=1)
         if self.guard is not None:
             self.guard.batches = batch_samples
         self._micro_losses = []
@@ -137,8 +137,8 @@ class AudioPhiTrainer(Trainer):
     # ---- loss --------------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Sum of losses divided by the labelled tokens (lm), the clips (align) and the tokens that a teacher has
-        (distill) of the whole optimiser step, over all ranks."""
+        """Sum of losses divided by the labelled tokens (lm), the clips (align, descriptions) and the tokens that a
+        teacher has (distill) of the whole optimiser step, over all ranks."""
         self._evaluate_frozen_parts()
         inputs = dict(inputs)
         if (seeds := inputs.pop("augment_seeds", None)) is not None:
@@ -148,6 +148,7 @@ class AudioPhiTrainer(Trainer):
             **inputs,
             num_items_in_batch=num_items_in_batch,
             align_items_in_batch=self.align_items_in_batch,
+            clip_items_in_batch=self.clip_items_in_batch,
             align_loss_weight=self.stage.align_weight,
             **self._distilling(),
         )
@@ -174,7 +175,7 @@ class AudioPhiTrainer(Trainer):
     def measure_loss(self, batch: dict) -> torch.Tensor:
         """Loss of one micro-batch outside of training, in the stage's precision; nothing is recorded."""
         batch = self._prepare_inputs(batch)
-        self.align_items_in_batch = self.distill_items_in_batch = None
+        self.align_items_in_batch = self.clip_items_in_batch = self.distill_items_in_batch = None
         with self.compute_loss_context_manager():
             loss = self.compute_loss(self.model, batch)
         self._sums, self._micro_losses = {}, []
@@ -357,6 +358,11 @@ def taught_clips(batch: dict) -> int:
     if "sound_labels" in batch:
         taught = taught | (batch["sound_labels"] >= 0).any(1)
     return int(taught.sum())
+
+
+def described_clips(batch: dict) -> int:
+    """How many of a batch's clips have a description for the clip tokens."""
+    return int((batch["clip_labels"] >= 0).any(1).sum()) if "clip_labels" in batch else 0
 
 
 def distilled_tokens(batch: dict) -> int:
