@@ -341,6 +341,7 @@ class AudioPhiForConditionalGeneration(
         cache=None,
         inputs_embeds=None,
         labels=None,
+        label_weights=None,
         align_labels=None,
         sound_labels=None,
         clip_labels=None,
@@ -369,7 +370,8 @@ class AudioPhiForConditionalGeneration(
         """Losses and logits, an `AudioPhiOutput`.
 
         `labels` (B, L) with -100 where nothing is to be predicted: the head runs at labelled positions only, and
-        logits are not returned unless `return_logits=True`. `align_labels` (C, S): LLM token ids of each clip's
+        logits are not returned unless `return_logits=True`. `label_weights` (B, L): what each counts in `lm_loss`.
+        `align_labels` (C, S): LLM token ids of each clip's
         transcript, -100 padded, NO_TARGET first where there is none, simulated clips left out; without input_ids the
         language model is not run at all, and align_logits are returned only with `return_logits=True`. `sound_labels`
         (C, S): likewise the words that describe each clip, in any order, for a readout that `learns_sounds`; all -100
@@ -378,8 +380,8 @@ class AudioPhiForConditionalGeneration(
         `teacher_input_ids`, `teacher_attention_mask`, `teacher_labels` (B, L'), beside `labels`: the same chats with
         transcripts in the place of clips, and the same tokens labelled, or none in a row without a teacher; their loss
         is `kl_divergence` at `distill_temperature`, with `distill_only` the only one of the labels.
-        `num_items_in_batch` (labelled tokens), `align_items_in_batch`, `clip_items_in_batch` (clips) and
-        `distill_items_in_batch` (tokens that the teacher has labelled) divide the summed losses under gradient
+        `num_items_in_batch` (labelled tokens, or their weights), `align_items_in_batch`, `clip_items_in_batch` (clips)
+        and `distill_items_in_batch` (tokens that the teacher has labelled) divide the summed losses under gradient
         accumulation. `augment`: (hidden, mask) -> hidden, changes the encoder's output.
 
         Raises ValueError for a teacher without labels, or with other labelled tokens than they have, and for
@@ -431,7 +433,11 @@ class AudioPhiForConditionalGeneration(
                 labelled = targets != -100
                 logits = self.compute_logits(hidden[labelled])  # once, for both losses
                 if not distill_only:
-                    output.lm_loss = output.loss = self._lm_loss(logits, targets[labelled], num_items_in_batch)
+                    weights = label_weights
+                    if weights is not None:
+                        weights = nn.functional.pad(weights, (0, 1))[:, 1:].to(logits.device)[labelled]
+                    output.lm_loss = self._lm_loss(logits, targets[labelled], num_items_in_batch, weights)
+                    output.loss = output.lm_loss
                 if teacher_input_ids is not None:
                     read = next_tokens(teacher_labels).to(targets.device)
                     teacher = (teacher_input_ids, teacher_attention_mask, read)
@@ -475,10 +481,13 @@ class AudioPhiForConditionalGeneration(
         loss = self.model.clip_tokens.description_loss(audio.clips, clip_labels, table)
         return loss / ((clip_labels >= 0).any(1).sum().clamp(min=1) if num_items is None else num_items)
 
-    def _lm_loss(self, logits, targets, num_items_in_batch):
-        """Cross-entropy of the labelled tokens: `logits` (tokens, vocabulary), `targets` (tokens,)."""
+    def _lm_loss(self, logits, targets, num_items_in_batch, weights=None):
+        """Cross-entropy of the labelled tokens: `logits` (tokens, vocabulary), `targets`, `weights` (tokens,)."""
         if not len(targets):
             return logits.sum() * 0.0
+        if weights is not None:
+            losses = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+            return (losses * weights).sum() / (weights.sum() if num_items_in_batch is None else num_items_in_batch)
         return self.loss_function(
             logits=logits,
             labels=None,

@@ -238,6 +238,24 @@ def collate_stage():
     return Stage(name="a", loss="lm", noise=0.1, steps=1)
 
 
+def test_a_short_answer_may_count_as_much_as_a_long_one(processor, make_tiny_model, examples):
+    model, _ = make_tiny_model()
+    plain = AudioPhiCollator(processor, "lm")(examples)
+    for power, worth in ((1.0, lambda n: 1.0), (0.5, lambda n: n**0.5)):
+        batch = AudioPhiCollator(processor, "lm", length_normalization=power)(examples)
+        weights = batch["label_weights"] * (batch["labels"] >= 0)
+        counts = (batch["labels"] >= 0).sum(1).tolist()
+        assert len(set(counts)) > 1
+        assert weights.sum(1).tolist() == pytest.approx([worth(n) for n in counts])
+        losses = []
+        for row in range(len(examples)):
+            alone = AudioPhiCollator(processor, "lm")(examples[row : row + 1])
+            losses.append(model(**alone).loss.item())
+        expected = sum(worth(n) * loss for n, loss in zip(counts, losses, strict=True)) / sum(map(worth, counts))
+        assert model(**batch).loss.item() == pytest.approx(expected, rel=1e-4)
+        assert model(**plain).loss.item() != pytest.approx(expected, rel=1e-4)
+
+
 def test_descriptions_of_clips_are_words_of_the_llm(processor, examples):
     """One row per clip, in order, also where nothing is known of it; and none where nobody learns them."""
     known = [{**item, "described": [text]} for item, text in zip(examples, ["woman adult", None], strict=False)]

@@ -68,6 +68,8 @@ class AudioPhiCollator:
         padding_side: of the text.
         text_case: see `normalise_transcript`; of CTC's targets.
         loss_on: which of the assistant's turns are learned, "all" or the "last".
+        length_normalization: an answer of n tokens counts n ** (1 - this) in the loss, so that a yes is not drowned by
+            transcripts: 0.5 as InternVL 2.5 weighs (https://arxiv.org/abs/2412.05271), 0: not weighed.
         distill: beside the prompts that are heard, make those that the teacher of the loss distill reads.
         context: tokens that the LLM can read, None: any number; a teacher's longer prompt is left out.
     """
@@ -80,6 +82,7 @@ class AudioPhiCollator:
     padding_side: str = "right"
     text_case: str = "lower"
     loss_on: str = "all"
+    length_normalization: float = 0.0
     distill: bool = False
     context: int | None = None
 
@@ -97,7 +100,8 @@ class AudioPhiCollator:
         """
         Returns:
             audio inputs as from `processor.pad_audio`, where there are clips; in mode lm or both `input_ids`,
-            `attention_mask`, `labels` (batch, length), -100 except on the assistant's words and the end token; in mode
+            `attention_mask`, `labels` (batch, length), -100 except on the assistant's words and the end token, with
+            length_normalization `label_weights` (batch, length) of these; in mode
             align or both `align_labels` (clips, targets), padded with -100, NO_TARGET first for a clip that CTC learns
             nothing from, and with learn_sounds `sound_labels` likewise, empty for a clip without. Simulated clips have
             no frames, hence no row in either. With distill `teacher_input_ids`, `teacher_attention_mask`,
@@ -180,6 +184,8 @@ class AudioPhiCollator:
         if self.loss_on == "last":
             spoken = last_run(spoken)
         batch["labels"] = batch["input_ids"].masked_fill(~spoken, IGNORED)
+        if self.length_normalization:
+            batch["label_weights"] = run_lengths(spoken).float() ** -self.length_normalization
         return batch
 
 
@@ -215,8 +221,19 @@ def as_windows(clip: dict) -> dict:
     }
 
 
+def run_numbers(mask: torch.Tensor) -> torch.Tensor:
+    """Of `mask` (B, L) how many stretches have begun."""
+    return (mask & ~torch.nn.functional.pad(mask, (1, 0))[:, :-1]).long().cumsum(1)
+
+
 def last_run(mask: torch.Tensor) -> torch.Tensor:
     """Of `mask` (B, L) the last stretch of each row."""
-    begins = mask & ~torch.nn.functional.pad(mask, (1, 0))[:, :-1]
-    number = begins.long().cumsum(1)
+    number = run_numbers(mask)
     return mask & (number == number.amax(1, keepdim=True))
+
+
+def run_lengths(mask: torch.Tensor) -> torch.Tensor:
+    """How long the stretch of `mask` (B, L) is that each place lies in; 1 outside."""
+    number = run_numbers(mask) * mask
+    counts = torch.zeros_like(number).scatter_add_(1, number, mask.long())
+    return counts.gather(1, number).masked_fill(~mask, 1)

@@ -118,6 +118,10 @@ def check(recipe: "Recipe") -> None:
             f"{at}.tune: the align loss reaches encoder and adapter only (and readout mixed), and they are frozen",
         )
         refuse(
+            not 0 <= stage.length_normalization <= 1,
+            f"{at}.length_normalization must be from 0 to 1, got {stage.length_normalization:g}",
+        )
+        refuse(
             stage.distill_weight < 0, f"{at}.distill_weight must be 0 or more, got {stage.distill_weight:g}"
         )
         refuse(

@@ -192,6 +192,7 @@ class StageCollator:
             describe=run.model.model.clip_tokens is not None,
             text_case=run.recipe.text_case,
             loss_on=run.recipe.loss_on,
+            length_normalization=stage.length_normalization,
             distill=stage.distills,
             context=getattr(run.model.config.text_config, "max_position_embeddings", None),
         )

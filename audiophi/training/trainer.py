@@ -132,7 +132,10 @@ class AudioPhiTrainer(Trainer):
         if self.guard is not None:
             self.guard.batches = batch_samples
         self._micro_losses = []
-        return super()._get_num_items_in_batch(batch_samples, device)
+        if "label_weights" not in batch_samples[0]:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        weights = sum((batch["label_weights"] * (batch["labels"] >= 0))[:, 1:].sum() for batch in batch_samples)
+        return self.accelerator.reduce(weights.to(device), "sum")
 
     # ---- loss --------------------------------------------------------------------------------------------------------
 
