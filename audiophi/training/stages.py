@@ -262,7 +262,7 @@ def training_arguments(recipe: Recipe, stage: Stage, number: int, folder: Path) 
     if stage.gradient_checkpointing:  # transformers renamed it in 5.x
         new, old = "activation_checkpointing", "gradient_checkpointing"
         checkpointing = {new if new in TrainingArguments.__dataclass_fields__ else old: True}
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=stage.batch_size or 1,
         gradient_accumulation_steps=stage.grad_accum,
@@ -291,6 +291,11 @@ def training_arguments(recipe: Recipe, stage: Stage, number: int, folder: Path) 
         seed=recipe.seed + number,
         logging_nan_inf_filter=False,  # a NaN must be seen
     )
+    if (gpus := arguments.n_gpu) > 1:
+        # Trainer would make it an nn.DataParallel, which cannot cut batches of clips and windows into parts.
+        arguments._n_gpu = 1
+        say(f"stage {stage.name}: one of {gpus} GPUs is used; `accelerate launch train.py RECIPE` uses all {gpus}")
+    return arguments
 
 
 def finish_stage(run: Run, stage: Stage, trainer: AudioPhiTrainer) -> None:
