@@ -179,7 +179,7 @@ class AudioPhiTrainer(Trainer):
         """Loss of one micro-batch outside of training, in the stage's precision; nothing is recorded."""
         batch = self._prepare_inputs(batch)
         self.align_items_in_batch = self.distill_items_in_batch = None
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():  # what train() will put around the model's forward
             loss = self.compute_loss(self.model, batch)
         self._sums, self._micro_losses = {}, []
         return loss
