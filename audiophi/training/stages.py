@@ -246,6 +246,7 @@ def train_stage(run: Run, number: int) -> None:
         run.say(f"  resuming at step {checkpoint.name.rpartition('-')[2]}")
     with run.signals.deferred():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.release()
         if trainer.state.global_step >= trainer.state.max_steps:
             finish_stage(run, stage, trainer)
         else:
@@ -258,10 +259,6 @@ def training_arguments(recipe: Recipe, stage: Stage, number: int, folder: Path) 
     precision, why = fast_precision(stage.precision, device.type)
     if why:
         say(f"stage {stage.name}: precision {precision} instead of {stage.precision}: {why}")
-    checkpointing = {}
-    if stage.gradient_checkpointing:  # transformers renamed it in 5.x
-        new, old = "activation_checkpointing", "gradient_checkpointing"
-        checkpointing = {new if new in TrainingArguments.__dataclass_fields__ else old: True}
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=stage.batch_size or 1,
@@ -276,7 +273,6 @@ def training_arguments(recipe: Recipe, stage: Stage, number: int, folder: Path) 
         use_cpu=not torch.accelerator.is_available(),  # unsaid, Trainer refuses bf16 on a CPU
         bf16=precision == "bf16",
         fp16=precision == "fp16",
-        **checkpointing,
         logging_steps=recipe.logging_steps,
         logging_first_step=True,
         save_strategy="steps",
