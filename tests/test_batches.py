@@ -62,10 +62,19 @@ def test_batches_group_lengths_and_respect_seconds():
     assert padding(list(BatchSchedule(SECONDS, epochs=1, batch_size=8))) < 0.35  # random batches of 8: about 0.75
     batches = list(BatchSchedule(SECONDS, epochs=2, batch_seconds=50.0))
     assert max(len(b) * max(SECONDS[d.row] for d in b) for b in batches) <= 50.0
-    schedule = BatchSchedule(SECONDS, epochs=1, batch_size=8)
-    costs = [len(b) * max(SECONDS[d.row] for d in b) for b in schedule]
-    longest, median = (len(b) * max(SECONDS[d.row] for d in b) for b in (schedule.longest(), schedule.median()))
-    assert longest == max(costs) and sorted(costs)[len(costs) // 2] == median
+
+
+def test_the_batches_that_are_measured_are_the_largest_and_some_of_all():
+    tokens = list(np.random.default_rng(1).integers(1, 900, size=len(SECONDS)))  # long answers about short clips
+    schedule = BatchSchedule(SECONDS, epochs=1, batch_size=8, tokens=tokens)
+    batches = list(schedule)
+    longest, wordiest = schedule.largest()
+    assert schedule.padded(longest)[0] == max(len(b) * max(SECONDS[d.row] for d in b) for b in batches)
+    assert schedule.padded(wordiest)[1] == max(len(b) * max(tokens[d.row] for d in b) for b in batches)
+    sample = schedule.sample()
+    assert len(sample) == 4 and all(batch in batches for batch in sample) and sample == schedule.sample()
+    assert len(BatchSchedule(SECONDS, epochs=1, batch_size=8).largest()) == 1, "without text one batch is both"
+    assert len(BatchSchedule(SECONDS[:2], steps=1, batch_size=8).sample()) == 1
 
 
 def test_mixture_weights_and_speeds():

@@ -81,19 +81,24 @@ class BatchSchedule(Sampler[list[Draw]]):
                 done += 1
             epoch += 1
 
-    def longest(self) -> list[Draw]:
-        """The micro-batch with the most padded seconds in the first pass: what memory must hold."""
-        batches = [batch for step in self._epoch(0) for batch in self._micro_batches(step)]
-        return max(batches, key=self._cost)
+    def largest(self) -> list[list[Draw]]:
+        """The micro-batches with the most padded seconds and with the most padded text in the first pass (often one
+        that is both): what memory must hold."""
+        batches = self._first_pass()
+        found = [max(batches, key=lambda batch: self.padded(batch)[:: step]) for step in (1, -1)]
+        return found[: 1 + (found[0] != found[1])]
 
-    def median(self) -> list[Draw]:
-        """A micro-batch of median cost in the first pass, to time a step."""
-        batches = [batch for step in self._epoch(0) for batch in self._micro_batches(step)]
-        batches.sort(key=self._cost)
-        return batches[len(batches) // 2]
+    def sample(self, count: int = 4) -> list[list[Draw]]:
+        """Micro-batches from random places of the first pass, to time a step."""
+        batches = self._first_pass()
+        chosen = np.random.default_rng(self.seed).permutation(len(batches))[:count]
+        return [batches[index] for index in chosen]
 
-    def _cost(self, batch: list[Draw]) -> tuple[float, int]:
-        """Padded seconds, then padded tokens of text."""
+    def _first_pass(self) -> list[list[Draw]]:
+        return [batch for step in self._epoch(0) for batch in self._micro_batches(step)]
+
+    def padded(self, batch: list[Draw]) -> tuple[float, int]:
+        """Padded seconds of audio and padded tokens of text."""
         tokens = len(batch) * max(int(self.tokens[draw.row]) for draw in batch)
         return len(batch) * max(self._length(draw) for draw in batch), tokens
 

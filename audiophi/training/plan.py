@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils.memory import should_reduce_batch_size
 
 from .batches import BatchSchedule
 from .build import PARTS, part_of
@@ -16,6 +17,7 @@ from .callbacks import duration, preserved_random_state
 from .checkpoints import write_atomically
 from .corpus import Corpus
 from .prompt_room import PromptRoom
+from .recipe import RecipeError, Stage
 
 
 def parameter_table(model: torch.nn.Module) -> list[tuple[str, int, int]]:
@@ -55,23 +57,31 @@ def token_rate(room: PromptRoom, corpus: Corpus, sampled: int = 200) -> dict[str
 
 
 def measure_step(model, schedule: BatchSchedule, batch_of: Callable[[list], dict], trainer) -> tuple[float, float]:
-    """Runs the longest micro-batch (does it fit?) and times a median one -> (seconds per optimiser step, peak memory,
-    bytes).
+    """Runs the largest micro-batches (do they fit?) and times some from all over the schedule -> (seconds per optimiser
+    step, peak memory, bytes).
 
-    `batch_of`: Draws -> a collated batch. Nothing is learned: gradients are dropped and random states restored.
+    `batch_of`: Draws -> a collated batch. Nothing is learned: gradients are dropped and random states restored. Raises
+    RecipeError where memory is too small.
     """
     on_gpu = model.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     was_training = model.training
     model.train()
+    largest, sample = schedule.largest(), schedule.sample()
     with preserved_random_state():
-        for draws in (schedule.longest(), schedule.median()):
-            start = time.perf_counter()
-            trainer.measure_loss(batch_of(draws)).backward()
+        for number, draws in enumerate(largest + sample):
+            if number == len(largest):
+                start = time.perf_counter()
+            try:
+                trainer.measure_loss(batch_of(draws)).backward()
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                raise RecipeError(does_not_fit(trainer.stage, len(draws), *schedule.padded(draws))) from error
             if on_gpu:
                 torch.cuda.synchronize()
-            spent = time.perf_counter() - start
+        spent = (time.perf_counter() - start) / len(sample)
     model.zero_grad(set_to_none=True)
     model.train(was_training)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -80,6 +90,16 @@ def measure_step(model, schedule: BatchSchedule, batch_of: Callable[[list], dict
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return spent * schedule.grad_accum, peak + 8 * trained  # AdamW keeps two float32 values per weight
+
+
+def does_not_fit(stage: Stage, clips: int, seconds: float, tokens: int) -> str:
+    keys = {key: getattr(stage, key) for key in ("batch_seconds", "batch_tokens", "batch_size")}
+    given = " or ".join(f"{key} ({value:g})" for key, value in keys.items() if value is not None)
+    return (
+        f"stage {stage.name}: memory is too small for a batch of {clips} rows, padded {seconds:.0f} s of audio and "
+        f"{tokens:,} tokens of text; lower {given} and raise grad_accum ({stage.grad_accum}) as much"
+        + ("" if stage.gradient_checkpointing else ", or set gradient_checkpointing: true")
+    )
 
 
 def steps_in_time(minutes: float, steps: int, seconds_per_step: float | None, path: Path) -> int:

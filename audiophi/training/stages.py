@@ -244,6 +244,7 @@ def train_stage(run: Run, number: int) -> None:
         run.say(f"  resuming at step {checkpoint.name.rpartition('-')[2]}")
     with run.signals.deferred():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        trainer.release()
         if trainer.state.global_step >= trainer.state.max_steps:
             finish_stage(run, stage, trainer)
         else:
@@ -256,11 +257,7 @@ def training_arguments(recipe: Recipe, stage: Stage, number: int, folder: Path) 
     precision, why = fast_precision(stage.precision, device.type)
     if why:
         say(f"stage {stage.name}: precision {precision} instead of {stage.precision}: {why}")
-    checkpointing = {}
-    if stage.gradient_checkpointing:  # transformers renamed it in 5.x
-        new, old = "activation_checkpointing", "gradient_checkpointing"
-        checkpointing = {new if new in TrainingArguments.__dataclass_fields__ else old: True}
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=stage.batch_size or 1,
         gradient_accumulation_steps=stage.grad_accum,
@@ -274,7 +271,6 @@ def training_arguments(recipe: Recipe, stage: Stage, number: int, folder: Path) 
         use_cpu=not torch.accelerator.is_available(),  # unsaid, Trainer refuses bf16 on a CPU
         bf16=precision == "bf16",
         fp16=precision == "fp16",
-        **checkpointing,
         logging_steps=recipe.logging_steps,
         logging_first_step=True,
         save_strategy="steps",
@@ -289,6 +285,11 @@ def training_arguments(recipe: Recipe, stage: Stage, number: int, folder: Path) 
         seed=recipe.seed + number,
         logging_nan_inf_filter=False,  # a NaN must be seen
     )
+    if (gpus := arguments.n_gpu) > 1:
+        # Trainer would make it an nn.DataParallel, which cannot cut batches of clips and windows into parts.
+        arguments._n_gpu = 1
+        say(f"stage {stage.name}: one of {gpus} GPUs is used; `accelerate launch train.py RECIPE` uses all {gpus}")
+    return arguments
 
 
 def finish_stage(run: Run, stage: Stage, trainer: AudioPhiTrainer) -> None:

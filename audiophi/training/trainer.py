@@ -41,6 +41,7 @@ def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         if name in buffers or (name in parameters and parameters[name].requires_grad)
     }
 
+
 # What is logged of a model's output, summed over the micro-batches of all processes.
 LOGGED = ("lm_loss", "align_loss", "sound_loss", "clip_loss", "distill_loss", "align_skipped")
 
@@ -104,6 +105,16 @@ class AudioPhiTrainer(Trainer):
         self._last_saved = time.monotonic()
         self.stop_requested = self.save_is_due = False
         self.clock = Clock()
+        if stage.gradient_checkpointing:  # here, not by Trainer, so that a measured step has it, too
+            switch_checkpointing(self.model, "enable")
+
+    def release(self) -> None:
+        """Takes off the model what this stage put around it, so that the next one finds it as a resumed run would."""
+        if self.stage.gradient_checkpointing:
+            switch_checkpointing(self.model, "disable")
+        # autocast; accelerate's own unwrap_model takes off can_return_tuple, too
+        vars(self.model).pop("forward", None)
+        vars(self.model).pop("_original_forward", None)
 
     # ---- data --------------------------------------------------------------------------------------------------------
 
@@ -179,20 +190,22 @@ class AudioPhiTrainer(Trainer):
         """Loss of one micro-batch outside of training, in the stage's precision; nothing is recorded."""
         batch = self._prepare_inputs(batch)
         self.align_items_in_batch = self.clip_items_in_batch = self.distill_items_in_batch = None
-        with self.compute_loss_context_manager():
+        with self.accelerator.autocast():  # what train() will put around the model's forward
             loss = self.compute_loss(self.model, batch)
         self._sums, self._micro_losses = {}, []
         return loss
 
     def _evaluate_frozen_parts(self) -> None:
-        """Frozen parts run without dropout (gradient checkpointing needs the training mode, so then they keep it)."""
-        if self.stage.gradient_checkpointing:
-            return
+        """Frozen parts run without dropout."""
         model = self.accelerator.unwrap_model(self.model)
         if self.stage.tune.encoder == "frozen":
             model.model.audio_tower.eval()
         if self.stage.tune.llm == "frozen":
             model.model.language_model.eval()
+            if self.stage.gradient_checkpointing:
+                for layer in model.model.language_model.modules():
+                    # What is checkpointed must be in training mode itself; what it consists of, with dropout, need not.
+                    layer.training = getattr(layer, "gradient_checkpointing", False)
 
     def floating_point_ops(self, inputs):
         """Not estimated: the Trainer's formula knows text only."""
@@ -225,12 +238,13 @@ class AudioPhiTrainer(Trainer):
     def _clip_grad_norm(self, model):
         if self.plain is not None:
             average_gradients(self.model)
+        self.accelerator.unscale_gradients()  # fp16; it may be done once only, so accelerate cannot clip any more
         self._summed_steps += 1
         step = self.state.global_step + 1
         if step == 1 or step % self.args.logging_steps == 0:
             self.part_norms = gradient_norms(self.accelerator.unwrap_model(model))
         if self.plain is None:
-            norm = super()._clip_grad_norm(model)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
         else:
             norm = clip_gradients(self.model, self.args.max_grad_norm)
         self._agree(norm)
@@ -351,6 +365,12 @@ class AudioPhiTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         load_trainable(model, load_file(os.path.join(resume_from_checkpoint, WEIGHTS_NAME)))
         self.clock.seconds = read_marker(Path(resume_from_checkpoint))["seconds"]
+
+
+def switch_checkpointing(model, to: str) -> None:
+    """`to`: "enable" or "disable"; transformers renamed it in 5.x."""
+    new, old = f"activation_checkpointing_{to}", f"gradient_checkpointing_{to}"
+    getattr(model, new if hasattr(model, new) else old)()
 
 
 def taught_clips(batch: dict) -> int:
