@@ -1,12 +1,14 @@
 """The cache of encoder outputs: exact round trip, interruptions, damage, fingerprints."""
 
 import json
+import subprocess
+import sys
 
-import numpy as np
 import pytest
 import torch
 
 from audiophi.training.feature_cache import FeatureCache, clip_key, fingerprint_of, hash_audio, hash_weights
+from tests.tiny_runs import ENVIRONMENT
 
 
 def clip(seed, *lengths, dim=6):
@@ -37,7 +39,7 @@ def test_float16_is_close_and_range_is_checked(tmp_path):
         cache.put("b", [torch.full((2, 6), 1e5)])
 
 
-def test_interrupted_and_damaged_shards_are_made_again(tmp_path):
+def test_interrupted_and_damaged_shards_are_made_again(tmp_path, caplog):
     cache = FeatureCache(tmp_path, {}, "float32", shard_bytes=1)
     cache.put("whole", clip(0, 4))
     cache.put("damaged", clip(1, 4))
@@ -48,6 +50,7 @@ def test_interrupted_and_damaged_shards_are_made_again(tmp_path):
     (cache.folder / "deadbeef.json.x.partial").write_bytes(b"[")
     again = FeatureCache(tmp_path, {}, "float32")
     assert "whole" in again and "damaged" not in again and len(again) == 1
+    assert f"{array} and {array.stem}.json are damaged" in caplog.text and not array.exists()
     again.put("damaged", clip(1, 4))
     again.flush()
     assert "damaged" in FeatureCache(tmp_path, {}, "float32")
@@ -76,8 +79,39 @@ def test_audio_key_is_content_and_speed(tmp_path):
     assert hash_audio(path) != hash_audio(b"sound" * 1000)
 
 
-def test_arrays_are_memory_mapped(tmp_path):
-    cache = FeatureCache(tmp_path, {}, "float16")
-    cache.put("a", clip(0, 4))
-    cache.flush()
-    assert all(isinstance(array, np.memmap) for array in cache._open.values())
+def test_more_shards_than_file_descriptors(tmp_path):
+    """In a process of its own: the limit is the whole process's."""
+    code = """
+import logging, resource, sys, torch
+from audiophi.training.feature_cache import FeatureCache
+cache = FeatureCache(sys.argv[1], {}, "float32", shard_bytes=1)
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+for number in range(300):
+    cache.put(f"clip{number}", [torch.full((2, 3), float(number))])
+again = FeatureCache(sys.argv[1], {}, "float32")
+assert len(again) == len(list(again.folder.glob("*.npy"))) == 300
+assert all(float(c.get(f"clip{n}")[0].sum()) == 6 * n for n in range(300) for c in (cache, again))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_cannot_be_read_now_is_not_removed(tmp_path, caplog):
+    """A directory in the place of a file stands for a share that is away: opening it is an OSError."""
+    cache = FeatureCache(tmp_path, {}, "float32", shard_bytes=1)
+    cache.put("away", clip(0, 4))
+    (array,) = cache.folder.glob("*.npy")
+    array.rename(tmp_path / "kept.npy")
+    array.mkdir()
+    assert "away" not in FeatureCache(tmp_path, {}, "float32")
+    assert array.exists() and array.with_suffix(".json").exists() and "cannot be read" in caplog.text
+    with pytest.raises(OSError, match=array.name):
+        cache.get("away")
+    array.rmdir()
+    (tmp_path / "kept.npy").rename(array)
+    assert torch.equal(FeatureCache(tmp_path, {}, "float32").get("away")[0], clip(0, 4)[0])
+
+
+def test_a_clip_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(OSError, match="lacks the encoder's outputs of clip other@1"):
+        FeatureCache(tmp_path, {}).get("other@1")

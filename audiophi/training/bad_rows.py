@@ -23,6 +23,7 @@ class BadRows:
         if PartialState().is_main_process:
             self.path.write_text("")
         self.reasons: dict[tuple[str, int], str] = {}
+        self._listed, self._read = set(), 0  # lines of the list, also those of other processes; bytes of it read
         self.expected: set[tuple[str, int]] = set()
 
     def __len__(self) -> int:
@@ -38,11 +39,17 @@ class BadRows:
             self.expected.add((source, number))
         told = {"id": row_id, "source": source, "row": number, "reason": reason}
         line = json.dumps(told, ensure_ascii=False)
-        line = line.encode("utf-8", "backslashreplace").decode()  # a file's name need not be UTF-8
-        listed = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        if line not in listed:  # other processes and data loader workers write to the same list
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        line = line.encode("utf-8", "backslashreplace") + b"\n"  # a file's name need not be UTF-8
+        with open(self.path, "a+b") as file:
+            # Other processes and data loader workers write to the same list: what is new in it is read.
+            file.seek(self._read)
+            for written in file:
+                if not written.endswith(b"\n"):
+                    break
+                self._listed.add(written)
+                self._read += len(written)
+            if line not in self._listed:
+                file.write(line)
         if not expected and self.total and len(self) > self.max_share * self.total:
             raise TooManyBadRows(
                 f"{len(self)} of {self.total} rows cannot be used, more than data.max_bad_rows = {self.max_share:g} "

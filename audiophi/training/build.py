@@ -15,13 +15,16 @@ from modeling_audiophi.readouts import READOUTS
 from processing import AudioPhiProcessor
 
 from .recipe import Lora, Recipe, RecipeError, Stage
+from .recipe_checks import check_start
 
 PARTS = ("encoder", "adapter", "llm")
 
 
 def build_processor(recipe: Recipe) -> AudioPhiProcessor:
-    """The processor alone: enough to read the texts that decide the alignment vocabulary."""
+    """The processor alone: enough to read the texts that decide the alignment vocabulary. RecipeError where the recipe
+    contradicts the checkpoint that it starts from."""
     if recipe.init_from is not None:
+        check_start(recipe, AudioPhiConfig.from_pretrained(recipe.init_from))
         return AudioPhiProcessor.from_pretrained(recipe.init_from)
     components = recipe.components
     return AudioPhiProcessor.from_components(

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 
+from modeling_audiophi import AudioPhiConfig
 from processing.audio_io import AudioError
 
 from .bad_rows import BadRows
@@ -19,9 +20,10 @@ from .feature_cache import FeatureCache, fingerprint_of, hash_weights
 from .recipe import Recipe, RecipeError, Source, Stage, recipe_from_dict, recipe_to_dict
 
 
-def uses_cache(recipe: Recipe, stage: Stage) -> bool:
-    """Whether a stage reads encoder outputs from the disk: not with a tuned encoder or a learned layer mix."""
-    return recipe.cache and stage.tune.encoder == "frozen" and recipe.encoder_layer != "mix"
+def uses_cache(recipe: Recipe, stage: Stage, encoder_layer: str | int) -> bool:
+    """Whether a stage reads encoder outputs from the disk: not with a tuned encoder, nor where the model's
+    `encoder_layer` is a learned mix."""
+    return recipe.cache and stage.tune.encoder == "frozen" and encoder_layer != "mix"
 
 
 def encoder_name(audio_config) -> str:
@@ -39,7 +41,7 @@ def open_cache(recipe: Recipe, model, processor) -> tuple[FeatureCache, Callable
     fingerprint = fingerprint_of(
         weights=hash_weights(tower),
         encoder=encoder_name(model.config.audio_config),
-        layer=recipe.encoder_layer,
+        layer=model.config.encoder_layer,
         window_frames=processor.window_frames,
         features=features,
     )
@@ -145,18 +147,20 @@ def cached_sources(recipe: Recipe) -> list[Source]:
 
     Raises RecipeError where there is no such stage.
     """
+    start = recipe.init_from
+    layer = recipe.encoder_layer if start is None else AudioPhiConfig.from_pretrained(start).encoder_layer
     found: dict[str, Source] = {}
     for stage in recipe.stages:
         if stage.tune.encoder != "frozen":
             break  # the stages after it have another encoder
-        if uses_cache(recipe, stage):
+        if uses_cache(recipe, stage, layer):
             real = [source for source in stage.data or recipe.data.train if source.heard != "simulated"]
             found |= {json.dumps(asdict(source)): source for source in real}
     if recipe.data.streaming or not found:
         reason = {
             "data.streaming: true": recipe.data.streaming,
             "cache: false": not recipe.cache,
-            "encoder_layer: mix": recipe.encoder_layer == "mix",
+            "encoder_layer: mix": layer == "mix",
         }
         named = next((key for key, holds in reason.items() if holds), "stages.0.tune.encoder")
         raise RecipeError(f"{named}: this recipe trains on no cached encoder outputs, so there is nothing to build")
@@ -213,8 +217,8 @@ def build_cache(recipe: Recipe, shard: int = 0, shards: int = 1, num_proc: int =
     bad_rows = str(Path(recipe.output_dir) / f"bad_rows_cache_{shard}_of_{shards}.jsonl")
     encoder_of.cache_clear()
     corpus_of.cache_clear()
-    corpus = corpus_of(told, bad_rows)
     _, cache, _ = encoder_of(told)
+    corpus = corpus_of(told, bad_rows)
     by_length = sorted(range(len(corpus)), key=lambda number: corpus.rows[number].seconds)
     mine = by_length[shard::shards]
     if mine:

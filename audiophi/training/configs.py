@@ -44,6 +44,8 @@ def recipe_config(recipe: Recipe, align_vocab: int, audio_config=None, text_conf
 
     `audio_config`, `text_config` replace the components' own. Raises ValueError for what does not fit together.
     """
+    if recipe.init_from is not None:
+        return AudioPhiConfig.from_pretrained(recipe.init_from)
     components = recipe.components
     audio_config = audio_config or component_config(components.audio, components.audio_revision)
     text_config = text_config or component_config(components.text, components.text_revision)

@@ -1,10 +1,12 @@
 """On-disk cache of a frozen audio encoder's outputs, so that epochs after the first do not run the encoder.
 
 Layout: `<cache_dir>/<fingerprint>/` holds `fingerprint.json` and pairs `<shard>.npy` (frames of many clips, (frames,
-D), memory mapped when read) and `<shard>.json` (which clip lies where). A shard counts only once its `.json` is
-there, and both files are
+D)) and `<shard>.json` (which clip lies where). A shard counts only once its `.json` is there, and both files are
 written under another name and renamed: a process killed at any moment leaves a valid cache that the next run
 completes. Shard names are random, so several processes may fill one cache.
+
+A shard is opened for each clip that is read: draws are in random order, so that no file would be read twice soon, and
+descriptors are fewer than the shards of a large cache.
 
 The fingerprint covers all that determines the features: the encoder's weights, its layer, the feature extractor's
 settings, the dtype. A clip's key covers its audio bytes and the speed factor. So nothing is ever stale, and deleting
@@ -13,14 +15,18 @@ the folder is always safe.
 
 import hashlib
 import json
+import logging
 import os
 import uuid
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from processing.audio_io import check_file
+
+logger = logging.getLogger(__name__)
 
 
 def fingerprint_of(**parts) -> dict:
@@ -55,6 +61,16 @@ def clip_key(audio_hash: str, speed: float = 1.0) -> str:
     return f"{audio_hash}@{speed:g}"
 
 
+class Place(NamedTuple):
+    """Where a clip's frames lie: in the file `shard`.npy from byte `offset`, `frames` of each window, `size` values
+    each."""
+
+    shard: str
+    offset: int
+    frames: list[int]
+    size: int
+
+
 class FeatureCache:
     """Maps a clip's key to its encoder windows, a list of (frames, D) arrays.
 
@@ -71,8 +87,8 @@ class FeatureCache:
         self.folder = Path(cache_dir) / name
         self.dtype, self.shard_bytes = np.dtype(dtype), shard_bytes
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._entries: dict[str, tuple[str, int, list[int]]] = {}  # key -> shard, first frame, frames of each window
-        self._open: dict[str, np.ndarray] = {}
+        self._entries: dict[str, Place] = {}
+        self._known: set[str] = set()  # shards
         self._waiting: dict[str, list[np.ndarray]] = {}
         self._waiting_bytes = 0
         if not (self.folder / "fingerprint.json").exists():
@@ -82,26 +98,38 @@ class FeatureCache:
     def refresh(self) -> None:
         """Reads the index of shards that other processes have completed since."""
         for index in sorted(self.folder.glob("*.json")):
-            if index.name != "fingerprint.json" and index.stem not in self._open:
+            if index.name != "fingerprint.json" and index.stem not in self._known:
                 self._read_shard(index)
 
     def _read_shard(self, index: Path) -> None:
-        """Adds a shard's clips. One that is damaged (a full disk, a copy cut short) is removed and will be made
-        again."""
+        """Adds a shard's clips. One that contradicts its index (a copy cut short) is removed, and will be made again;
+        one that cannot be read now (too many open files, a share that is away) stays where it is."""
+        array = index.with_suffix(".npy")
         try:
             clips = json.loads(index.read_text())
-            frames = np.load(index.with_suffix(".npy"), mmap_mode="r", allow_pickle=False)
-            complete = frames.shape[0] == sum(sum(clip["frames"]) for clip in clips) and frames.dtype == self.dtype
-        except (OSError, ValueError):
-            complete = False
-        if not complete:
-            index.unlink(missing_ok=True)
-            index.with_suffix(".npy").unlink(missing_ok=True)
+            with open(array, "rb") as file:
+                np.lib.format.read_magic(file)
+                (frames, size), _, dtype = np.lib.format.read_array_header_1_0(file)
+                offset, length = file.tell(), os.fstat(file.fileno()).st_size
+            told = sum(sum(clip["frames"]) for clip in clips)
+            if (frames, dtype) != (told, self.dtype) or length != offset + frames * size * dtype.itemsize:
+                raise ValueError(f"{length} bytes are not {told} frames of {size} {self.dtype}")
+        except OSError as error:
+            logger.warning("cache: %s cannot be read (%s); its clips are encoded again", index, error)
             return
-        self._open[index.stem], start = frames, 0
+        except (ValueError, KeyError, TypeError) as error:
+            logger.warning("cache: %s and %s are damaged (%s) and removed", array, index.name, error)
+            index.unlink(missing_ok=True)
+            array.unlink(missing_ok=True)
+            return
+        self._add(index.stem, clips, offset, size)
+
+    def _add(self, shard: str, clips: list[dict], offset: int, size: int) -> None:
+        """Notes where the clips of a shard lie, whose frames begin at byte `offset`."""
+        self._known.add(shard)
         for clip in clips:
-            self._entries[clip["key"]] = (index.stem, start, clip["frames"])
-            start += sum(clip["frames"])
+            self._entries[clip["key"]] = Place(shard, offset, clip["frames"], size)
+            offset += sum(clip["frames"]) * size * self.dtype.itemsize
 
     def __contains__(self, key: str) -> bool:
         return key in self._entries or key in self._waiting
@@ -116,7 +144,7 @@ class FeatureCache:
 
     def num_frames(self, key: str) -> int:
         """Frames of all windows of a clip."""
-        return sum(self._entries[key][2])
+        return sum(self._entries[key].frames)
 
     def put(self, key: str, windows: list[np.ndarray | torch.Tensor]) -> None:
         """Stores a clip's windows, (frames, D) each, all valid frames. Written to disk in shards; call flush() at the
@@ -139,21 +167,27 @@ class FeatureCache:
         partial = index.with_suffix(".npy.partial")
         with open(partial, "wb") as file:
             np.save(file, frames)
+            offset = file.tell() - frames.nbytes
         os.replace(partial, index.with_suffix(".npy"))
         self._write(index, json.dumps(clips).encode())
         self._waiting, self._waiting_bytes = {}, 0
-        self._read_shard(index)
+        self._add(index.stem, clips, offset, frames.shape[1])
 
     def get(self, key: str) -> list[torch.Tensor]:
-        """A clip's windows, float32 (frames, D) each. KeyError if it is not there."""
+        """A clip's windows, float32 (frames, D) each. OSError where it is not there or cannot be read."""
         if key in self._waiting:
             self.flush()
-        shard, start, lengths = self._entries[key]
-        windows = []
-        for length in lengths:
-            windows.append(torch.from_numpy(self._open[shard][start : start + length].astype(np.float32)))
-            start += length
-        return windows
+        if key not in self._entries:
+            raise FileNotFoundError(
+                f"{self.folder}: lacks the encoder's outputs of clip {key}, which were there when the stage began. "
+                "Leave the folder alone while a run uses it; the same command again makes what is missing"
+            )
+        shard, offset, lengths, size = self._entries[key]
+        path, count = self.folder / f"{shard}.npy", sum(lengths) * size
+        frames = np.fromfile(path, self.dtype, count, offset=offset)
+        if len(frames) < count:
+            raise OSError(f"{path}: ends before clip {key}")
+        return list(torch.from_numpy(frames.astype(np.float32).reshape(-1, size)).split(lengths))
 
     @staticmethod
     def _write(path: Path, content: bytes) -> None:

@@ -112,7 +112,7 @@ def corpus_clips(run: "Run", stage: Stage, sources: list[Source]) -> Iterator[tu
     corpus = corpus.only(sorted((rows[number] for number in drawn), key=lambda row: row.seconds))
     speed = 1.0 if 1.0 in recipe.data.speeds else recipe.data.speeds[0]
     cache = None
-    if uses_cache(recipe, stage) and corpus.rows:
+    if uses_cache(recipe, stage, run.model.config.encoder_layer) and corpus.rows:
         cache, encode = open_cache(recipe, run.model, processor)
         fill_cache(corpus, cache, processor, encode, [speed])
     for row in corpus.rows:

@@ -35,12 +35,13 @@ class Components:
 class Alignment:
     """CTC head over the LLM's embedding table. `merges`: how many of the LLM's BPE merges are kept; null: all.
 
-    `spelling`: size of the classes' spelling vectors, of `ngrams` character n-grams; 0: their embeddings only.
+    `spelling`: size of the classes' spelling vectors, of `ngrams` character n-grams; 0: their embeddings only. null: 0
+    and 6144, or what `init_from` has.
     """
 
     merges: int | None = None
-    spelling: int = 0
-    ngrams: int = 6144
+    spelling: int | None = None
+    ngrams: int | None = None
 
 
 @dataclass
@@ -201,8 +202,8 @@ class Recipe:
     data: Data
     stages: list[Stage]
     init_from: str | None = None  # an AudioPhi checkpoint to start from instead of an untrained adapter
-    adapter: dict[str, Any] = field(default_factory=lambda: {"type": "mlp"})
-    encoder_layer: str | int = "last"
+    adapter: dict[str, Any] | None = None  # null: {type: mlp}, or what `init_from` has
+    encoder_layer: str | int | None = None  # null: last, or what `init_from` has
     readout: Literal["frames", "collapse", "mixed"] | None = None  # null: frames, or what `init_from` has
     clip_tokens: int | None = None  # tokens of a clip as a whole beside the readout's; null: 0, or what `init_from` has
     alignment: Alignment | None = None
@@ -226,6 +227,13 @@ class Recipe:
 
     def __post_init__(self):
         self.output_dir = self.output_dir.replace("{name}", self.name)
+        if self.init_from is not None:
+            return  # what is not said is the checkpoint's
+        self.adapter = {"type": "mlp"} if self.adapter is None else self.adapter
+        self.encoder_layer = "last" if self.encoder_layer is None else self.encoder_layer
+        if self.alignment is not None:
+            self.alignment.spelling = self.alignment.spelling or 0
+            self.alignment.ngrams = 6144 if self.alignment.ngrams is None else self.alignment.ngrams
 
 
 def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:

@@ -5,10 +5,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from audiophi.tasks import TASKS, task_named
+from modeling_audiophi.components_audiophi import component_id
 
 from .recipe_values import RecipeError
 
 if TYPE_CHECKING:
+    from modeling_audiophi import AudioPhiConfig
+
     from .recipe import Recipe, Source
 
 POSITIVE_STAGE_KEYS = (
@@ -163,6 +166,33 @@ def check(recipe: "Recipe") -> None:
             refuse(
                 source.weight is not None and source.weight <= 0, f"{at}: the weight of {source.path} must be above 0"
             )
+
+
+def check_start(recipe: "Recipe", config: "AudioPhiConfig") -> None:
+    """RecipeError where a recipe says something of the model that `init_from`, whose config this is, has otherwise."""
+    bases, adapter, spelling = config.base_components, config.adapter_config, config.align_spelling or {}
+    said = {f"components.{part}": (component_id(getattr(recipe.components, part)), base["id"])
+            for part, base in bases.items()}  # fmt: skip
+    for name, value in (recipe.components.audio_settings or {}).items():
+        said[f"components.audio_settings.{name}"] = (value, getattr(config.audio_config, name, None))
+    for name, value in (recipe.adapter or {}).items():
+        said[f"adapter.{name}"] = (value, getattr(adapter, name, None))
+    said["encoder_layer"] = (recipe.encoder_layer, config.encoder_layer)
+    if recipe.alignment is not None:
+        said["alignment.spelling"] = (recipe.alignment.spelling, spelling.get("size", 0))
+        said["alignment.ngrams"] = (recipe.alignment.ngrams, spelling.get("buckets"))
+    for key, (value, has) in said.items():
+        if value is not None and value != has:
+            raise RecipeError(
+                f"{key}: the recipe says {value}, but the model of init_from, {recipe.init_from}, has {has}, which cannot "  # noqa: E501
+                "be changed; say the same, or start without init_from"
+            )
+    stretched = [number for number, stage in enumerate(recipe.stages) if stage.time_stretch]
+    if stretched and config.encoder_layer == "mix":
+        raise RecipeError(
+            f"stages.{stretched[0]}.time_stretch works on cached encoder outputs, but the model of init_from, "
+            f"{recipe.init_from}, learns a mix of its layers; use data.speeds"
+        )
 
 
 def _check_simulated(recipe: "Recipe", number: int) -> None:

@@ -37,7 +37,7 @@ def stage_cache(run: "Run", stage: Stage, corpus: Corpus) -> FeatureCache | None
     recipe = run.recipe
     if all(corpus.simulated(row) for row in corpus.rows):
         return None
-    if not uses_cache(recipe, stage):
+    if not uses_cache(recipe, stage, run.model.config.encoder_layer):
         if recipe.cache and stage.tune.encoder == "frozen":
             run.say("cache: off, a learned layer mix needs all layers of the encoder")
         return None
