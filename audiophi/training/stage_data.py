@@ -179,8 +179,8 @@ def stage_augment(recipe: Recipe, stage: Stage) -> Augment | None:
 
 
 class StageCollator:
-    """AudioPhiCollator for a stage. Its batches also name their rows, `drawn`: (epoch, number) of each; with `live`
-    also every window, for the augmentation of live encoder outputs."""
+    """AudioPhiCollator for a stage. Its batches also name their rows, `drawn`: (epoch, number) of each, and those of a
+    stream the `position` behind them; with `live` also every window, for the augmentation of live encoder outputs."""
 
     def __init__(self, run: "Run", stage: Stage, augment: Augment | None, live: bool):
         self.live = live
@@ -199,6 +199,8 @@ class StageCollator:
     def __call__(self, examples: list[dict]) -> dict:
         batch = dict(self.collate(examples))
         batch["drawn"] = [(example["epoch"], example["id"]) for example in examples]
+        if "position" in examples[0]:
+            batch["position"] = examples[0]["position"]
         if self.live:
             clips = [
                 (example["epoch"], example["id"], *([place] if place else []))
