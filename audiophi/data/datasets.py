@@ -23,6 +23,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
+from audiophi.evaluation.text_normalization import language_code
 from audiophi.tasks import task_named, task_of_source
 from audiophi.tasks.base import Row, Task
 
@@ -35,7 +36,7 @@ from .example import Example, RowError, drawing, posed
 SPEC_KEYS = (
     *("path", "split", "weight", "filter", "exclude", "limit", "task", "instruction", "speech"),
     *("audio_column", "text_column", "label_column", "instruction_column", "answer_column", "transcript_column"),
-    *("audio_folder", "allow_urls", "heard", "turns"),
+    *("audio_folder", "allow_urls", "heard", "turns", "language"),
 )
 WAYS_OF_HEARING = ("real", "simulated")
 PEEK = 64  # rows of a stream that are read before the first is handed out
@@ -75,7 +76,8 @@ class Examples(Sequence):
             example = self._task.example(row)
             if any(clip.simulated and clip.transcript is None for clip in example.clips):
                 raise RowError(f"{row.id}: heard: simulated, but it is not known what is said in each of its clips")
-            example = replace(example, turns=self.columns.entry["turns"] or 1)
+            language = self.columns.entry["language"] or row.language
+            example = replace(example, turns=self.columns.entry["turns"] or 1, language=language)
             return posed(example) if self._posed else example
         except RowError as error:
             raise RowError(f"{self.path}: row {number + 1}, {error}", row.id) from None
@@ -213,6 +215,8 @@ def _entry(spec, defaults: dict) -> dict:
     given["kind"], given["path"] = split_kind(str(given["path"]))
     if given["heard"] not in (None, *WAYS_OF_HEARING):
         raise ValueError(f"{given['path']}: heard {given['heard']!r} is not one of {', '.join(WAYS_OF_HEARING)}.")
+    if given["language"] is not None and language_code(given["language"]) is None:
+        raise ValueError(f"{given['path']}: language {given['language']!r}: give a code, as de, zh-CN or none.")
     if given["turns"] is not None and given["turns"] < 1:
         raise ValueError(f"{given['path']}: turns must be 1 or more, got {given['turns']}.")
     if given["task"] is not None:
