@@ -102,7 +102,7 @@ class CTCPrefixScorer(LogitsProcessor):
         return torch.cat([first, total[:, :-1]], 1)
 
     def _continuations(self, gamma, written, batch):
-        """log p_CTC of every row's prefix and one more token (N, 1 + V'), and of the prefix as a whole transcript (N,)."""
+        """log p_CTC of every row's prefix and one more token (N, 1 + V'), and of the prefix as a whole text (N,)."""
         total = gamma.logsumexp(-1)
         continued = self._emit(self._before(total, gamma), batch)
         if written.shape[1]:

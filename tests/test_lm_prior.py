@@ -34,9 +34,9 @@ def test_it_follows_the_beams_and_equals_whole_sequences(make_tiny_model):
         whole = torch.tensor([[START, *row] for row in written])
         logits = model.compute_logits(model.model.language_model(input_ids=whole).last_hidden_state[:, -1])
         expected = scores.clone()
-        prior = logits - logits[:, vocab_ids].logsumexp(-1, keepdim=True)  # of other tokens on the same scale
-        prior[:, END] = 0
-        expected[:2] += 0.5 * prior[:2]  # the second prompt has no audio
+        others = logits - logits[:, vocab_ids].logsumexp(-1, keepdim=True)  # of other tokens on the same scale
+        others[:, END] = 0
+        expected[:2] += 0.5 * others[:2]  # the second prompt has no audio
         assert torch.allclose(fused, expected, atol=1e-4)
 
 

@@ -84,8 +84,8 @@ class AlignmentTokenizer:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
     def vocab(self, texts) -> list[int]:
-        """Sorted ids that occur in `texts`, and those by which any word in their scripts can be spelled: of a-z and their
-        own characters as such, of their characters' neighbours in Unicode without merges (that is, mostly as bytes)."""
+        """Sorted ids that occur in `texts`, and those by which any word in their scripts can be spelled: of a-z and
+        their own characters as such, of these' neighbours in Unicode without merges (that is, mostly as bytes)."""
         ids, letters = set(), set(string.ascii_lowercase + "'")
         for text in texts:
             ids.update(self.encode(text))

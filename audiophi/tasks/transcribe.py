@@ -5,7 +5,6 @@ from dataclasses import replace
 from audiophi.data.alignment_text import normalise_transcript
 from audiophi.data.example import RowError
 from audiophi.evaluation import transcripts
-
 from audiophi.evaluation.transcripts import of_characters
 
 from .base import Report, Row, Task, base_example, need_clips, own_question, saying
