@@ -17,8 +17,9 @@ NEVER = -1e3  # log probability of a token that a frame certainly is not
 class CTCPrefixScorer(LogitsProcessor):
     """Adds the CTC probability of each continuation to the LLM's.
 
-    Scores become (1 - weight) log p_LLM(c | prefix) + weight log p_CTC(prefix c ...) / p_CTC(prefix ...). Tokens that
-    the alignment does not know get -inf. Rows without audio are left as they are.
+    Scores become (1 - weight) log p_LLM(c | prefix) + weight log p_CTC(prefix c ...) / p_CTC(prefix ...). A token that
+    the alignment does not know is heard as a class of average probability: the LLM can write it where it is sure of it
+    against what the alignment heard. Rows without audio are left as they are.
 
     Args:
         log_probs: (B, T, V' + 1) log-softmax of the alignment logits per prompt, class 0 the blank.
@@ -35,10 +36,11 @@ class CTCPrefixScorer(LogitsProcessor):
         real = torch.arange(log_probs.shape[1], device=log_probs.device) < lengths[:, None]
         # Beyond its end a clip is certainly blank: the last frame then holds the score of the whole clip.
         self.blank = log_probs[..., 0].masked_fill(~real, 0.0)
-        self.probs = log_probs[..., 1:].exp() * real[..., None]
+        self.probs = log_probs.exp().mul_(real[..., None])
+        self.probs[..., 0] = self.probs[..., 1:].mean(-1)  # of a token that is no class, in the place of the blank's
         self.lengths, self.vocab_ids, self.end_ids = lengths, vocab_ids, list(end_ids)
         self.prompt_length, self.weight = prompt_length, weight
-        # Of the last calls: {(prompt, what it has written): row}, and the rows' gamma and heard.
+        # Of the last calls: number of the prompt and what it has written (N, 1 + L), and the rows' gamma and heard.
         self.steps = deque(maxlen=remember)
 
     def __call__(self, input_ids, scores):
@@ -46,10 +48,12 @@ class CTCPrefixScorer(LogitsProcessor):
         if not self.blank.shape[1]:
             return scores
         batch = torch.arange(len(input_ids), device=input_ids.device) // (len(input_ids) // len(self.blank))
-        gamma, heard = self._advance(input_ids[:, self.prompt_length :].tolist(), batch)
-        continued, ended = self._continuations(gamma, input_ids[:, self.prompt_length :], batch)
-        ctc = torch.full_like(scores, -torch.inf, dtype=torch.float32)
-        ctc[:, self.vocab_ids] = continued - heard[:, None]
+        written = input_ids[:, self.prompt_length :]
+        gamma, heard = self._advance(written, batch)
+        continued, ended = self._continuations(gamma, written, batch)
+        continued = continued.float() - heard[:, None]
+        ctc = continued[:, :1].repeat(1, scores.shape[1])
+        ctc[:, self.vocab_ids] = continued[:, 1:]
         ctc[:, self.end_ids] = (ended - heard)[:, None]
         joint = (1 - self.weight) * scores.float().log_softmax(-1) + self.weight * ctc
         joint = joint.masked_fill(torch.isneginf(scores), -torch.inf)  # also at weight 1, where 0 * -inf is no number
@@ -57,32 +61,30 @@ class CTCPrefixScorer(LogitsProcessor):
         usable = (self.lengths[batch] > 0) & torch.isfinite(joint).any(-1)
         return torch.where(usable[:, None], joint.to(scores.dtype), scores)
 
-    def _advance(self, prefixes, batch):
+    def _advance(self, written, batch):
         """Forward variables of every row's prefix and the log probability of all transcripts that begin with it.
 
         Returns gamma (N, T, 2), log probability that frames 0..t read the prefix and end in its last token or in a
         blank, and heard (N,).
         """
-        rows = list(zip(batch.tolist(), map(tuple, prefixes), strict=True))
-        if not rows[0][1]:
+        rows = torch.cat([batch[:, None], written], 1)
+        if not written.shape[1]:
             gamma = self.blank.new_full((*self.blank.shape, 2), -torch.inf)
             gamma[..., 1] = self.blank.cumsum(1)
             gamma, heard = gamma[batch], self.blank.new_zeros(len(batch))
         else:
-            # Beams were reordered since the last step: every row finds its parent by what it has written.
-            parents = [(row, prefix[:-1]) for row, prefix in rows]
-            known, gamma, heard = next(step for step in reversed(self.steps) if parents[0] in step[0])
-            parents = torch.tensor([known[parent] for parent in parents], device=batch.device)
-            gamma, heard = gamma[parents], heard[parents]
-            tokens = torch.tensor([prefix[-1] for _, prefix in rows], device=batch.device)
-            before = torch.tensor([prefix[-2] if len(prefix) > 1 else -1 for _, prefix in rows], device=batch.device)
-            classes = torch.searchsorted(self.vocab_ids, tokens).clamp(max=len(self.vocab_ids) - 1)
-            known = self.vocab_ids[classes] == tokens
-            extended, score = self._extend(gamma, classes, tokens == before, batch)
-            gamma = torch.where(known[:, None, None], extended, gamma)
-            heard = torch.where(known, score, heard)
-        self.steps.append(({row: index for index, row in enumerate(rows)}, gamma, heard))
+            found = ((parent_rows(rows, known), *state) for known, *state in reversed(self.steps))
+            parents, gamma, heard = next(step for step in found if step[0] is not None)
+            classes = self._classes(written[:, -1])
+            repeated = (written[:, -2:-1] == written[:, -1:]).any(1) & (classes > 0)
+            gamma, heard = self._extend(gamma[parents], classes, repeated, batch)
+        self.steps.append((rows, gamma, heard))
         return gamma, heard
+
+    def _classes(self, tokens):
+        """Classes of LLM token ids (N,), 0 for one that has none."""
+        places = torch.searchsorted(self.vocab_ids, tokens.contiguous()).clamp(max=len(self.vocab_ids) - 1)
+        return torch.where(self.vocab_ids[places] == tokens, places + 1, 0)
 
     def _extend(self, gamma, classes, repeated, batch):
         """Forward variables (N, T, 2) after one more token, and its prefix score (N,)."""
@@ -100,25 +102,33 @@ class CTCPrefixScorer(LogitsProcessor):
         return torch.cat([first, total[:, :-1]], 1)
 
     def _continuations(self, gamma, written, batch):
-        """log p_CTC of every row's prefix and one more token (N, V'), and of the prefix as a whole transcript (N,)."""
+        """log p_CTC of every row's prefix and one more token (N, 1 + V'), and of the prefix as a whole text (N,)."""
         total = gamma.logsumexp(-1)
         continued = self._emit(self._before(total, gamma), batch)
         if written.shape[1]:
             # The token just written needs a blank before it can come again.
-            last = torch.searchsorted(self.vocab_ids, written[:, -1].contiguous()).clamp(max=len(self.vocab_ids) - 1)
+            last = self._classes(written[:, -1])
             again = (self._before(gamma[..., 1], gamma) + self.probs[batch, :, last].log()).logsumexp(1)
-            known = self.vocab_ids[last] == written[:, -1]
-            rows = known.nonzero()[:, 0]
+            rows = last.nonzero()[:, 0]
             continued[rows, last[rows]] = again[rows]
         return continued, total[:, -1]
 
     def _emit(self, before, batch):
-        """logsumexp over frames of `before` (N, T) + log p(class) -> (N, V'), as one scaled matrix product a prompt."""
+        """logsumexp over frames of `before` (N, T) + log p(class) -> (N, 1 + V'), a scaled matrix product a prompt."""
         peak = before.amax(1, keepdim=True).clamp(min=torch.finfo(before.dtype).min)
         weights = (before - peak).exp()
         per_prompt = len(batch) // len(self.probs)
         sums = torch.bmm(weights.view(len(self.probs), per_prompt, -1), self.probs)
         return sums.flatten(0, 1).log() + peak
+
+
+def parent_rows(written, known):
+    """Which row of `known` (M, L - 1) each row of `written` (N, L) continues, (N,): beams are reordered between steps,
+    and told by what they have written. None where any continues none."""
+    if known.shape[1] != written.shape[1] - 1:
+        return None
+    same = (written[:, None, :-1] == known).all(-1)
+    return same.int().argmax(1) if bool(same.any(1).all()) else None
 
 
 def recurrence(into, stay):

@@ -201,7 +201,7 @@ class AudioPhiGenerationMixin(GenerationMixin):
                 return self.compute_logits(hidden.last_hidden_state)
 
         config = language_model.config
-        prior = (predict, config, vocab_ids, lengths > 0, start, prompt_length, fusion["lm_prior_weight"])
+        prior = (predict, config, vocab_ids, ends, lengths > 0, start, prompt_length, fusion["lm_prior_weight"])
         return [*scorers, LanguageModelPrior(*prior) if draft is None else DraftedPrior(draft, *prior)]
 
     def _count_from(self, added, generation_config, kwargs):

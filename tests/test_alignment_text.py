@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from audiophi.data.alignment_text import AlignmentTokenizer, normalise_transcript
@@ -68,7 +68,31 @@ def test_vocabulary_covers_the_texts_and_every_letter(tokenizer):
         # The space before a word is in the vocabulary because the texts have words.
         assert set(spelled.encode(word)[1:]) <= set(vocabulary)
     assert set(units.encode("the quick")) <= set(vocabulary)
-    assert set(units.encode("3")) <= set(vocabulary) and not set(units.encode("7")) <= set(vocabulary)
+    assert set(units.encode("37")) <= set(vocabulary), "digits are spelled where there are digits"
+    assert not set(units.encode("X")) <= set(vocabulary)
+
+
+@pytest.mark.parametrize(("text", "word"), [("это мой дом", "щука"), ("你好世界", "丗")])
+def test_vocabulary_spells_the_script_of_the_texts(tokenizer, text, word):
+    spelled = AlignmentTokenizer(tokenizer, 0)
+    assert not set(word) & set(text)
+    for units in (spelled, AlignmentTokenizer(tokenizer, None)):
+        assert set(spelled.encode(word)) <= {*units.vocab([text]), *spelled.encode("x")}
+    assert not set(spelled.encode(word)) <= {*spelled.vocab(["the fox"]), *spelled.encode("x")}
+
+
+def test_a_tokenizer_that_puts_a_space_itself_gets_no_other():
+    """As SentencePiece's of the Llama 2 family do."""
+    pieces = ["<unk>", "▁", "t", "h", "e", "x", "th", "▁th", "▁the"]
+    model = models.BPE(
+        {piece: number for number, piece in enumerate(pieces)},
+        [("t", "h"), ("▁", "th"), ("▁th", "e")], unk_token="<unk>", fuse_unk=True,
+    )  # fmt: skip
+    words = Tokenizer(model)
+    words.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    units = AlignmentTokenizer(PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>"))
+    assert units.encode("the the") == [8, 8]
+    assert {2, 3, 4, 5} <= set(units.vocab(["the"])), "letters inside of a word"
 
 
 def test_special_tokens_in_a_transcript_do_not_reach_the_decoded_text(tokenizer):

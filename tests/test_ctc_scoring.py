@@ -57,7 +57,8 @@ def test_scores_are_the_conditional_probabilities_of_all_paths(frames, seed, pre
         expected = begins.get((*prefix, token), 0.0) / begins[prefix]
         assert math.isclose(math.exp(scores[token]), expected, rel_tol=1e-3, abs_tol=1e-5)
     assert math.isclose(math.exp(scores[END]), total.get(prefix, 0.0) / begins[prefix], rel_tol=1e-3, abs_tol=1e-5)
-    assert bool(torch.isneginf(scores[[0, 2, 4, 5, 6, 9]]).all())
+    others = scores[[0, 2, 4, 5, 6, 9]]
+    assert torch.equal(others, others[:1].expand(6))
 
 
 def _prefixes(total):
@@ -75,6 +76,22 @@ def test_weight_mixes_both_and_zero_length_rows_are_left_alone():
     known = [END, *VOCAB_IDS.tolist()]
     assert torch.allclose(mixed[0, known], 0.75 * lm[0, known] + 0.25 * ctc[0, known], atol=1e-5)
     assert torch.equal(mixed[1], scores[1])
+
+
+def test_a_token_that_is_no_class_can_be_written_by_an_llm_that_is_sure():
+    log_probs = torch.full((1, 3, 4), -10.0)
+    for frame, symbol in enumerate((1, 0, 2)):  # heard: 3, then 7
+        log_probs[0, frame, symbol] = 0.0
+    log_probs = log_probs.log_softmax(-1)
+    scorer = CTCPrefixScorer(log_probs, torch.tensor([3]), VOCAB_IDS, [END], 0, 0.5)
+    unsure = scorer(torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, 10))
+    assert int(unsure.argmax()) == 3 and bool(torch.isfinite(unsure).all())
+    scores = torch.zeros(1, 10)
+    scores[0, 5] = 12.0
+    for written in ([], [3]):
+        assert int(scorer(torch.tensor([written], dtype=torch.long), scores).argmax()) == 5
+    # It has taken the frame of what was heard there: nothing is left but the end.
+    assert int(scorer(torch.tensor([[3, 5]]), torch.zeros(1, 10)).argmax()) == END
 
 
 def test_beams_find_their_parents_after_reordering():

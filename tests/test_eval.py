@@ -15,6 +15,9 @@ from audiophi.data.example import Clip, Example
 from audiophi.evaluation.conditions import complete, silence
 from audiophi.evaluation.loop import Listener, Progress, predict
 from audiophi.evaluation.predictions import PredictionFile, fingerprint
+from audiophi.publishing.data_sources import About
+from audiophi.publishing.licences import HubAnswers
+from audiophi.publishing.results import check_metrics, results_section
 from audiophi.tasks import TASKS
 from modeling_audiophi.engine_audiophi import Engine
 
@@ -65,6 +68,24 @@ def test_metrics_and_predictions(checkpoint, corpus, tmp_path, capsys):
         assert p["reference"] and {"hypothesis", "substitutions", "deletions", "insertions", "seconds"} <= set(p)
     printed = capsys.readouterr().out
     assert "listening gap" in printed and printed.count("right:") == 2 and "red green blue" in printed
+
+
+def test_a_language_without_spaces_is_scored_by_characters(checkpoint, corpus, tmp_path, capsys):
+    rows = [{**row, "text": text} for row, text in zip(read_metadata(corpus), ["你好，世界", "今天", "天气"], strict=False)]
+    write_metadata(corpus, rows)
+    assert run_eval(checkpoint, corpus, tmp_path / "out", "--language", "zh-CN") == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["main_score"] == "cer" and metrics["characters"] == 8 and "wer" not in metrics
+    assert metrics["settings"]["language"] == "zh-CN" and "BasicTextNormalizer" in metrics["normalizer"]
+    assert "CER %" in (printed := capsys.readouterr().out) and "WER" not in printed
+    section = results_section(metrics, check_metrics(metrics, "m", checkpoint), "tiny", About(), HubAnswers())
+    assert "character error rate, %" in section and "word error" not in section and "8 characters" in section
+    assert "--language zh-CN" in section
+    write_metadata(corpus, [{**row, "language": "zh"} for row in rows])
+    assert run_eval(checkpoint, corpus, tmp_path / "column") == 0
+    assert json.loads((tmp_path / "column" / "metrics.json").read_text())["main_score"] == "cer"
+    assert run_eval(checkpoint, corpus, tmp_path / "wrong", "--language", "Kauderwelsch") == 1
+    assert "Kauderwelsch" in capsys.readouterr().err
 
 
 def test_unreadable_rows_are_counted_and_do_not_fail(checkpoint, corpus, tmp_path):

@@ -7,7 +7,7 @@ from modeling_audiophi.lm_prior_audiophi import LanguageModelPrior
 from modeling_audiophi.lora_audiophi import without_lora
 from tests.conftest import prompts
 
-START = 7
+START, END = 7, 2
 
 
 def prior_of(model, vocab_ids, weight=0.5):
@@ -16,7 +16,7 @@ def prior_of(model, vocab_ids, weight=0.5):
         return model.compute_logits(hidden.last_hidden_state)
 
     config = model.config.text_config
-    return LanguageModelPrior(predict, config, vocab_ids, torch.tensor([True, False]), START, 2, weight)
+    return LanguageModelPrior(predict, config, vocab_ids, [END], torch.tensor([True, False]), START, 2, weight)
 
 
 @torch.no_grad()
@@ -34,7 +34,9 @@ def test_it_follows_the_beams_and_equals_whole_sequences(make_tiny_model):
         whole = torch.tensor([[START, *row] for row in written])
         logits = model.compute_logits(model.model.language_model(input_ids=whole).last_hidden_state[:, -1])
         expected = scores.clone()
-        expected[:2, vocab_ids] += 0.5 * logits[:2, vocab_ids].log_softmax(-1)  # the second prompt has no audio
+        others = logits - logits[:, vocab_ids].logsumexp(-1, keepdim=True)  # of other tokens on the same scale
+        others[:, END] = 0
+        expected[:2] += 0.5 * others[:2]  # the second prompt has no audio
         assert torch.allclose(fused, expected, atol=1e-4)
 
 

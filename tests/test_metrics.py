@@ -14,7 +14,7 @@ from audiophi.evaluation.metrics import (
     derangement,
     word_error_rate,
 )
-from audiophi.evaluation.text_normalization import NORMALIZER_NAME, normalize
+from audiophi.evaluation.text_normalization import language_code, normalize, normalizer_name
 from audiophi.evaluation.transcripts import errors_of, rate_so_far, summarize
 
 WORDS = st.sampled_from("red green blue yellow black white".split())
@@ -39,7 +39,30 @@ def prediction(row, reference, hypothesis, **more):
 def test_normaliser_forgives_writing_and_not_words():
     assert normalize("Mr. Smith won't pay, um, for the COLOUR!") == "mister smith will not pay for the color"
     assert normalize(" ?! ") == ""
-    assert "whisper-normalizer" in NORMALIZER_NAME and any(c.isdigit() for c in NORMALIZER_NAME)
+    assert "whisper-normalizer" in normalizer_name() and any(c.isdigit() for c in normalizer_name())
+
+
+def test_normalisers_by_language():
+    assert normalize("Für die Mädchen, ja!", "de-AT") == "für die mädchen ja"
+    assert normalize("नमस्ते, दुनिया।", "Hindi") == "नमस्ते दुनिया"
+    assert normalize("你好，世 界！👍️", "zh-CN") == "你好世界" and normalize("สวัสดี ครับ", "th") == "สวัสดีครับ"
+    assert normalize("As  Written, um!", "none") == "As Written, um!"
+    assert normalizer_name(["de", None, "zh"]).count("whisper-normalizer") == 2 and normalizer_name(["none"]) == "as written"
+    assert [language_code(name) for name in ("German", "zh_TW", "yue", "Kauderwelsch")] == ["de", "zh", "yue", None]
+
+
+def test_characters_are_counted_where_words_have_no_spaces():
+    texts = [("你好世界", "你好世", "zh"), ("今天天气", "今天天气", "Chinese"), ("a red fox", "a fox", None)]
+    rows = [
+        prediction(number, *pair, language=language, **errors_of(*pair, language))
+        for number, (*pair, language) in enumerate(texts)
+    ]
+    scores = summarize(rows[:2])
+    assert scores["main_score"] == "cer" and scores["cer"] == 12.5 and scores["characters"] == 8
+    assert not any(key.startswith("wer") or key == "words" for key in scores) and scores["listening_gap"] is not None
+    assert rows[0]["deletions"] == 1 and rows[0]["words"] == 4
+    mixed = summarize(rows)
+    assert mixed["main_score"] == "wer" and mixed["wer"] == pytest.approx(100 * 2 / 11)
 
 
 def test_word_error_rate_is_a_corpus_level_percentage():

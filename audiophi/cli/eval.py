@@ -44,6 +44,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", help="default: the usual names")
     parser.add_argument("--allow_urls", action="store_true", help="fetch what the data names by URL")
     parser.add_argument("--split")
+    parser.add_argument("--language", metavar="CODE", help="that is spoken, by which texts are normalised (de, zh, ...; "
+                        "none: not at all); default: a column `language`, or else English")  # fmt: skip
     parser.add_argument("--limit", type=int, help="only the first N rows")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--max_new_tokens", type=int, default=256)
@@ -102,7 +104,7 @@ def load_rows(args: argparse.Namespace) -> tuple[Examples, list[str]]:
     spec = {"path": args.data, "task": args.task, "allow_urls": args.allow_urls}
     spec |= {name: getattr(args, name) for name in COLUMNS}
     spec |= {name: args.own[name] for name in ("label_column", "audio_folder") if args.own.get(name)}
-    spec |= {"split": args.split, "instruction": args.instruction}
+    spec |= {"split": args.split, "instruction": args.instruction, "language": args.language}
     rows = load_examples(spec).for_evaluation()
     natural = task_of_source(rows.columns.fields | ({"references"} if rows.columns.entry["kind"] else set()), None)
     if natural.name != args.task and not args.chosen:
@@ -185,6 +187,7 @@ def evaluate(args: argparse.Namespace, report: Callable[[dict], None]) -> tuple[
     instruction = args.instruction or (task.wordings[0] if task.wordings else None)
     settings = {
         "data": args.data, **{name: getattr(args, name) for name in COLUMNS}, "split": args.split, "limit": args.limit,
+        "language": args.language,
         "rows": len(rows), "dtype": args.dtype, "max_new_tokens": args.max_new_tokens, "ctc_weight": args.ctc_weight,
         "task": args.task, "allow_urls": args.allow_urls or None,
         **{name: value or None for name, value in args.own.items()},
@@ -317,6 +320,7 @@ def save(path: Path, metrics: dict) -> None:
 
 def print_table(metrics: dict, task: Task) -> None:
     """The scores, beside the baseline's where there is one."""
+    task = task.scored_as(metrics)
     columns = [("", metrics)] if "baseline" not in metrics else [("model", metrics), ("baseline", metrics["baseline"])]
     print(f"\n{'':34}" + "".join(f"{title:>20}" for title, _ in columns))
     for label, key in task.table:

@@ -67,23 +67,36 @@ class AlignmentTokenizer:
         for token in specification["added_tokens"]:  # a transcript has words only, whatever they look like
             token["special"] = token["special"] or bool(token["content"].strip())
         self._units = Tokenizer.from_str(json.dumps(specification))
-        self._units.encode_special_tokens = True
+        if specification["model"]["type"] == "BPE":
+            specification["model"] |= {"merges": [], "ignore_merges": False}
+        self._letters = Tokenizer.from_str(json.dumps(specification))
+        self._units.encode_special_tokens = self._letters.encode_special_tokens = True
+        # Llama 2's family puts a space before every text itself, and would make a word of one more.
+        self._space = "" if self._units.encode("a", add_special_tokens=False).tokens[0].startswith("▁") else " "
 
     def encode(self, text: str) -> list[int]:
         """Ids of a transcript, its first word with a leading space as in running text. Empty for a blank one."""
         text = text.strip()
-        return self._units.encode(" " + text, add_special_tokens=False).ids if text else []
+        return self._units.encode(self._space + text, add_special_tokens=False).ids if text else []
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens dropped."""
         return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
 
     def vocab(self, texts) -> list[int]:
-        """Sorted ids that occur in `texts`, and those of single letters, so that any word can be spelled."""
-        ids = set()
+        """Sorted ids that occur in `texts`, and those by which any word in their scripts can be spelled: of a-z and
+        their own characters as such, of these' neighbours in Unicode without merges (that is, mostly as bytes)."""
+        ids, letters = set(), set(string.ascii_lowercase + "'")
         for text in texts:
             ids.update(self.encode(text))
-        for letter in string.ascii_lowercase + "'":
+            letters.update(text.replace(" ", ""))
+        for letter in letters:
             ids.update(self.encode(letter))
             ids.update(self._units.encode(letter, add_special_tokens=False).ids)
+        # Characters that differ in the last byte of UTF-8 alone: of an alphabet all, of Chinese what looks alike.
+        near = {chr(ord(letter) // 64 * 64 + place) for letter in letters for place in range(64)}
+        if not any(letter.isupper() for letter in letters):
+            near = {letter for letter in near if not letter.isupper()}
+        for letter in letters | {letter for letter in near if unicodedata.category(letter)[0] in "LMN"}:
+            ids.update(self._letters.encode(letter, add_special_tokens=False).ids)
         return sorted(ids)

@@ -14,6 +14,7 @@ met when its row is read, and can be counted and skipped instead of ending the r
 import contextlib
 import copy
 import itertools
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -22,6 +23,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
+from audiophi.evaluation.text_normalization import language_code
 from audiophi.tasks import task_named, task_of_source
 from audiophi.tasks.base import Row, Task
 
@@ -34,7 +36,7 @@ from .example import Example, RowError, drawing, posed
 SPEC_KEYS = (
     *("path", "split", "weight", "filter", "exclude", "limit", "task", "instruction", "speech"),
     *("audio_column", "text_column", "label_column", "instruction_column", "answer_column", "transcript_column"),
-    *("audio_folder", "allow_urls", "heard", "turns"),
+    *("audio_folder", "allow_urls", "heard", "turns", "language"),
 )
 WAYS_OF_HEARING = ("real", "simulated")
 PEEK = 64  # rows of a stream that are read before the first is handed out
@@ -74,7 +76,8 @@ class Examples(Sequence):
             example = self._task.example(row)
             if any(clip.simulated and clip.transcript is None for clip in example.clips):
                 raise RowError(f"{row.id}: heard: simulated, but it is not known what is said in each of its clips")
-            example = replace(example, turns=self.columns.entry["turns"] or 1)
+            language = self.columns.entry["language"] or row.language
+            example = replace(example, turns=self.columns.entry["turns"] or 1, language=language)
             return posed(example) if self._posed else example
         except RowError as error:
             raise RowError(f"{self.path}: row {number + 1}, {error}", row.id) from None
@@ -144,8 +147,10 @@ def load_examples(spec, **defaults) -> Examples:
     return Examples(rows, numbers, columns, _task(entry, columns), folder, reach, labels)
 
 
-def stream_examples(specs: list[dict], seed: int = 0) -> Iterator[Example | RowError]:
+def stream_examples(specs: list[dict], seed: int = 0, part: tuple[int, int] = (0, 1)) -> Iterator[Example | RowError]:
     """Rows of several sources as they come, a RowError for each that cannot be used.
+
+    part: (index, count): of every source the rows of one of `count` readers, which together read each row once.
 
     Where any source has a `weight` they are interleaved, drawn by weight until every one has been read once (a shorter
     one begins anew); else one comes after the other.
@@ -158,23 +163,31 @@ def stream_examples(specs: list[dict], seed: int = 0) -> Iterator[Example | RowE
         raise ValueError(f"data weights must be above 0, got {weights}.")
     if len(entries) == 1 or all(entry["weight"] is None for entry in entries):
         for entry in entries:
-            yield from _stream(entry)
+            yield from _stream(entry, part)
         return
     shares, rng = np.array(weights) / sum(weights), np.random.default_rng(seed)
-    streams, read = [_stream(entry) for entry in entries], [False] * len(entries)
+    streams, read = [_stream(entry, part) for entry in entries], [False] * len(entries)
     while not all(read):
         number = int(rng.choice(len(entries), p=shares))
         example = next(streams[number], None)
         if example is None:
             read[number] = True
-            streams[number] = _stream(entries[number])
+            streams[number] = _stream(entries[number], part)
             example = None if all(read) else next(streams[number], None)
         if example is not None:
             yield example
 
 
-def _stream(entry: dict) -> Iterator[Example | RowError]:
+def _stream(entry: dict, part: tuple[int, int]) -> Iterator[Example | RowError]:
     rows, names, folder, reach, labels = _open(entry, streaming=True)
+    index, count = part
+    if isinstance(rows, datasets.IterableDataset):
+        # Readers share the files as far as these can be divided evenly, and the rows of a file among them.
+        groups = math.gcd(rows.num_shards, count) if entry["limit"] is None else 1
+        rows = rows.shard(groups, index % groups) if groups > 1 else rows
+        index, count = index // groups, count // groups
+        # Not by `iter(rows)`: inside of a loader's worker that divides the files a second time.
+        rows = ({name: values[0] for name, values in batch.items()} for batch in rows.iter(1))
     rows = (row for row in rows if _wanted(row, entry))
     first = list(itertools.islice(rows, PEEK))  # rows of a manifest need not all have the same keys
     if not first:
@@ -182,7 +195,8 @@ def _stream(entry: dict) -> Iterator[Example | RowError]:
     columns = Columns(names or list(dict.fromkeys(name for row in first for name in row)), entry)
     columns.warn_of_unused()
     examples = Examples(None, (), columns, _task(entry, columns), folder, reach, labels)
-    for number, values in enumerate(itertools.islice(itertools.chain(first, rows), entry["limit"])):
+    numbered = enumerate(itertools.chain(first, rows))
+    for number, values in itertools.islice(numbered, index, entry["limit"], count):
         try:
             yield examples.of(values, number)
         except RowError as error:
@@ -201,6 +215,8 @@ def _entry(spec, defaults: dict) -> dict:
     given["kind"], given["path"] = split_kind(str(given["path"]))
     if given["heard"] not in (None, *WAYS_OF_HEARING):
         raise ValueError(f"{given['path']}: heard {given['heard']!r} is not one of {', '.join(WAYS_OF_HEARING)}.")
+    if given["language"] is not None and language_code(given["language"]) is None:
+        raise ValueError(f"{given['path']}: language {given['language']!r}: give a code, as de, zh-CN or none.")
     if given["turns"] is not None and given["turns"] < 1:
         raise ValueError(f"{given['path']}: turns must be 1 or more, got {given['turns']}.")
     if given["task"] is not None:

@@ -74,6 +74,7 @@ class Example:
         empty where the task asks in its own words.
     references: right answers, any of them is; the first one is what `reference` says.
     kind, metric, choices: how an answer is scored, see `audiophi/evaluation/answer_metrics.py`.
+    language: that is spoken, as a code or in words, by which transcripts are scored; None: English.
     transcript: what is said in all the clips, to be read by an LLM that does not hear.
     questions: what may be asked, where a task makes several questions of a row: `posed` chooses. Until then there are
         no messages, and the references are all answers, of which the longest tells how much text there can be.
@@ -95,6 +96,7 @@ class Example:
     transcript: str | None = None
     questions: tuple[Question, ...] = ()
     turns: int = 1
+    language: str | None = None
     extra: dict = field(default_factory=dict, compare=False)
 
     @property

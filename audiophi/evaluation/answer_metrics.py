@@ -128,9 +128,12 @@ METRICS: dict[str, Callable] = {
 }
 
 
-def wer(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float | None:
+def wer(
+    answers: Sequence[str], references: Sequence[Sequence[str]], languages: Sequence[str | None]
+) -> float | None:
     """Percent, over all words."""
-    return word_error_rate([count_errors(r[0], answer) for answer, r in zip(answers, references, strict=True)])
+    rows = zip(answers, references, languages, strict=True)
+    return word_error_rate([count_errors(right[0], answer, language) for answer, right, language in rows])
 
 
 def has_bleu() -> None:
@@ -139,7 +142,7 @@ def has_bleu() -> None:
                              "sacrebleu")  # fmt: skip
 
 
-def bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+def bleu(answers: Sequence[str], references: Sequence[Sequence[str]], languages: Sequence[str | None] = ()) -> float:
     """BLEU of a corpus, 0 to 100; rows may differ in how many references they have."""
     has_bleu()
     import sacrebleu

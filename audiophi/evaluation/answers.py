@@ -28,7 +28,7 @@ def fields(example, hypothesis: str | None) -> dict:
     if metric in METRICS:
         correct, parsed = METRICS[metric](hypothesis or "", example.references, example.choices)
     elif metric == "wer":
-        more = errors_of(example.reference, hypothesis)
+        more = errors_of(example.reference, hypothesis, example.language)
     return {
         "references": list(example.references),
         "metric": metric,
@@ -112,5 +112,6 @@ def corpus_score(rows: list[dict]) -> dict:
     scores = {}
     for metric in sorted({p["metric"] for p in rows}):
         chosen = [p for p in rows if p["metric"] == metric]
-        scores[metric] = CORPUS[metric]([p["hypothesis"] or "" for p in chosen], [p["references"] for p in chosen])
+        texts = [p["hypothesis"] or "" for p in chosen], [p["references"] for p in chosen]
+        scores[metric] = CORPUS[metric](*texts, [p.get("language") for p in chosen])
     return {**scores, "rows": len(rows)}

@@ -1,10 +1,10 @@
 """Examples -> predictions: asks a model about every row, in batches of clips of similar length.
 
 A *prediction* is a JSON-able dict, one per row of the data:
-    row (its number), id, speaker, seconds (of audio), clip_seconds (of each clip), reference (the first right answer),
-    hypothesis (the LLM's words; None without the LLM), hypothesis_align (the alignment head's; None without a head),
-    stopped (the LLM ended by itself; None where unknown), compute_seconds (its share of its batch), and what the task's
-    `fields` add;
+    row (its number), id, speaker, language, seconds (of audio), clip_seconds (of each clip), reference (the first right
+    answer), hypothesis (the LLM's words; None without the LLM), hypothesis_align (the alignment head's; None without a
+    head), stopped (the LLM ended by itself; None where unknown), compute_seconds (its share of its batch), and what the
+    task's `fields` add;
 or, for a row without a score: row, id, error, readable (False: the data has no usable row there; True: the model could
 not take it, say because it is longer than the LLM's context).
 """
@@ -161,6 +161,7 @@ def _predict_batch(batch: list[tuple], hear: Hear, task: Task, sampling_rate: in
             "row": number,
             "id": example.id,
             "speaker": example.speaker,
+            "language": example.language,
             "seconds": round(length(waveforms) / sampling_rate, 3),
             "clip_seconds": [round(len(waveform) / sampling_rate, 3) for waveform in waveforms],
             "reference": example.reference,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import jiwer
 import numpy as np
 
-from .text_normalization import normalize
+from .text_normalization import is_unspaced, normalize
 
 # Fewer speakers than this make a bootstrap over speakers meaningless.
 MIN_SPEAKERS = 5
@@ -18,7 +18,8 @@ MIN_SPEAKERS = 5
 
 @dataclass(frozen=True)
 class ErrorCounts:
-    """Errors of one utterance after normalisation. `words` and `characters` count the reference."""
+    """Errors of one utterance after normalisation. `words` and `characters` count the reference; of a language without
+    spaces between words each character is a word."""
 
     substitutions: int
     deletions: int
@@ -33,16 +34,16 @@ class ErrorCounts:
         return self.substitutions + self.deletions + self.insertions
 
 
-def count_errors(reference: str, hypothesis: str) -> ErrorCounts:
+def count_errors(reference: str, hypothesis: str, language: str | None = None) -> ErrorCounts:
     """Minimum-edit-distance errors between two texts, normalised first. Against an empty reference all is inserted."""
-    reference, hypothesis = normalize(reference), normalize(hypothesis)
-    words = jiwer.process_words(reference, hypothesis)
+    reference, hypothesis = normalize(reference, language), normalize(hypothesis, language)
     characters = jiwer.process_characters(reference, hypothesis)
+    words = characters if is_unspaced(language) else jiwer.process_words(reference, hypothesis)
     return ErrorCounts(
         substitutions=words.substitutions,
         deletions=words.deletions,
         insertions=words.insertions,
-        words=len(reference.split()),
+        words=words.hits + words.substitutions + words.deletions,
         character_errors=characters.substitutions + characters.deletions + characters.insertions,
         characters=len(reference),
     )

@@ -37,6 +37,7 @@ def check_metrics(metrics: dict, path: str, folder: Path) -> Task:
     settings = metrics.get("settings") or {}
     again = f"make it anew: {eval_command(settings, str(folder))} --output_dir OUT"
     task = TASKS.get(settings.get("task", default_task().name))
+    task = task and task.scored_as(metrics)
     report = task.report if task else None
     if report is None:
         raise CardError(f"{path}: is of the task {settings['task']!r}, which nobody knows how to show; {again}")

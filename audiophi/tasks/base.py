@@ -157,6 +157,10 @@ class Task:
         """Scores during training: without what needs a package that may be missing."""
         return self.summarize(predictions)
 
+    def scored_as(self, metrics: dict) -> "Task":
+        """The task whose `table`, `report` and `shown` are those of these scores."""
+        return self
+
     shown: tuple[str, ...] = ()  # of the development scores, those that are printed and kept in the history
     main_score: str = ""  # of these the one that tells which model is better
 

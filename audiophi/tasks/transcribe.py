@@ -1,10 +1,18 @@
 """transcribe: the words of one clip, in order."""
 
+from dataclasses import replace
+
 from audiophi.data.alignment_text import normalise_transcript
 from audiophi.data.example import RowError
 from audiophi.evaluation import transcripts
+from audiophi.evaluation.transcripts import of_characters
 
 from .base import Report, Row, Task, base_example, need_clips, own_question, saying
+
+
+def renamed(rows: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    """(label, key) of scores of words as those of characters, each once."""
+    return tuple(dict.fromkeys((of_characters(label), of_characters(key)) for label, key in rows))
 
 
 class Transcribe(Task):
@@ -84,17 +92,35 @@ class Transcribe(Task):
         return " " + normalise_transcript(text, text_case)
 
     def fields(self, example, hypothesis):
-        return transcripts.errors_of(example.reference, hypothesis)
+        return transcripts.errors_of(example.reference, hypothesis, example.language)
 
     def so_far(self, predictions):
-        return f"WER so far {transcripts.rate_so_far(predictions)} %"
+        return f"error rate so far {transcripts.rate_so_far(predictions)} %"
 
     def summarize(self, predictions, **options):
         return transcripts.summarize(predictions, **options)
 
     def development(self, predictions):
         scores = transcripts.summarize(predictions)
-        if scores["wer_align"] is not None:
+        if (align := scores[f"{scores['main_score']}_align"]) is not None:
             shuffled = transcripts.shuffled_error_rate(predictions, "hypothesis_align")
-            scores["listening_gap_align"] = None if shuffled is None else shuffled - scores["wer_align"]
+            scores["listening_gap_align"] = None if shuffled is None else shuffled - align
         return scores
+
+    def scored_as(self, metrics):
+        return TranscribeCharacters() if metrics.get("main_score") == "cer" else self
+
+
+class TranscribeCharacters(Transcribe):
+    """The same in languages without spaces between words, where characters are counted."""
+
+    main_score = "cer"
+    shown = tuple(map(of_characters, Transcribe.shown))
+    table = renamed(Transcribe.table)
+    report = replace(
+        Transcribe.report,
+        rows=renamed(Transcribe.report.rows),
+        needed=tuple(map(of_characters, Transcribe.report.needed)),
+        optional=(),
+        gap={None: ("cer_shuffled_audio", "cer")},
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .callbacks import History
 
-COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple")
+COLORS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink")
 WER_LIMIT = 160  # a model that runs away scores several hundred percent; the axis ends here
 
 
@@ -28,7 +28,7 @@ def draw_curves(entries: list[dict], path: str | Path, title: str = "") -> None:
         losses.text(min(seconds), 1.0, f" {stage}", transform=losses.get_xaxis_transform(), va="top")
     curves = {
         losses: ("lm_loss", "align_loss", "sound_loss", "clip_loss", "distill_loss"),
-        rates: ("wer", "wer_align", "listening_gap", "label_accuracy", "accuracy"),
+        rates: ("wer", "wer_align", "listening_gap", "label_accuracy", "accuracy", "cer", "cer_align"),
     }
     for axis, names in curves.items():
         for color, name in zip(COLORS, names, strict=False):

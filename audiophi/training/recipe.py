@@ -59,6 +59,7 @@ class Source:
     rows give as `transcript` (or as `text`, for tasks about words), and the LLM reads what the alignment would have
     heard, with the errors that it makes on real clips (simulated.py); no audio is needed. `turns`: how many of the
     questions that a task makes of a row are asked in one chat, each of another kind: the clip is heard once for all.
+    `language`: that is spoken, by which transcripts are scored, where no column `language` says so; not given: English.
     """
 
     path: str
@@ -81,6 +82,7 @@ class Source:
     allow_urls: bool | None = None
     heard: Literal["real", "simulated"] | None = None
     turns: int | None = None
+    language: str | None = None
 
 
 @dataclass

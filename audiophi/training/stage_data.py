@@ -179,8 +179,8 @@ def stage_augment(stage: Stage) -> Augment | None:
 
 
 class StageCollator:
-    """AudioPhiCollator for a stage. Its batches also name their rows, `drawn`: (epoch, number) of each; and where the
-    stage augments, `augment_seeds` (windows,) int64."""
+    """AudioPhiCollator for a stage. Its batches also name their rows, `drawn`: (epoch, number) of each, those of a
+    stream the `position` behind them, and where the stage augments `augment_seeds` (windows,) int64."""
 
     def __init__(self, run: "Run", stage: Stage):
         self.seed = run.recipe.seed if stage_augment(stage) else None
@@ -200,6 +200,8 @@ class StageCollator:
     def __call__(self, examples: list[dict]) -> dict:
         batch = dict(self.collate(examples))
         batch["drawn"] = [(example["epoch"], example["id"]) for example in examples]
+        if "position" in examples[0]:
+            batch["position"] = examples[0]["position"]
         if self.seed is not None and "audio_num_windows" in batch:
             clips = [
                 (example["epoch"], example["id"], place)

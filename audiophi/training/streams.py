@@ -1,5 +1,6 @@
 """Batches of rows as they come, for data that does not fit on the disk."""
 
+import itertools
 import zlib
 from collections.abc import Iterator
 
@@ -23,8 +24,8 @@ class StreamingSet(IterableDataset):
     """Batches of items as the rows of a stream come.
 
     Every process and every worker of its loader takes its share of the rows, decodes no others, and makes batches of
-    its own; length grouping happens inside a buffer of rows. The order follows from the seed, so that skipping batches
-    resumes a run.
+    its own; length grouping happens inside a buffer of rows. The order follows from the seed. Of a run that is resumed
+    by `load_state_dict`, no more is decoded again than the buffer that it was in.
 
     Args:
         sounds: whether the loss align learns from answers that say what is heard. room: what prompts must fit into.
@@ -48,6 +49,8 @@ class StreamingSet(IterableDataset):
         self.confusions = confusions
         self.sources, self.bad, self.processor, self.stage, self.recipe = sources, bad, processor, stage, recipe
         self.rank, self.world_size, self.sounds, self.room, self.buffer = rank, world_size, sounds, room, 512
+        self.turn: int = 0  # of which worker the next batch is
+        self.positions: dict[int, list[int]] = {}  # of each worker, behind its last batch that was trained on
         self.longest: dict[str, float | None] = {}
         self.incomplete: dict[str, bool] = {}
         for source in sources:
@@ -57,40 +60,64 @@ class StreamingSet(IterableDataset):
             self.incomplete[path] = missing_audio_is_normal(source.path)
 
     def __iter__(self) -> Iterator[list[dict]]:
-        epoch, batches = 0, 0
+        info = get_worker_info()
+        # Batches are taken from the workers in turn, and from the first one first.
+        worker = (info.id + self.turn) % info.num_workers if info else 0
+        epoch, behind, done, batches = self.positions.get(worker, (0, -1, 0, 0))
+        batches -= done
         while True:
-            before, buffer = batches, []
-            for item in self._items(epoch):
-                buffer.append(item)
-                if len(buffer) >= self.buffer:
-                    for batch in self._group(buffer, epoch, batches):
-                        batches += 1
+            before, items = batches, self._items(epoch, behind, worker)
+            while buffer := list(itertools.islice(items, self.buffer)):
+                for place, batch in enumerate(self._group(buffer, epoch, batches), 1):
+                    batches += 1
+                    if place > done:
+                        batch[0]["position"] = (worker, [epoch, behind, place, batches])
                         yield batch
-                    buffer = []
-            for batch in self._group(buffer, epoch, batches):
-                batches += 1
-                yield batch
+                behind, done = buffer[-1]["id"], 0
             if batches == before:
                 raise ValueError(
                     f"the stream gave this process no usable rows; see {self.bad.path}, and use fewer processes or "
                     "workers (num_workers) than there are rows"
                 )
-            epoch += 1
+            epoch, behind = epoch + 1, -1
+
+    @property
+    def shares(self) -> int:
+        """Into how many parts the rows are divided: one for every worker of every process."""
+        return self.world_size * max(1, self.recipe.num_workers)
+
+    def trained_on(self, position: tuple[int, list[int]]) -> None:
+        """To be called with the `position` of every batch, in order."""
+        worker, self.positions[worker] = position
+        self.turn = (worker + 1) % max(1, self.recipe.num_workers)
+
+    def state_dict(self) -> dict:
+        """How far this process has read, for `load_state_dict`."""
+        return {"shares": self.shares, "turn": self.turn, "positions": self.positions}
+
+    def load_state_dict(self, state: dict) -> bool:
+        """Goes on behind the batches that were trained on; False, and nothing done, where the rows were divided among
+        another number of processes or workers."""
+        if state["shares"] != self.shares:
+            return False
+        self.turn = state["turn"]
+        self.positions = {int(worker): position for worker, position in state["positions"].items()}
+        return True
 
     def describe(self, epoch: int, number: int) -> dict:
         """All that is still known of a row of the stream: that it was the `number`-th."""
         return {"row": number, "epoch": epoch}
 
-    def _items(self, epoch: int) -> Iterator[dict]:
+    def _items(self, epoch: int, behind: int, worker: int) -> Iterator[dict]:
+        """Items of the rows of a worker whose numbers are above `behind`."""
         specs = [
             {**source_spec(source), **({"weight": source.weight} if source.weight else {})} for source in self.sources
         ]
-        worker = get_worker_info()
-        share = self.rank * worker.num_workers + worker.id if worker else self.rank
-        shares = self.world_size * (worker.num_workers if worker else 1)
+        shares, share = self.shares, self.rank * max(1, self.recipe.num_workers) + worker
         rate, seed = self.processor.sampling_rate, self.recipe.seed
-        for number, example in enumerate(stream_examples(specs, seed + epoch)):
-            if number % shares != share:
+        for count, example in enumerate(stream_examples(specs, seed + epoch, (share, shares)), 1):
+            number = share + (count - 1) * shares
+            if number <= behind:
                 continue
             try:
                 if isinstance(example, RowError):
@@ -102,7 +129,7 @@ class StreamingSet(IterableDataset):
             except (RowError, AudioError, OSError) as error:
                 known = not isinstance(example, RowError)
                 absent = known and self.incomplete[example.source] and missing_file(example) is not None
-                self._bad(error, number, example.id or f"row {number + 1}", absent, epoch, number // shares + 1)
+                self._bad(error, number, example.id or f"row {number + 1}", absent, epoch, count)
                 continue
             if item is not None:
                 yield {**item, "seconds": seconds, "tokens": text_tokens(example)}
@@ -117,6 +144,9 @@ class StreamingSet(IterableDataset):
             return None, 0.0
         if self.stage.loss == "distill" and not self.room.can_be_taught(example):
             return None, 0.0
+        limit = self.longest[example.source]
+        if limit is not None and sum(measure_seconds(clip, example.id) for clip in example.clips) > limit:
+            return None, 0.0  # undecoded: hours of audio may not fit into memory
         speeds = self.recipe.data.speeds
         speed = speeds[zlib.crc32(f"{self.recipe.seed} {epoch} {number}".encode()) // 7 % len(speeds)]
         clips, samples = [], []
@@ -129,9 +159,6 @@ class StreamingSet(IterableDataset):
             waveform = waveform if speed == 1 else speed_perturb(waveform, speed, rate)
             samples.append(len(waveform))
             clips.append(waveform)
-        limit = self.longest[example.source]
-        if limit is not None and speed * sum(samples) / rate > limit:
-            return None, 0.0
         clips = [
             clip if known.simulated else self.processor.encode_audio((clip, rate))
             for known, clip in zip(example.clips, clips, strict=True)
@@ -153,8 +180,6 @@ class StreamingSet(IterableDataset):
             ) from error
 
     def _group(self, buffer: list[dict], epoch: int, batches: int) -> list[list[dict]]:
-        if not buffer:
-            return []
         size = {name: getattr(self.stage, name) for name in ("batch_size", "batch_seconds", "batch_tokens")}
         schedule = BatchSchedule(
             [item.pop("seconds") for item in buffer],

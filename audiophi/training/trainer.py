@@ -135,6 +135,9 @@ class AudioPhiTrainer(Trainer):
         return DataLoader(self.train_dataset, batch_sampler=self.schedule, **options)
 
     def _get_num_items_in_batch(self, batch_samples, device):
+        for batch in batch_samples:
+            if "position" in batch:
+                self.train_dataset.trained_on(batch.pop("position"))
         counts = [[taught_clips(batch), described_clips(batch), distilled_tokens(batch)] for batch in batch_samples]
         counts = torch.tensor(counts, device=device).sum(0, keepdim=True)
         if self.args.world_size > 1:
@@ -354,6 +357,8 @@ class AudioPhiTrainer(Trainer):
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with saving(folder):
             super()._save_checkpoint(model, trial)
+            if self.schedule is None:
+                (folder / self._stream_name).write_text(json.dumps(self.train_dataset.state_dict()))
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             with saving(folder):
@@ -365,6 +370,13 @@ class AudioPhiTrainer(Trainer):
         model = self.accelerator.unwrap_model(self.model)
         load_trainable(model, load_file(os.path.join(resume_from_checkpoint, WEIGHTS_NAME)))
         self.clock.seconds = read_marker(Path(resume_from_checkpoint))["seconds"]
+        if self.schedule is None and (state := Path(resume_from_checkpoint) / self._stream_name).exists():
+            # Otherwise Trainer reads again, and drops, all batches before.
+            self.args.ignore_data_skip = self.train_dataset.load_state_dict(json.loads(state.read_text()))
+
+    @property
+    def _stream_name(self) -> str:
+        return f"stream_{self.args.process_index}.json"
 
 
 def switch_checkpointing(model, to: str) -> None:

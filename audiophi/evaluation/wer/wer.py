@@ -11,7 +11,7 @@ import datasets
 import evaluate
 
 from audiophi.evaluation.metrics import count_errors, word_error_rate
-from audiophi.evaluation.text_normalization import NORMALIZER_NAME
+from audiophi.evaluation.text_normalization import normalizer_name
 
 
 class WER(evaluate.Metric):
@@ -29,4 +29,4 @@ class WER(evaluate.Metric):
         counts = [count_errors(said, heard) for said, heard in zip(references, predictions, strict=True)]
         kinds = ("substitutions", "deletions", "insertions", "words")
         totals = {kind: sum(getattr(count, kind) for count in counts) for kind in kinds}
-        return {"wer": word_error_rate(counts), **totals, "normalizer": NORMALIZER_NAME}
+        return {"wer": word_error_rate(counts), **totals, "normalizer": normalizer_name()}
