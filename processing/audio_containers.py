@@ -144,7 +144,9 @@ def _with_au_size(data: bytes, name: str) -> bytes:
 
 def _check_sphere(data: bytes, name: str) -> None:
     fields = dict(re.findall(rb"(\w+) -i (\d+)", data[:1024]))
-    samples, size, channels = (int(fields.get(key, 1)) for key in (b"sample_count", b"sample_n_bytes", b"channel_count"))
+    samples, size, channels = (
+        int(fields.get(key, 1)) for key in (b"sample_count", b"sample_n_bytes", b"channel_count")
+    )
     if b"shorten" not in data[:1024]:
         _check_size(len(data) - 1024, samples * size * channels, name)
 

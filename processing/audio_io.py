@@ -18,6 +18,7 @@ import io
 import os
 import stat
 import time
+import urllib.parse
 import urllib.request
 from fractions import Fraction
 from functools import lru_cache
@@ -285,7 +286,7 @@ def _read_path(path: str, name: str) -> tuple[np.ndarray, int]:
             raise AudioError(f"{name}: not a data URL of audio ({error}).") from error
     if path.startswith(("http://", "https://")):
         return decode_bytes(_download(path, name), name)
-    path = path.removeprefix("file://")
+    path = local_path(path)
     try:
         check_file(path, name)
         with open(path, "rb") as file:
@@ -296,6 +297,13 @@ def _read_path(path: str, name: str) -> tuple[np.ndarray, int]:
         raise AudioError(f"{name}: cannot be read ({error.strerror or error}).") from error
     except ValueError as error:  # a NUL, or half a character
         raise AudioError(f"{name!r}: cannot be the name of a file ({error}).") from error
+
+
+def local_path(path: str) -> str:
+    """A path with ~ as the user's folder, also of a file:// URL."""
+    if path.startswith("file://"):
+        path = urllib.parse.unquote(path.removeprefix("file://").removeprefix("localhost"))
+    return os.path.expanduser(path)
 
 
 def check_file(path: str, name: str | None = None) -> None:
@@ -381,7 +389,7 @@ def _decode_with_torchcodec(data: bytes, name: str, reason: str) -> tuple[np.nda
     announced = round((decoder.metadata.duration_seconds or 0) * rate)
     if heard + MAX_CODEC_DELAY < announced:
         raise AudioError(
-            f"{name}: {heard / rate:.2f} of {announced / rate:.2f} s could be decoded. Convert it to WAV or FLAC; if it "
-            "is no longer then, it is truncated."
+            f"{name}: {heard / rate:.2f} of {announced / rate:.2f} s could be decoded. Convert it to WAV or FLAC; "
+            "if it is no longer then, it is truncated."
         )
     return _mix(samples.data.numpy(), 0), rate
