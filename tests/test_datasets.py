@@ -340,7 +340,7 @@ def test_common_voice(folder, streaming):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ('a.wav,"Yes\nb.wav,"No\nc.wav,so\n', "cannot be read behind line [12] .*expected after"),
+        ('a.wav,"Yes\nb.wav,"No\nc.wav,so\n', "cannot be read behind line 3 .*expected after"),
         ('a.wav,"Yes\nb.wav,he said"\nc.wav,so\n', "a quote swallows the rows before line 3"),
         ('a.wav,"Yes\nb.wav,No\n', "cannot be read behind line 3 .*unexpected end"),
         ("a.wav,yes\nb.wav\n", r"line 3 has 1 values for 2 columns \(audio, text\)"),
@@ -422,7 +422,8 @@ def test_paths_of_every_form(folder, streaming, monkeypatch):
 
 
 def test_hidden_files_are_no_data_and_every_suffix_is(tmp_path):
-    names = ["a.opus", "b.OGA", "c.aif", "d.AIFF", "e.au", "f.caf", "g.w64", "h.mp2", "i.weba", "j.mka", "k.mov", "l.3gp"]
+    suffixes = ["opus", "OGA", "aif", "AIFF", "au", "caf", "w64", "mp2", "weba", "mka", "mov", "3gp", "amr", "wma"]
+    names = [f"{letter}.{suffix}" for letter, suffix in zip("abcdefghijklmn", suffixes, strict=True)]
     hidden = ["._a.opus", ".trash/old.wav", "__MACOSX/x.wav", "sub/.hidden/y.wav", "notes.txt"]
     for name in (*names, *hidden):
         (tmp_path / "rec" / name).parent.mkdir(parents=True, exist_ok=True)

@@ -87,7 +87,7 @@ def _table_rows(manifest: Path, file) -> Iterator[dict]:
     lines = csv.reader(file, **rules)
     try:
         names = [name.strip() for name in next(lines, [])]
-        if len(names) == 1 and "|" in names[0]:
+        if "|" in "".join(names[:1]):
             raise ValueError(f"{manifest}: is separated by |, or has no header. Write it as CSV with a line of names.")
         for values in filter(None, lines):
             if len(values) != len(names):

@@ -146,7 +146,7 @@ def load_examples(spec, **defaults) -> Examples:
         rows = list(rows)
         names = list(dict.fromkeys(name for row in rows for name in row)) if rows else []
     numbers = np.array(_wanted_numbers(rows, names, entry), dtype=np.int64)
-    if not len(rows):
+    if not len(rows) and entry["split"] is None:
         raise ValueError(f"{entry['path']}: holds no rows.")
     if not len(numbers):
         raise ValueError(f"{entry['path']}: no rows are left after split={entry['split']!r}, filter and exclude.")
@@ -266,12 +266,19 @@ def _open(entry: dict, streaming: bool):
 
 
 def _load_parquet(files: list[Path], streaming: bool):
+    full = []
     for file in files:
         try:
-            pyarrow.parquet.read_metadata(file)
+            if pyarrow.parquet.read_metadata(file).num_rows:
+                full.append(str(file))
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{file}: cannot be read as Parquet ({error}). Is it empty, or not all there?") from error
-    return datasets.load_dataset("parquet", data_files=[str(f) for f in files], split="train", streaming=streaming)
+    if not full:
+        raise ValueError(f"{files[0]}: holds no rows.")
+    try:
+        return datasets.load_dataset("parquet", data_files=full, split="train", streaming=streaming)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(f"{', '.join(full)}: cannot be read ({error.__cause__ or error}).") from error
 
 
 def _table(table, entry: dict):
