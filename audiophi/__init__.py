@@ -10,8 +10,12 @@
     audiophi/components/ base components that transformers cannot load as they are released
 """
 
+import logging
+
 from .requirements import check_requirements
 
+# bitsandbytes, which transformers imports where it is there, says so to everybody who has no use for it.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda said: "gemm_4bit_forward" not in said.getMessage())
 check_requirements()  # first: without torch, transformers imports for seconds and then blames something else
 
 from modeling_audiophi import (  # noqa: E402

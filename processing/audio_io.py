@@ -18,6 +18,7 @@ import io
 import os
 import stat
 import time
+import urllib.parse
 import urllib.request
 from fractions import Fraction
 from functools import lru_cache
@@ -26,6 +27,8 @@ import numpy as np
 import soundfile
 import torch
 import torchaudio
+
+from .audio_containers import TruncatedError, flac_samples, mended, mp3_tag, with_flac_samples, without_id3
 
 MAX_CHANNELS = 64
 # What a header may claim before anything is decoded: 24 hours, and 8 GiB as float32 (3 hours at 192 kHz).
@@ -37,7 +40,9 @@ MAX_AMPLITUDE = 100.0
 URL_TIMEOUT_S = 60
 URL_MAX_BYTES = 2**31
 URL_SLOWEST = 16_000  # bytes per second
-UNKNOWN_WAV_SIZE = 0x7FFFF000
+UNKNOWN_LENGTH = 2**63 - 1  # what libsndfile takes for one
+# Samples that a container's length may count and no decoder gives: AAC's priming is 2112.
+MAX_CODEC_DELAY = 2400
 # Largest numerator or denominator of a resampling ratio. The polyphase filter bank grows with it: 44,099 → 16,000 Hz
 # taken literally needs gigabytes. The nearest such fraction plays odd rates at most 0.05 % too fast or too slow; usual
 # rates are exact.
@@ -106,27 +111,80 @@ def read_source(source, source_rate: int | None = None, name: str | None = None)
 def decode_bytes(data: bytes, name: str) -> tuple[np.ndarray, int]:
     """Decode a whole audio file held in memory → (float32 array (samples,), channels averaged; rate).
 
-    libsndfile reads WAV, FLAC, Ogg (Vorbis, Opus) and MP3; other containers (m4a, mp4, webm) go to torchcodec where it
-    is installed.
+    libsndfile reads WAV, FLAC, Ogg (Vorbis, Opus) and MP3; other containers (m4a, mp4, webm) and codecs go to
+    torchcodec where it is installed.
     """
     if not data:
         raise AudioError(f"{name}: empty file (0 bytes).")
-    _check_complete(data, name)
+    try:
+        parts = [_decode_part(part, name) for part in mended(without_id3(data), name)]
+    except TruncatedError as error:
+        raise AudioError(str(error)) from error
+    rate = parts[0][1]
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate([resample(np.asarray(array, np.float32), own, rate) for array, own in parts]), rate
+
+
+class _Forward(soundfile.SoundFile):
+    """A file that is only read on: soundfile seeks behind every read, where libsndfile cannot seek in all it reads."""
+
+    def seekable(self):
+        return False
+
+
+class _EndlessBytes(io.BytesIO):
+    """Bytes whose end nobody finds by seeking. Of MP3 without a length of its own libsndfile guesses one, by the size
+    of the file, and stops there; like this it reads on."""
+
+    sought_end = False
+
+    def seek(self, offset, whence=0):
+        self.sought_end = whence == 2 and offset == 0
+        return UNKNOWN_LENGTH if whence == 2 else super().seek(offset, whence)
+
+    def tell(self):
+        return UNKNOWN_LENGTH if self.sought_end else super().tell()
+
+
+def _decode_part(data: bytes, name: str) -> tuple[np.ndarray, int]:
+    """What libsndfile, or else torchcodec, makes of a file → (float32 (samples,), rate)."""
+    announced, endless = 0, False
+    if data[:4] == b"fLaC":
+        announced, endless = flac_samples(data), True
+        data = with_flac_samples(data, 0)
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
-            expected, rate = file.frames, file.samplerate
-            _check_header(expected, file.channels, rate, name)
-            array = file.read(expected, dtype="float32", always_2d=True)  # said, because GSM cannot seek
+            rate, channels, is_mp3 = file.samplerate, file.channels, file.format == "MP3"
+            announced = announced if endless else file.frames
+            _check_header(announced, channels, rate, name)
+            tag, whole = mp3_tag(data) if is_mp3 else (0, True)
+            if is_mp3 and (tag < 0 or not whole):
+                announced, endless = 0, True
+            if not endless:
+                array = file.read(announced, dtype="float32", always_2d=True)  # said, because GSM cannot seek
+        if endless:
+            if is_mp3 and tag >= 0:
+                data = data[:tag] + bytes(4) + data[tag + 4 :]
+            with _Forward(_EndlessBytes(data) if is_mp3 else io.BytesIO(data)) as file:
+                array = _read_on(file, name)
     except MemoryError as error:
-        raise AudioError(f"{name}: {expected} samples do not fit into memory. Cut it into shorter files.") from error
+        raise AudioError(f"{name}: {announced} samples do not fit into memory. Cut it into shorter files.") from error
     except soundfile.LibsndfileError as error:
-        reason = error.error_string  # the whole message would name a buffer in memory
-        if data[:4] in (b"RIFF", b"fLaC", b"OggS"):
-            raise AudioError(f"{name}: damaged or truncated audio file ({reason}).") from error
-        return _decode_with_torchcodec(data, name, reason)
-    if len(array) < expected:
-        raise AudioError(f"{name}: truncated file, {len(array)} of the {expected} samples that its header announces.")
+        return _decode_with_torchcodec(data, name, error.error_string)  # the message would name a buffer in memory
+    if len(array) < announced:
+        raise AudioError(f"{name}: truncated file, {len(array)} of the {announced} samples that its header announces.")
     return _mix(array, 1), rate
+
+
+def _read_on(file: soundfile.SoundFile, name: str) -> np.ndarray:
+    """All samples of a file of unknown length: float32 (samples, channels)."""
+    blocks, total = [np.zeros((0, file.channels), np.float32)], 0
+    while len(block := file.read(1 << 18, dtype="float32", always_2d=True)):
+        blocks.append(block)
+        total += len(block)
+        _check_header(total, file.channels, file.samplerate, name)
+    return np.concatenate(blocks)
 
 
 def to_mono(array: np.ndarray, name: str) -> np.ndarray:
@@ -228,7 +286,7 @@ def _read_path(path: str, name: str) -> tuple[np.ndarray, int]:
             raise AudioError(f"{name}: not a data URL of audio ({error}).") from error
     if path.startswith(("http://", "https://")):
         return decode_bytes(_download(path, name), name)
-    path = path.removeprefix("file://")
+    path = local_path(path)
     try:
         check_file(path, name)
         with open(path, "rb") as file:
@@ -239,6 +297,13 @@ def _read_path(path: str, name: str) -> tuple[np.ndarray, int]:
         raise AudioError(f"{name}: cannot be read ({error.strerror or error}).") from error
     except ValueError as error:  # a NUL, or half a character
         raise AudioError(f"{name!r}: cannot be the name of a file ({error}).") from error
+
+
+def local_path(path: str) -> str:
+    """A path with ~ as the user's folder, also of a file:// URL."""
+    if path.startswith("file://"):
+        path = urllib.parse.unquote(path.removeprefix("file://").removeprefix("localhost"))
+    return os.path.expanduser(path)
 
 
 def check_file(path: str, name: str | None = None) -> None:
@@ -303,46 +368,28 @@ def _check_header(frames: int, channels: int, rate: int, name: str) -> None:
         )
 
 
-def _check_complete(data: bytes, name: str) -> None:
-    """Refuse WAV and Ogg files cut short, which libsndfile silently reads as shorter recordings.
-
-    WAV: the announced bytes of the data chunk must be there (0 and sizes near 2 or 4 GB are what writers leave that
-    stream to a pipe and cannot know).
-    Ogg: the last page must be whole and carry the end-of-stream flag (RFC 3533, section 6).
-    """
-    if data[:4] == b"RIFF" and data[8:12] == b"WAVE":
-        position = 12
-        while position + 8 <= len(data):
-            kind, size = data[position : position + 4], int.from_bytes(data[position + 4 : position + 8], "little")
-            available = len(data) - position - 8
-            if kind == b"data":
-                if available < size < UNKNOWN_WAV_SIZE:
-                    raise AudioError(
-                        f"{name}: truncated file, {available} of the {size} bytes that its header announces."
-                    )
-                return
-            position += 8 + size + size % 2
-        raise AudioError(f"{name}: truncated file, its WAV header has no data chunk.")
-    if data[:4] == b"OggS":
-        page = data.rfind(b"OggS")
-        segments = data[page + 27 : page + 27 + (data[page + 26] if page + 26 < len(data) else 0)]
-        whole = page + 27 <= len(data) and len(segments) == data[page + 26]
-        if not whole or page + 27 + len(segments) + sum(segments) > len(data) or not data[page + 5] & 4:
-            raise AudioError(f"{name}: truncated file, the Ogg stream has no end-of-stream page.")
-
-
 def _decode_with_torchcodec(data: bytes, name: str, reason: str) -> tuple[np.ndarray, int]:
+    """What libsndfile cannot read for that `reason`. AudioError also where less comes out than the file is long."""
     try:
         from torchcodec.decoders import AudioDecoder
     except (ImportError, OSError, RuntimeError):
         raise AudioError(
-            f"{name}: not an audio file that libsndfile can read ({reason}). WAV, FLAC, Ogg and MP3 are; other "
-            "containers need torchcodec and FFmpeg."
+            f"{name}: not audio that libsndfile can decode ({reason.strip('. ')}). It is damaged or truncated, or of a "
+            "kind for which torchcodec and FFmpeg have to be installed (WAV, FLAC, Ogg and MP3 mostly are not)."
         ) from None
     try:
-        samples = AudioDecoder(data).get_all_samples()
-    except (RuntimeError, ValueError) as codec_error:
+        decoder = AudioDecoder(data)
+        samples = decoder.get_all_samples()
+    except (RuntimeError, ValueError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise AudioError(
-            f"{name}: not audio (neither libsndfile nor torchcodec can decode it: {reason})"
-        ) from codec_error
-    return _mix(samples.data.numpy(), 0), _check_rate(int(samples.sample_rate), name)
+            f"{name}: not audio that can be decoded (torchcodec: {why.strip('. ')}; libsndfile: {reason.strip('. ')})."
+        ) from error
+    rate, heard = _check_rate(int(samples.sample_rate), name), samples.data.shape[-1]
+    announced = round((decoder.metadata.duration_seconds or 0) * rate)
+    if heard + MAX_CODEC_DELAY < announced:
+        raise AudioError(
+            f"{name}: {heard / rate:.2f} of {announced / rate:.2f} s could be decoded. Convert it to WAV or FLAC; "
+            "if it is no longer then, it is truncated."
+        )
+    return _mix(samples.data.numpy(), 0), rate

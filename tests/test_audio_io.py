@@ -4,6 +4,7 @@ import base64
 import functools
 import http.server
 import io
+import sys
 import threading
 
 import numpy as np
@@ -266,3 +267,189 @@ def test_speed_perturbation_changes_duration_and_pitch(factor):
     np.testing.assert_array_equal(speed_perturb(tone(), 1.0), tone())
     with pytest.raises(ValueError, match="speed factor 9"):
         speed_perturb(tone(), 9)
+
+
+def hiss(seconds=2.0, seed=0):
+    """Noise, because a compressed tone is so small that its file is almost only header."""
+    return 0.3 * np.random.default_rng(seed).normal(size=int(seconds * RATE)).clip(-3, 3)
+
+
+def patched(data, *changes):
+    """`data` with bytes of (position, new) in place of its own."""
+    data = bytearray(data)
+    for position, new in changes:
+        data[position : position + len(new)] = new
+    return bytes(data)
+
+
+def mp3(samples, mode="VARIABLE", tag=True):
+    """MP3; without a `tag` as writers to a pipe leave it: no frame says how many there are."""
+    buffer = io.BytesIO()
+    with soundfile.SoundFile(buffer, "w", RATE, 1, format="MP3", bitrate_mode=mode, compression_level=0.5) as file:
+        file.write(samples)
+    data = buffer.getvalue()
+    at = max(data.find(b"Xing", 0, 200), data.find(b"Info", 0, 200))
+    assert at > 0
+    return data if tag else data[data.index(data[:2], at) :]
+
+
+def ogg_pages(data):
+    """Where the pages of an Ogg file begin."""
+    pages, position = [], 0
+    while position < len(data):
+        pages.append(position)
+        body = position + 27 + data[position + 26]
+        position = body + sum(data[position + 27 : body])
+    return pages
+
+
+def test_mp3_that_does_not_say_its_length_is_heard_to_its_end():
+    """libsndfile guesses one by the first frame's bit rate and the file's size: a quiet beginning, and half is lost."""
+    samples = np.concatenate([hiss(1.0), hiss(2.0) * 1e-3])
+    id3 = b"ID3\x03\x00\x00\x00\x01\x1c\x20" + bytes(20_000)
+    for data in (mp3(samples, tag=False), mp3(samples, "CONSTANT", tag=False), id3 + mp3(samples, tag=False),
+                 mp3(samples, tag=False) + b"TAG" + bytes(125), mp3(samples[::-1], tag=False)):  # fmt: skip
+        assert len(load_audio(data)) == pytest.approx(3 * RATE, abs=2500)
+
+
+def test_mp3s_that_were_joined_are_heard_to_the_end_of_the_last():
+    whole = load_audio(mp3(hiss()))
+    assert len(whole) == 2 * RATE  # a length that is said is kept, without what the encoder put before and behind
+    for parts in ((mp3(hiss()), mp3(hiss(1.0))), (mp3(hiss()), mp3(hiss(1.0), tag=False))):
+        assert len(load_audio(b"".join(parts))) == pytest.approx(3 * RATE, abs=6000)
+
+
+def test_flac_is_heard_to_its_end_whatever_its_header_says():
+    data, expected = encode(hiss(), format="FLAC"), load_audio(encode(hiss(), format="FLAC"))
+    head = int.from_bytes(data[18:26], "big") >> 36 << 36
+    for announced in (0, RATE // 2):
+        said = patched(data, (18, (head | announced).to_bytes(8, "big")))
+        np.testing.assert_array_equal(load_audio(said), expected)
+    with pytest.raises(AudioError, match="32000 of the 40000 samples"):
+        load_audio(patched(data, (18, (head | 40_000).to_bytes(8, "big"))))
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_ogg_without_its_last_flag_is_heard(subtype, caplog):
+    from processing.audio_containers import _ogg_checksum
+
+    data = encode(hiss(), format="OGG", subtype=subtype)
+    expected, last = load_audio(data), ogg_pages(data)[-1]
+
+    def with_checksum(page):
+        return patched(page, (22, _ogg_checksum(patched(page, (22, bytes(4)))).to_bytes(4, "little")))
+
+    assert with_checksum(data[last:]) == data[last:]
+    no_flag = data[:last] + with_checksum(patched(data[last:], (5, b"\x00")))
+    np.testing.assert_array_equal(load_audio(no_flag), expected)
+    assert "no end-of-stream page" in caplog.text
+    # An end that is a page of its own, without a packet.
+    end = patched(data[last : last + 27], (5, b"\x04"), (26, b"\x00"))
+    np.testing.assert_array_equal(load_audio(no_flag + with_checksum(end)), expected)
+    # Cut at the end of a page, as by a signal.
+    assert 0 < len(load_audio(data[:last])) < len(expected)
+
+
+def test_chained_ogg_streams_are_heard_one_behind_the_other():
+    parts = [encode(hiss(1.0), format="OGG", subtype="OPUS"), encode(hiss(0.5), format="OGG", subtype="VORBIS")]
+    parts.append(encode(tone(1.0, 24_000), 24_000, format="OGG", subtype="VORBIS"))
+    whole, alone = load_audio(b"".join(parts)), [load_audio(part) for part in parts]
+    assert len(whole) == pytest.approx(2.5 * RATE, abs=3)
+    np.testing.assert_allclose(whole[: len(alone[0])], alone[0], atol=1e-6)
+    assert peak_frequency(whole[-RATE // 2 :]) == pytest.approx(440, abs=5)
+    with pytest.raises(AudioError, match="truncated"):
+        load_audio(b"".join(parts)[:-100])
+
+
+SIZES = {  # format: (kind of the samples' chunk, where its size is behind that, bytes, order)
+    "WAV": (b"data", 4, 4, "little"),
+    "WAVEX": (b"data", 4, 4, "little"),
+    "AIFF": (b"SSND", 4, 4, "big"),
+    "AU": (b".snd", 8, 4, "big"),
+    "W64": (b"data", 16, 8, "little"),
+    "RF64": (b"ds64", 16, 8, "little"),
+    "CAF": (b"data", 4, 8, "big"),
+}
+
+
+@pytest.mark.parametrize("format", SIZES)
+def test_sizes_that_a_stopped_writer_left_are_those_of_the_file(format):
+    data = encode(tone(), format=format, subtype="PCM_16")
+    expected = load_audio(data)
+    kind, behind, width, order = SIZES[format]
+    at = data.index(kind) + behind
+    outer = [(4, bytes(4))] if format in ("WAV", "WAVEX", "AIFF") else []
+    if format == "AIFF":
+        outer.append((22, bytes(4)))  # the number of samples
+    for size in (0, 2 ** (8 * width) - 1):
+        left = patched(data, (at, size.to_bytes(width, order)), *outer)
+        heard = load_audio(left)
+        np.testing.assert_array_equal(heard[: len(expected)], expected, err_msg=f"size {size}")
+        assert len(heard) - len(expected) <= 8  # what stands behind the samples
+    with pytest.raises(AudioError, match="truncated"):
+        load_audio(data[: len(data) // 2])
+
+
+def test_wav_of_an_empty_recording_with_chunks_behind_it_is_empty():
+    data = encode(np.zeros(0))
+    data += b"LIST" + (1000).to_bytes(4, "little") + bytes(range(250)) * 4
+    with pytest.raises(AudioError, match="empty audio"):
+        load_audio(patched(data, (4, (len(data) - 8).to_bytes(4, "little"))))
+
+
+@pytest.mark.parametrize("excess", [1, 8, 36, 44])
+def test_a_header_counted_among_the_samples_is_no_loss(excess):
+    data = encode(tone())
+    at = data.index(b"data") + 4
+    assert len(load_audio(patched(data, (at, (2 * RATE + excess).to_bytes(4, "little"))))) == RATE
+
+
+def test_cut_sphere_files_are_refused():
+    data = encode(tone(), format="NIST", subtype="PCM_16")
+    assert len(load_audio(data)) == RATE
+    with pytest.raises(AudioError, match="truncated file, 15488 of the 32000 bytes"):
+        load_audio(data[: len(data) // 2])
+
+
+class Codec:
+    """What stands for torchcodec where it is not installed: 1 s of what its metadata say are `seconds`."""
+
+    def __init__(self, seconds=1.0, problem=None):
+        self.seconds, self.problem = seconds, problem
+
+    def AudioDecoder(self, data):
+        if self.problem:
+            raise RuntimeError(f"{self.problem}\nat a line of C++")
+        samples = type("Samples", (), {"data": torch.from_numpy(tone())[None], "sample_rate": RATE})()
+        metadata = type("Metadata", (), {"duration_seconds": self.seconds})()
+        return type("Decoder", (), {"metadata": metadata, "get_all_samples": lambda self: samples})()
+
+
+def foreign():
+    """Files in codecs that libsndfile lacks, in containers that it knows, and in one that it does not."""
+    wav, ogg = encode(tone()), encode(hiss(), format="OGG", subtype="OPUS")
+    at = wav.index(b"fmt ") + 8
+    return {
+        "G.722 in WAV": patched(wav, (at, (0x028F).to_bytes(2, "little"))),
+        "AAC in WAV": patched(wav, (at, b"\xff\x00")),
+        "Speex in Ogg": ogg.replace(b"OpusHead", b"Speex   ").replace(b"OpusTags", b"Speex   "),
+        "WebM": b"\x1a\x45\xdf\xa3" + bytes(500),
+        "AVI": b"RIFF\x00\x10\x00\x00AVI LIST" + bytes(500),
+    }
+
+
+@pytest.mark.parametrize("kind", foreign())
+def test_what_libsndfile_lacks_goes_to_torchcodec_from_any_container(kind, monkeypatch):
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "torchcodec.decoders", None)
+        with pytest.raises(AudioError, match="of a kind for which torchcodec and FFmpeg have to be installed"):
+            load_audio(foreign()[kind])
+    monkeypatch.setitem(sys.modules, "torchcodec", Codec())
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", Codec())
+    np.testing.assert_array_equal(load_audio(foreign()[kind]), tone())
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", Codec(seconds=1.4))
+    with pytest.raises(AudioError, match="1.00 of 1.40 s could be decoded"):
+        load_audio(foreign()[kind])
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", Codec(problem="moov atom not found"))
+    with pytest.raises(AudioError, match=r"torchcodec: moov atom not found; libsndfile"):
+        load_audio(foreign()[kind])

@@ -1,6 +1,8 @@
 """The command line, on a tiny checkpoint: what is printed and written, resuming, bad files, exit codes."""
 
+import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -201,3 +203,35 @@ def test_it_runs_as_a_module(checkpoint, tmp_path):
     options = ["--model", checkpoint, "--max_new_tokens", "3"]
     done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout.startswith(f"{tmp_path / 'a.wav'}: ") and "no.wav" in done.stderr
+
+
+def test_standard_input_is_heard(audiophi, clips, capsys, monkeypatch, tmp_path):
+    assert audiophi("transcribe", clips / "a.wav") == 0
+    said = capsys.readouterr().out
+    for _ in range(2):  # what came before is no result of what comes now
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(open(clips / "a.wav", "rb")))
+        assert audiophi("transcribe", "-", "--output", tmp_path / "out.jsonl") == 0
+        assert lines_of((tmp_path / "out.jsonl").read_text())[-1]["text"] == said.strip()
+    assert "already" not in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"no audio")))
+    assert audiophi("transcribe", "-") == 1 and "not audio" in capsys.readouterr().err
+
+
+def test_a_wrong_model_is_said_in_one_line(clips, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    for model in (str(tmp_path / "gone"), "./gone", "checkpoints/gone", "gone", "a/b/c", str(clips / "a.wav")):
+        assert main(["transcribe", str(clips / "a.wav"), "--model", model]) == 1
+        said = capsys.readouterr().err
+        assert said == f"audiophi transcribe: {model}: no such folder, and no id of the Hub (org/name)\n"
+        assert main(["eval", "--model", model, "--data", "nothing.jsonl", "--output_dir", str(tmp_path / "out")]) == 1
+        assert f"{model}: no such folder" in capsys.readouterr().err
+    assert main(["transcribe", str(clips / "a.wav"), "--model", "checkpoints"]) == 1
+    assert "checkpoints: this folder holds no config.json" in capsys.readouterr().err
+
+
+def test_what_bitsandbytes_says_about_a_kernel_is_not_shown_but_all_else_is(caplog):
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "no kernels")
+    logger.warning("something else")
+    assert [record.getMessage() for record in caplog.records] == ["something else"]

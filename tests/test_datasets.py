@@ -6,12 +6,15 @@ import sys
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 
+from audiophi.data.dataset_files import audio_files
 from audiophi.data.datasets import stream_examples
 from audiophi.data.example import RowError
-from processing import AudioError
+from processing import AudioError, load_audio
 from tests.layouts import load, read
 
 ROWS = [("a", "one", "s1"), ("b", "two", "s1"), ("c", "three", "s2"), ("d", "four", "s3")]
@@ -140,7 +143,8 @@ def test_audio_files_in_label_folders(tmp_path, streaming):
     assert [(row.id, row.label) for row in rows] == [("test/dog_bark/1.wav", "dog bark"), ("test/rain/1.wav", "rain")]
     assert len(load(str(tmp_path), streaming, task="caption")) == 4
     # A folder's name is no transcript.
-    assert all("has no text" in str(row) for row in load(str(tmp_path), streaming))
+    with pytest.raises(ValueError, match="no column looks like text .* Columns: 'audio', 'label', 'id'. Pass text_col"):
+        list(load(str(tmp_path), streaming, task="transcribe"))
 
 
 def test_librispeech_tree(tmp_path, streaming):
@@ -295,3 +299,133 @@ def test_columns_that_nobody_uses_are_said(folder, caplog):
     rows = [{**row, "translation": "eins"} for row in manifest_rows()]
     load(write_jsonl(folder / "list.jsonl", rows))
     assert "not used: 'translation'" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_metadata_in_the_folder_of_each_split(folder, streaming, kind):
+    """As `datasets` documents it; the folders' names are no transcripts."""
+    for split, names in (("train", "ab"), ("test", "cd")):
+        (folder / "set" / split).mkdir(parents=True)
+        rows = [{"file_name": f"{n}.wav", "transcription": t} for n, t, _ in ROWS if n in names]
+        for row in rows:
+            index = "abcd".index(row["file_name"][0])
+            (folder / "set" / split / row["file_name"]).write_bytes(wav(index))
+        lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
+        if kind == "csv":
+            (folder / "set" / split / "metadata.csv").write_text("\n".join(lines))
+        else:
+            write_jsonl(folder / "set" / split / "metadata.jsonl", rows)
+    found = list(load(str(folder / "set"), streaming))
+    assert [(row.reference, len(read(row))) for row in found] == [
+        ("three", 802), ("four", 803), ("one", 800), ("two", 801)
+    ]  # fmt: skip
+    assert [row.reference for row in load(str(folder / "set"), streaming, split="train")] == ["one", "two"]
+    with pytest.raises(ValueError, match="no folder 'dev' with metadata"):
+        list(load(str(folder / "set"), streaming, split="dev"))
+
+
+def test_common_voice(folder, streaming):
+    """A sentence that begins with a quote is one row, and the audio is in clips/."""
+    (folder / "audio").rename(folder / "clips")
+    sentences = ['"Yes, he said.', "no", '"Quite" so', '"All of it"']
+    lines = [f"s{n}\t{name}.wav\t{said}" for n, (name, said) in enumerate(zip("abcd", sentences, strict=True))]
+    (folder / "train.tsv").write_text("\n".join(["client_id\tpath\tsentence", *lines]))
+    rows = list(load(str(folder / "train.tsv"), streaming))
+    assert [row.reference for row in rows] == ['"Yes, he said.', "no", '"Quite" so', "All of it"]
+    assert [len(read(row)) for row in rows] == [800, 801, 802, 803]
+    (folder / "train.tsv").write_text('path\tsentence\na.wav\t"He said ""no"""\n')  # as pandas writes it
+    assert [row.reference for row in load(str(folder / "train.tsv"), streaming)] == ['He said "no"']
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('a.wav,"Yes\nb.wav,"No\nc.wav,so\n', "cannot be read behind line 3 .*expected after"),
+        ('a.wav,"Yes\nb.wav,he said"\nc.wav,so\n', "a quote swallows the rows before line 3"),
+        ('a.wav,"Yes\nb.wav,No\n', "cannot be read behind line 3 .*unexpected end"),
+        ("a.wav,yes\nb.wav\n", r"line 3 has 1 values for 2 columns \(audio, text\)"),
+        ("a.wav,yes, he said\n", "line 2 has 3 values for 2 columns .* have to be quoted"),
+        ("", "holds no rows"),
+    ],
+)
+def test_tables_that_would_be_read_as_something_else_are_refused(tmp_path, content, message):
+    path = tmp_path / "list.csv"
+    path.write_text("audio,text\n" + content)
+    with pytest.raises(ValueError, match=f"list.csv: {message}"):
+        load(str(path))
+
+
+def test_csv_as_it_should_be(folder, streaming):
+    """Quoted commas, quotes and lines; a space behind the comma; LJSpeech's | is named."""
+    path = folder / "list.csv"
+    path.write_text('file_name, text\naudio/a.wav, "one, ""two""\nthree, four"\n\naudio/b.wav,five\n')
+    rows = list(load(str(path), streaming))
+    assert [row.reference for row in rows] == ['one, "two"\nthree, four', "five"] and len(read(rows[1])) == 801
+    path.write_text("LJ001-0001|Printing, in the only sense|Printing, in the only sense\n")
+    with pytest.raises(ValueError, match=r"is separated by \|"):
+        list(load(str(path), streaming))
+
+
+def test_librispeech_with_suffixes_in_capitals(tmp_path, streaming):
+    (tmp_path / "dev-clean" / "84" / "1").mkdir(parents=True)
+    (tmp_path / "dev-clean" / "84" / "1" / "84-1.trans.txt").write_text("84-1-0000 GO\n")
+    (tmp_path / "dev-clean" / "84" / "1" / "84-1-0000.FLAC").write_bytes(wav())
+    assert [len(read(row)) for row in load(str(tmp_path), streaming)] == [800]
+
+
+def test_rows_with_other_keys_than_the_first(folder, streaming):
+    rows = [{"audio": "audio/a.wav", "text": "one"}, {"file_name": "audio/b.wav", "sentence": "two"}]
+    spec = write_jsonl(folder / "list.jsonl", rows)
+    found = list(load(spec, streaming))
+    assert [(row.reference, len(read(row))) for row in found] == [("one", 800), ("two", 801)]
+    named = list(load(spec, streaming, text_column="text"))
+    assert named[0].reference == "one" and "has no text" in str(named[1])
+
+
+def test_an_unknown_text_column_is_missed_before_anything_is_read(folder, streaming):
+    for name in ("sentences", "target", "normalized_transcript"):
+        spec = write_jsonl(folder / "list.jsonl", [{"audio": "audio/a.wav", name: "one"}])
+        with pytest.raises(ValueError, match=f"no column looks like text .* Columns: 'audio', '{name}'. Pass text_co"):
+            list(load(spec, streaming))
+
+
+@pytest.mark.parametrize("kind", ["large_string", "large_binary", "binary"])
+def test_parquet_as_pandas_3_and_polars_write_it(folder, streaming, kind):
+    audio = ["audio/a.wav", "audio/b.wav"] if kind == "large_string" else [wav(0), wav(1)]
+    table = pa.table(
+        {"audio": pa.array(audio, getattr(pa, kind)()), "text": pa.array(["one", "two"], pa.large_string())}
+    )
+    pq.write_table(table, folder / "list.parquet")
+    rows = list(load(str(folder / "list.parquet"), streaming))
+    assert [(row.reference, len(read(row))) for row in rows] == [("one", 800), ("two", 801)]
+
+
+def test_broken_parquet_is_named(tmp_path, streaming):
+    pq.write_table(pa.table({"audio": ["a.wav"], "text": ["one"]}), tmp_path / "whole.parquet")
+    content = (tmp_path / "whole.parquet").read_bytes()
+    for broken in (b"", content[: len(content) // 2], b"no Parquet"):
+        (tmp_path / "list.parquet").write_bytes(broken)
+        with pytest.raises(ValueError, match="list.parquet: cannot be read as Parquet"):
+            list(load(str(tmp_path / "list.parquet"), streaming))
+    pq.write_table(pa.table({"audio": ["a.wav"], "text": ["one"]}).slice(1), tmp_path / "list.parquet")
+    with pytest.raises(ValueError, match="list.parquet: holds no rows"):
+        load(str(tmp_path / "list.parquet"))
+
+
+def test_paths_of_every_form(folder, streaming, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    (folder / "audio" / "b.wav").rename(folder / "audio" / "b c.wav")
+    places = ["~/audio/a.wav", f"file://{folder}/audio/b%20c.wav", "file://~/audio/c.wav", str(folder / "audio/d.wav")]
+    spec = write_jsonl(folder / "list.jsonl", [{"audio": place, "text": "one"} for place in places])
+    assert [len(read(row)) for row in load(spec, streaming)] == [800, 801, 802, 803]
+    assert len(load_audio("~/audio/a.wav")) == 800
+
+
+def test_hidden_files_are_no_data_and_every_suffix_is(tmp_path):
+    suffixes = ["opus", "OGA", "aif", "AIFF", "au", "caf", "w64", "mp2", "weba", "mka", "mov", "3gp", "amr", "wma"]
+    names = [f"{letter}.{suffix}" for letter, suffix in zip("abcdefghijklmn", suffixes, strict=True)]
+    hidden = ["._a.opus", ".trash/old.wav", "__MACOSX/x.wav", "sub/.hidden/y.wav", "notes.txt"]
+    for name in (*names, *hidden):
+        (tmp_path / "rec" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "rec" / name).write_bytes(b"x")
+    assert [file.name for file in audio_files(tmp_path / "rec")] == names

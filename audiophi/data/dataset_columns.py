@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from audiophi.tasks.base import Row, plain
-from processing.audio_io import MAX_SECONDS
+from processing.audio_io import MAX_SECONDS, local_path
 from processing.plain_text import whole_characters
 
 from .chats import chat_of, places_of
@@ -52,11 +52,13 @@ class Columns:
     """
 
     def __init__(self, names: Sequence[str], entry: dict):
-        self.entry, self.names, self.by = entry, list(names), {}
+        self.entry, self.names, self.by, self.chosen = entry, list(names), {}, set()
         for meaning, usual in USUAL.items():
             wanted = entry.get({"answers": "answer"}.get(meaning, meaning) + "_column")
             if wanted is not None and wanted not in self.names:
                 raise ValueError(f"{entry['path']}: has no column {wanted!r}. Columns: {', '.join(self.names)}.")
+            if wanted is not None:
+                self.chosen.add(meaning)
             found = wanted or next((name for name in usual if name in self.names), None)
             if found is not None:
                 self.by[meaning] = found
@@ -76,6 +78,14 @@ class Columns:
         """The `Row` fields that these columns fill."""
         return set(self.by) | ({"references"} if self.numbered else set())
 
+    def need_text(self) -> None:
+        """ValueError where no column says what is said."""
+        if not {"text", "answers", "messages"} & self.by.keys():
+            raise ValueError(
+                f"{self.entry['path']}: no column looks like text (tried {', '.join(USUAL['text'])}), so a row has no text."
+                f" Columns: {', '.join(map(repr, self.names))}. Pass text_column."
+            )
+
     def warn_of_unused(self) -> None:
         """Says which columns nobody looks at, once per source, however many tasks it has."""
         used = {*self.by.values(), *self.numbered, *self.entry["filter"], *self.entry["exclude"], *BOOKKEEPING}
@@ -91,7 +101,7 @@ class Columns:
     ) -> Row:
         """A row of the source. `labels`: column -> (number -> name) of class columns. `about_words`: whether its answer
         is what is said. Raises RowError naming it."""
-        get = {meaning: values.get(column) for meaning, column in self.by.items()}
+        get = {meaning: values.get(self._column(meaning, values)) for meaning in self.by}
         for meaning, column in self.by.items():
             if column in labels and get[meaning] is not None:
                 get[meaning] = labels[column](get[meaning])
@@ -139,6 +149,13 @@ class Columns:
             return replace(row, **{key: text_of(get.get(key), key, number) for key in rest})
         except ValueError as error:
             raise RowError(f"{source}: row {number + 1} ({name}): {error}", name) from error
+
+    def _column(self, meaning: str, values: dict) -> str:
+        """The column of a row: rows of JSON lines need not all have the same."""
+        column = self.by[meaning]
+        if column in values or meaning in self.chosen:
+            return column
+        return next((name for name in USUAL[meaning] if name in values), column)
 
     def _simulated(self, get: dict, messages, audios: list, about_words: bool, number: int) -> tuple:
         """(messages, audios) of a row whose clips are simulated. One that names no audio has as many clips as its chat
@@ -202,7 +219,7 @@ def place_of(audio, folder: Path | None, reach: Reach, number: int) -> dict | No
     row = f"row {number + 1}"
     if audio.startswith(URL_PREFIXES) or folder is None:
         return {"bytes": None, "path": reach.check(audio, row)}
-    path = reach.check(str(folder / Path(audio.removeprefix("file://")).expanduser()), row)
+    path = reach.check(str(folder / local_path(audio)), row)
     if whole_characters(path) != path:
         raise ValueError(f"{reach.source}: {row} names {path!r}, which is not UTF-8. Rename that file.")
     return {"bytes": None, "path": path}

@@ -3,10 +3,15 @@
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
-AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".mp4", ".webm", ".aac"}
+# What libsndfile or, where it is installed, torchcodec reads.
+AUDIO_SUFFIXES = {
+    *(".wav", ".flac", ".mp3", ".mp2", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf"),
+    *(".w64", ".rf64", ".sph", ".m4a", ".m4b", ".mp4", ".mov", ".3gp", ".webm", ".weba", ".mka", ".mkv", ".aac"),
+    *(".amr", ".wma", ".spx", ".ac3", ".ape", ".wv", ".avi"),
+}
 MANIFEST_SUFFIXES = {".jsonl", ".json", ".csv", ".tsv", ".parquet"}
 
 
@@ -37,19 +42,20 @@ def csv_columns(path: Path) -> list[str]:
 
 
 def audio_files(root: Path) -> list[Path]:
-    """Every audio file below a folder, sorted."""
-    return sorted(file for file in root.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES)
+    """Every audio file below a folder, sorted. Hidden ones are none of its user's: macOS' ._x.wav, trash, __MACOSX."""
+    return sorted(
+        file
+        for file in root.rglob("*")
+        if file.suffix.lower() in AUDIO_SUFFIXES
+        and not any(part.startswith(".") or part == "__MACOSX" for part in file.relative_to(root).parts)
+    )
 
 
 def manifest_rows(manifest: Path) -> Iterator[dict]:
     """Rows of a CSV, TSV or JSONL file."""
     if manifest.suffix in (".csv", ".tsv"):
         with open(manifest, newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file, delimiter="\t" if manifest.suffix == ".tsv" else ",")
-            try:
-                yield from rows
-            except (UnicodeDecodeError, csv.Error) as error:
-                raise ValueError(f"{manifest}: cannot be read behind line {rows.line_num} ({error}).") from error
+            yield from _table_rows(manifest, file)
         return
     if manifest.suffix not in (".jsonl", ".json"):
         raise ValueError(f"{manifest}: not a manifest ({', '.join(sorted(MANIFEST_SUFFIXES))}).")
@@ -72,6 +78,63 @@ def manifest_rows(manifest: Path) -> Iterator[dict]:
                 yield row
 
 
+def _table_rows(manifest: Path, file) -> Iterator[dict]:
+    """Rows of a CSV or TSV file. ValueError naming the line of one that has not a value for each column, and of a quote
+    that takes whole lines into a field, both of which would be read as something else without a word."""
+    tabs = manifest.suffix == ".tsv"
+    # In Common Voice's TSVs a quote is a letter; in CSVs one that does not end is an error.
+    rules = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True, "skipinitialspace": True}
+    lines = csv.reader(file, **rules)
+    try:
+        names = [name.strip() for name in next(lines, [])]
+        if "|" in "".join(names[:1]):
+            raise ValueError(f"{manifest}: is separated by |, or has no header. Write it as CSV with a line of names.")
+        for values in filter(None, lines):
+            if len(values) != len(names):
+                raise ValueError(
+                    f"{manifest}: line {lines.line_num} has {len(values)} values for {len(names)} columns "
+                    f"({', '.join(names)}). {'' if tabs else 'Texts with a comma or a quote have to be quoted.'}"
+                )
+            if any(_is_row(line, names) for value in values for line in value.splitlines()[1:]):
+                raise ValueError(
+                    f"{manifest}: a quote swallows the rows before line {lines.line_num}. Write quotes in texts twice."
+                )
+            yield dict(zip(names, map(_unquoted, values) if tabs else values, strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{manifest}: cannot be read behind line {lines.line_num} ({error}).") from error
+
+
+def _is_row(line: str, names: list[str]) -> bool:
+    """Whether a line of a text looks like one of a CSV file that names audio."""
+    cells = line.split(",")
+    return len(cells) == len(names) and any(Path(cell.strip()).suffix.lower() in AUDIO_SUFFIXES for cell in cells)
+
+
+def _unquoted(value: str) -> str:
+    """A value that is in quotes as a whole, with those in it written twice, as spreadsheets do; any other as it is."""
+    inside = value[1:-1].replace('""', "")
+    whole = len(value) > 1 and value[0] == value[-1] == '"' and '"' not in inside
+    return value[1:-1].replace('""', '"') if whole else value
+
+
+def nested_metadata(root: Path) -> list[Path]:
+    """metadata.{jsonl,csv} of the folders below, as `datasets` documents it for splits."""
+    below = sorted({file.parent for kind in ("jsonl", "csv") for file in root.rglob(f"metadata.{kind}")})
+    return [file for folder in below if (file := metadata_file(folder)) is not None and file.suffix != ".parquet"]
+
+
+def rows_of_folders(manifests: list[Path], root: Path, split: str | None, audio: Collection[str]) -> Iterator[dict]:
+    """Rows of several manifests below a folder, their `audio` columns relative to it. `split`: a folder's name."""
+    if split is not None:
+        manifests = [file for file in manifests if split in file.relative_to(root).parts]
+        if not manifests:
+            raise ValueError(f"{root}: no folder {split!r} with metadata.")
+    for manifest in manifests:
+        for row in manifest_rows(manifest):
+            named = {name: str(manifest.parent / row[name]) for name in audio if isinstance(row.get(name), str)}
+            yield {**row, **named}
+
+
 def _array(manifest: Path, content: bytes) -> Iterator[dict]:
     """Rows of a JSON file that is one list."""
     try:
@@ -92,7 +155,7 @@ def librispeech_rows(root: Path, split: str | None) -> Iterator[dict]:
         if not transcripts:
             raise ValueError(f"{root}: no folder {split!r} with transcripts.")
     for transcript in transcripts:
-        files = {file.stem: file for file in transcript.parent.iterdir() if file.suffix in AUDIO_SUFFIXES}
+        files = {file.stem: file for file in transcript.parent.iterdir() if file.suffix.lower() in AUDIO_SUFFIXES}
         for line in transcript.read_text(encoding="utf-8").splitlines():
             name, _, text = line.partition(" ")
             if name:

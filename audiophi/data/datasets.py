@@ -22,13 +22,22 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 
 from audiophi.evaluation.text_normalization import language_code
 from audiophi.tasks import task_named, task_of_source
 from audiophi.tasks.base import Row, Task
 
-from .dataset_columns import Columns
-from .dataset_files import MANIFEST_SUFFIXES, folder_rows, librispeech_rows, manifest_rows, metadata_file
+from .dataset_columns import USUAL, Columns
+from .dataset_files import (
+    MANIFEST_SUFFIXES,
+    folder_rows,
+    librispeech_rows,
+    manifest_rows,
+    metadata_file,
+    nested_metadata,
+    rows_of_folders,
+)
 from .dataset_paths import Reach, reach_of_folder, reach_of_hub
 from .dataset_registry import KINDS, split_kind
 from .example import Example, RowError, drawing, posed
@@ -140,6 +149,8 @@ def load_examples(spec, **defaults) -> Examples:
         rows = list(rows)
         names = list(dict.fromkeys(name for row in rows for name in row)) if rows else []
     numbers = np.array(_wanted_numbers(rows, names, entry), dtype=np.int64)
+    if not len(rows) and entry["split"] is None:
+        raise ValueError(f"{entry['path']}: holds no rows.")
     if not len(numbers):
         raise ValueError(f"{entry['path']}: no rows are left after split={entry['split']!r}, filter and exclude.")
     columns = Columns(names, entry)
@@ -236,9 +247,11 @@ def _entry(spec, defaults: dict) -> dict:
 
 
 def _task(entry: dict, columns: Columns) -> Task:
-    if entry["task"] is not None:
-        return task_named(entry["task"])
-    return task_of_source(columns.fields, entry["instruction"])
+    named = entry["task"] is not None
+    task = task_named(entry["task"]) if named else task_of_source(columns.fields, entry["instruction"])
+    if task.about_words:
+        columns.need_text()
+    return task
 
 
 def _open(entry: dict, streaming: bool):
@@ -269,7 +282,19 @@ def _open(entry: dict, streaming: bool):
 
 
 def _load_parquet(files: list[Path], streaming: bool):
-    return datasets.load_dataset("parquet", data_files=[str(f) for f in files], split="train", streaming=streaming)
+    full = []
+    for file in files:
+        try:
+            if pyarrow.parquet.read_metadata(file).num_rows:
+                full.append(str(file))
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{file}: cannot be read as Parquet ({error}). Is it empty, or not all there?") from error
+    if not full:
+        raise ValueError(f"{files[0]}: holds no rows.")
+    try:
+        return datasets.load_dataset("parquet", data_files=full, split="train", streaming=streaming)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise ValueError(f"{', '.join(full)}: cannot be read ({error.__cause__ or error}).") from error
 
 
 def _table(table, entry: dict):
@@ -345,10 +370,23 @@ def _rows(root: Path, entry: dict) -> tuple[Iterator[dict], Path, Reach]:
         rows = KINDS[entry["kind"]].rows(root.absolute(), entry["split"], place and place.absolute())
         return rows, root, reach_of_folder(entry, home, place, released=True)
     if manifest is not None:
-        return _of_split(manifest_rows(manifest), entry), manifest.parent, reach_of_folder(entry, home)
+        return _of_split(manifest_rows(manifest), entry), _audio_folder(manifest), reach_of_folder(entry, home)
+    if nested := nested_metadata(root):
+        audio = (entry["audio_column"],) if entry["audio_column"] else USUAL["audio"]
+        return rows_of_folders(nested, root, entry["split"], audio), root, reach_of_folder(entry, root)
     if any(root.rglob("*.trans.txt")):
         return librispeech_rows(root, entry["split"]), root, reach_of_folder(entry, root, released=True)
     return folder_rows(root, entry["split"]), root, reach_of_folder(entry, root)
+
+
+def _audio_folder(manifest: Path) -> Path:
+    """What a manifest's paths are relative to: its folder, or clips/ in it, where Common Voice's TSVs have them."""
+    clips = manifest.parent / "clips"
+    if manifest.suffix == ".tsv" and clips.is_dir():
+        first = next(manifest_rows(manifest), {}).get("path")
+        if first and not (manifest.parent / first).exists():
+            return clips
+    return manifest.parent
 
 
 def _of_split(rows: Iterator[dict], entry: dict) -> Iterator[dict]:
