@@ -46,7 +46,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", help="default: the usual names")
     parser.add_argument("--allow_urls", action="store_true", help="fetch what the data names by URL")
     parser.add_argument("--split")
-    parser.add_argument("--language", metavar="CODE", help="that is spoken, by which texts are normalised (de, zh, ...; "
+    parser.add_argument("--language", metavar="CODE", help="that is spoken, by which texts are normalised (de, zh; "
                         "none: not at all); default: a column `language`, or else English")  # fmt: skip
     parser.add_argument("--limit", type=int, help="only the first N rows")
     parser.add_argument("--batch_size", type=int, default=16)

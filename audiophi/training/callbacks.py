@@ -252,7 +252,9 @@ class StageCallback(TrainerCallback):
         with self.trainer.model_to_evaluate() as model:
             scores, predictions = self.development.evaluate(model, self.with_lm)
         tasks = sorted({p["task"] for p in predictions}, key=lambda name: TASKS[name].order)
-        names = dict.fromkeys(key for task in tasks for name in TASKS[task].scored_as(scores).shown for key in (name, f"{name}_{task}"))
+        names = dict.fromkeys(
+            key for task in tasks for name in TASKS[task].scored_as(scores).shown for key in (name, f"{name}_{task}")
+        )
         shown = {name: scores[name] for name in names if scores.get(name) is not None}
         if not state.is_world_process_zero:
             return
