@@ -41,6 +41,15 @@ def audio_files(root: Path) -> list[Path]:
     return sorted(file for file in root.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES)
 
 
+def audio_home(manifest: Path) -> Path:
+    """The folder that the paths in a manifest start from: its own, of Common Voice's tables `clips` beside them."""
+    if manifest.suffix == ".tsv":
+        with open(manifest, encoding="utf-8-sig", errors="replace") as file:
+            if file.readline().startswith("client_id\tpath\t"):
+                return manifest.parent / "clips"
+    return manifest.parent
+
+
 def manifest_rows(manifest: Path) -> Iterator[dict]:
     """Rows of a CSV, TSV or JSONL file."""
     if manifest.suffix in (".csv", ".tsv"):

@@ -28,7 +28,7 @@ from audiophi.tasks import task_named, task_of_source
 from audiophi.tasks.base import Row, Task
 
 from .dataset_columns import Columns
-from .dataset_files import MANIFEST_SUFFIXES, folder_rows, librispeech_rows, manifest_rows, metadata_file
+from .dataset_files import MANIFEST_SUFFIXES, audio_home, folder_rows, librispeech_rows, manifest_rows, metadata_file
 from .dataset_paths import Reach, reach_of_folder, reach_of_hub
 from .dataset_registry import KINDS, split_kind
 from .example import Example, RowError, drawing, posed
@@ -345,7 +345,7 @@ def _rows(root: Path, entry: dict) -> tuple[Iterator[dict], Path, Reach]:
         rows = KINDS[entry["kind"]].rows(root.absolute(), entry["split"], place and place.absolute())
         return rows, root, reach_of_folder(entry, home, place, released=True)
     if manifest is not None:
-        return _of_split(manifest_rows(manifest), entry), manifest.parent, reach_of_folder(entry, home)
+        return _of_split(manifest_rows(manifest), entry), audio_home(manifest), reach_of_folder(entry, home)
     if any(root.rglob("*.trans.txt")):
         return librispeech_rows(root, entry["split"]), root, reach_of_folder(entry, root, released=True)
     return folder_rows(root, entry["split"]), root, reach_of_folder(entry, root)
