@@ -57,6 +57,18 @@ def write_librispeech(root, splits, texts=("THE QUICK BROWN FOX", "SHE SELLS SEA
     return root
 
 
+def write_common_voice(root, splits=("train", "dev"), texts=("Für die Mädchen!", "Das Öl, ja.", "Süße Äpfel")):
+    """de/SPLIT.tsv and de/clips/*.mp3, one utterance for every text and split."""
+    for number, split in enumerate(splits):
+        lines = ["client_id\tpath\tsentence\tup_votes\tlocale\n"]
+        for index, text in enumerate(texts):
+            name = f"common_voice_de_{number}{index}.mp3"
+            tone(root / "clips" / name, number + index, 0.8 + 0.2 * index)
+            lines.append(f"{index}\t{name}\t{text}\t2\tde\n")
+        (root / f"{split}.tsv").write_text("".join(lines), encoding="utf-8")
+    return root
+
+
 CLOTHO_SOUNDS = (
     "Distorted AM Radio noise",
     "Paper_Parchment_Rustling",

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import soundfile as sf
+from transformers import pipeline
 
 from audiophi.cli import eval as eval_script
 from audiophi.data.datasets import load_examples
@@ -193,6 +194,19 @@ def test_the_encoder_runs_once_for_both_readings(make_tiny_model, corpus, monkey
     monkeypatch.setattr(model.model, "encode", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
     (p,) = predict({0: load_examples(str(corpus))[0]}, listen, TASK)
     assert p["hypothesis"] is not None and p["hypothesis_align"] is not None and calls == [1]
+
+
+def test_a_recording_longer_than_the_window_is_cut_as_by_the_pipeline(make_tiny_model, waveform):
+    model, processor = make_tiny_model(adapter="conv_mlp", readout="collapse")
+    pipe = pipeline("audio-text-to-text", model=model, processor=processor, device="cpu")
+    long, short = waveform(1.7 * pipe.window_seconds), waveform(0.5, 1)
+    example = Example("transcribe", 0, "a", "x", (Clip(None),))
+    told = listener((model, processor), max_new_tokens=5)([(example, [long]), (example, [short])])
+    heard = pipe([(long, 16_000), (short, 16_000)], task="transcribe", max_new_tokens=5, do_sample=False)
+    assert [result["hypothesis"] for result in told] == [result["generated_text"] for result in heard]
+    whole = pipe((long, 16_000), task="transcribe", max_new_tokens=5, do_sample=False, chunk_length_s=0)
+    assert whole["generated_text"] != told[0]["hypothesis"]
+    assert told[0]["hypothesis_align"].strip() and told[0]["stopped"] in (True, False)
 
 
 def test_what_is_asked_of_all_rows(make_tiny_model, corpus):

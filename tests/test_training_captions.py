@@ -23,7 +23,7 @@ from audiophi.training.stages import run_recipe
 from modeling_audiophi import AudioPhiForConditionalGeneration
 from modeling_audiophi.adapters import ADAPTERS
 from modeling_audiophi.alignment_audiophi import NO_TARGET
-from tests.layouts import clotho_captions, tone, write_clotho, write_csv, write_librispeech
+from tests.layouts import clotho_captions, tone, write_clotho, write_common_voice, write_csv, write_librispeech
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 INSTRUCTIONS = {"caption": ["Describe the sound.", "What is that?"]}
@@ -226,6 +226,7 @@ def test_a_run_from_before_a_key_existed_can_be_continued(settings, esc50, tmp_p
         ("phi2_xeus_librispeech", ["align", "lm"]),
         ("smollm2_whisper_librispeech", ["align", "lm"]),
         ("phi2_languagebind_clotho", ["adapter", "lora"]),
+        ("qwen2_whisper_common_voice_de", ["align", "lm"]),
     ],
 )
 def test_recipes_run_end_to_end_on_official_layouts(
@@ -235,6 +236,7 @@ def test_recipes_run_end_to_end_on_official_layouts(
     monkeypatch.chdir(tmp_path)  # the recipes name the data by relative paths
     Path("LibriSpeech").symlink_to(librispeech)
     Path("clotho").symlink_to(clotho)
+    write_common_voice(Path("common_voice/de"))
     overrides = [f"--components.audio={tiny_whisper_dir}", f"--components.text={tiny_llm_dir}"]
     overrides += ["--adapter.hidden_size=32", "--adapter.num_heads=4", "--num_workers=0", "--report_to=[]"]
     overrides += ["--evaluation={clips: 3, max_new_tokens: 4}"]
@@ -252,4 +254,4 @@ def test_recipes_run_end_to_end_on_official_layouts(
     entries = [json.loads(line) for line in Path(f"outputs/{name}/history.jsonl").read_text().splitlines()]
     assert {entry["stage"] for entry in entries} == set(stages)
     last = [entry for entry in entries if "loss" not in entry][-1]
-    assert ("cider_d" in last) == ("clotho" in name) and ("wer" in last) == ("librispeech" in name)
+    assert ("cider_d" in last) == ("clotho" in name) and ("wer" in last) == ("clotho" not in name)

@@ -19,6 +19,8 @@ import numpy as np
 from audiophi.data.example import Example, RowError, with_clips
 from audiophi.tasks import wordings as task_wordings
 from audiophi.tasks.base import Task
+from modeling_audiophi.chunks_audiophi import split_at_pauses
+from modeling_audiophi.pipeline_rows_audiophi import window_seconds
 from processing.audio_io import AudioError
 
 # Pairs of a row and the waveforms of its clips (float32, mono) -> {"hypothesis", "hypothesis_align", "stopped"} each.
@@ -57,22 +59,51 @@ class Listener:
         name = self.task.asked_as or self.task.name
         return name if name in self.engine.processor.tasks else self.engine.processor.task_of(chat)
 
+    def pieces(self, waveforms: list[np.ndarray]) -> list[list[np.ndarray]]:
+        """What of a row's clips is asked about at once: a recording longer than the encoder's window is cut at pauses,
+        as by the pipeline."""
+        longest = window_seconds(self.engine.processor)
+        if not (self.task.in_pieces and longest and len(waveforms) == 1):
+            return [waveforms]
+        cuts = split_at_pauses(waveforms[0], self.sampling_rate, longest)
+        return [[waveforms[0][start:end]] for start, end in cuts]
+
     def __call__(self, rows: list[tuple[Example, list[np.ndarray]]]) -> list[dict]:
-        """ValueError for rows that the model cannot take."""
-        chats = [self.prompt(example, waveforms) for example, waveforms in rows]
+        """Predictions of rows, their pieces asked in batches of as many. ValueError for rows that the model cannot
+        take."""
+        pieces = [self.pieces(waveforms) for _, waveforms in rows]
+        chats = [self.prompt(row[0], piece) for row, own in zip(rows, pieces, strict=True) for piece in own]
         groups: dict[str | None, list[int]] = {}
         for number, chat in enumerate(chats):
             groups.setdefault(self.task_of(chat), []).append(number)
         results: list[dict] = [{} for _ in chats]
         how = {"with_alignment": self.with_alignment, "with_lm": self.with_lm, **self.settings}
-        for task, numbers in groups.items():
-            for number, answer in zip(numbers, self.engine([chats[n] for n in numbers], task, **how), strict=True):
-                results[number] = {
-                    "hypothesis": answer.texts[0] if answer.texts else None,
-                    "hypothesis_align": " ".join(answer.heard).strip() if answer.heard else None,
-                    "stopped": answer.stopped,
-                }
-        return results
+        for task, everything in groups.items():
+            for numbers in batched(everything, len(rows)):
+                for number, answer in zip(numbers, self.engine([chats[n] for n in numbers], task, **how), strict=True):
+                    results[number] = {
+                        "hypothesis": answer.texts[0] if answer.texts else None,
+                        "hypothesis_align": " ".join(answer.heard).strip() if answer.heard else None,
+                        "stopped": answer.stopped,
+                    }
+        results = iter(results)
+        return [joined([next(results) for _ in own]) for own in pieces]
+
+
+def batched(values: list, size: int) -> list[list]:
+    return [values[start : start + size] for start in range(0, len(values), size)]
+
+
+def joined(results: list[dict]) -> dict:
+    """What was heard in the pieces of one recording."""
+    if len(results) == 1:
+        return results[0]
+    told = {}
+    for key in ("hypothesis", "hypothesis_align"):
+        texts = [result[key] for result in results if result[key] is not None]
+        told[key] = " ".join(filter(None, texts)) if texts else None
+    endings = [result["stopped"] for result in results]
+    return {**told, "stopped": None if None in endings else all(endings)}
 
 
 @dataclass

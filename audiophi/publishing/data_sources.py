@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from audiophi.evaluation.text_normalization import AS_WRITTEN, language_code
 from audiophi.tasks import TASKS, task_of_source
 from audiophi.training.recipe import Recipe, Source
 from audiophi.training.recipe_values import build, parse_yaml
@@ -26,6 +27,7 @@ class DataSet:
 # By the beginning of a folder's or repository's name, in lower case, letters and digits only.
 DATASETS = {
     "librispeech": DataSet("LibriSpeech", parse_licence("cc-by-4.0"), "openslr/librispeech_asr"),
+    "commonvoice": DataSet("Common Voice", parse_licence("cc0-1.0"), languages=()),
     "speechocean762": DataSet(
         "speechocean762",
         parse_licence("apache-2.0", "openslr.org/101: free for commercial and non-commercial use"),
@@ -122,13 +124,15 @@ def known_dataset(path: str) -> DataSet | None:
     return None
 
 
-def describe_data(path: str, about: About, answers: HubAnswers) -> Described:
-    """What is known of the data set at `path`, first from `about`, then by its name, then from the Hub."""
+def describe_data(path: str, about: About, answers: HubAnswers, language: str | None = None) -> Described:
+    """What is known of the data set at `path`, first from `about`, then by its name, then from the Hub. `language`: that
+    the recipe says of it."""
     stated = about.of(path)
     hub_id, _, rest = path.partition(":")
     config = rest.partition(":")[0] or None
     known = known_dataset(stated.dataset or path)
     on_hub = is_hub_id(hub_id)
+    said = [code] if language and (code := language_code(language)) not in (None, AS_WRITTEN) else None
     licence, by = None, "recognised by its name" if known else "not known"
     if known is not None:
         licence = known.licence
@@ -148,7 +152,7 @@ def describe_data(path: str, about: About, answers: HubAnswers) -> Described:
         title=stated.title or (known.title if known else last_part(hub_id if on_hub else path)),
         licence=licence or unknown("where it came from, and state it in the file of --about"),
         hub_id=stated.dataset if stated.dataset and is_hub_id(stated.dataset) else known_id,
-        languages=tuple(stated.language or (known.languages if known else ())),
+        languages=tuple(stated.language or said or (known.languages if known else ())),
         by=by,
         config=config if on_hub and known_id else None,
     )

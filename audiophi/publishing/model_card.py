@@ -92,8 +92,8 @@ GAP = (
 
 def described_sources(recipes: list[Recipe], about: About, answers: HubAnswers) -> list[Described]:
     """The data sets of the recipes, each once."""
-    paths = dict.fromkeys(source.path for source in training_sources(recipes))
-    return [describe_data(path, about, answers) for path in paths]
+    languages = {source.path: source.language for source in training_sources(recipes)}
+    return [describe_data(path, about, answers, language) for path, language in languages.items()]
 
 
 def started_from(recipes: list[Recipe]) -> list[str]:
