@@ -5,7 +5,9 @@ from .hear import add_hearing_arguments, hear
 
 def add_arguments(parser) -> None:
     parser.add_argument("question", help="in words, or any other instruction")
-    parser.add_argument("files", nargs="+", metavar="FILE", help="audio files, URLs, folders of audio files, or -: standard input")
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE", help="audio files, URLs, folders of audio files, or -: standard input"
+    )
     add_hearing_arguments(parser)
     parser.add_argument("--format", choices=("txt", "json"), default="txt", help="of what is printed")
 

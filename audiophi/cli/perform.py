@@ -12,7 +12,9 @@ class Perform:
         self.task, self.__doc__ = task, task.command
 
     def add_arguments(self, parser) -> None:
-        parser.add_argument("files", nargs="+", metavar="FILE", help="audio files, URLs, folders of audio files, or -: standard input")
+        parser.add_argument(
+            "files", nargs="+", metavar="FILE", help="audio files, URLs, folders of audio files, or -: standard input"
+        )
         add_hearing_arguments(parser)
         formats, about = ("txt", "json"), "of what is printed"
         if self.task.in_pieces:
