@@ -302,7 +302,7 @@ def test_columns_that_nobody_uses_are_said(folder, caplog):
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
-def test_metadata_in_the_folder_of_each_split(folder, streaming, kind):
+def test_metadata_in_the_folder_of_each_split(folder, streaming, kind, monkeypatch):
     """As `datasets` documents it; the folders' names are no transcripts."""
     for split, names in (("train", "ab"), ("test", "cd")):
         (folder / "set" / split).mkdir(parents=True)
@@ -315,7 +315,8 @@ def test_metadata_in_the_folder_of_each_split(folder, streaming, kind):
             (folder / "set" / split / "metadata.csv").write_text("\n".join(lines))
         else:
             write_jsonl(folder / "set" / split / "metadata.jsonl", rows)
-    found = list(load(str(folder / "set"), streaming))
+    monkeypatch.chdir(folder)
+    found = list(load("set", streaming))
     assert [(row.reference, len(read(row))) for row in found] == [
         ("three", 802), ("four", 803), ("one", 800), ("two", 801)
     ]  # fmt: skip

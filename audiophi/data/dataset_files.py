@@ -130,9 +130,10 @@ def rows_of_folders(manifests: list[Path], root: Path, split: str | None, audio:
         if not manifests:
             raise ValueError(f"{root}: no folder {split!r} with metadata.")
     for manifest in manifests:
+        folder = manifest.parent.relative_to(root)
         for row in manifest_rows(manifest):
-            named = {name: str(manifest.parent / row[name]) for name in audio if isinstance(row.get(name), str)}
-            yield {**row, **named}
+            named = {name: row[name] for name in audio if isinstance(row.get(name), str)}
+            yield {**row, **{n: p if "://" in p or p[:1] == "~" else str(folder / p) for n, p in named.items()}}
 
 
 def _array(manifest: Path, content: bytes) -> Iterator[dict]:
