@@ -249,7 +249,7 @@ def _entry(spec, defaults: dict) -> dict:
 def _task(entry: dict, columns: Columns) -> Task:
     named = entry["task"] is not None
     task = task_named(entry["task"]) if named else task_of_source(columns.fields, entry["instruction"])
-    if task.about_words:
+    if task.about_words and entry["speech"] is not False and "label" not in columns.by:
         columns.need_text()
     return task
 

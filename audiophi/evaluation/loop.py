@@ -63,7 +63,8 @@ class Listener:
         """What of a row's clips is asked about at once: a recording longer than the encoder's window is cut at pauses,
         as by the pipeline."""
         longest = window_seconds(self.engine.processor)
-        if not (self.task.in_pieces and longest and len(waveforms) == 1):
+        cut = self.task.in_pieces and self.instruction is None  # the answer to a question is not joined from pieces
+        if not (cut and longest and len(waveforms) == 1):
             return [waveforms]
         cuts = split_at_pauses(waveforms[0], self.sampling_rate, longest)
         return [[waveforms[0][start:end]] for start, end in cuts]
