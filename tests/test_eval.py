@@ -72,7 +72,9 @@ def test_metrics_and_predictions(checkpoint, corpus, tmp_path, capsys):
 
 
 def test_a_language_without_spaces_is_scored_by_characters(checkpoint, corpus, tmp_path, capsys):
-    rows = [{**row, "text": text} for row, text in zip(read_metadata(corpus), ["你好，世界", "今天", "天气"], strict=False)]
+    rows = [
+        {**row, "text": text} for row, text in zip(read_metadata(corpus), ["你好，世界", "今天", "天气"], strict=False)
+    ]
     write_metadata(corpus, rows)
     assert run_eval(checkpoint, corpus, tmp_path / "out", "--language", "zh-CN") == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())

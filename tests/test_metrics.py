@@ -47,7 +47,10 @@ def test_normalisers_by_language():
     assert normalize("नमस्ते, दुनिया।", "Hindi") == "नमस्ते दुनिया"
     assert normalize("你好，世 界！👍️", "zh-CN") == "你好世界" and normalize("สวัสดี ครับ", "th") == "สวัสดีครับ"
     assert normalize("As  Written, um!", "none") == "As Written, um!"
-    assert normalizer_name(["de", None, "zh"]).count("whisper-normalizer") == 2 and normalizer_name(["none"]) == "as written"
+    assert (
+        normalizer_name(["de", None, "zh"]).count("whisper-normalizer") == 2
+        and normalizer_name(["none"]) == "as written"
+    )
     assert [language_code(name) for name in ("German", "zh_TW", "yue", "Kauderwelsch")] == ["de", "zh", "yue", None]
 
 

@@ -125,8 +125,8 @@ def known_dataset(path: str) -> DataSet | None:
 
 
 def describe_data(path: str, about: About, answers: HubAnswers, language: str | None = None) -> Described:
-    """What is known of the data set at `path`, first from `about`, then by its name, then from the Hub. `language`: that
-    the recipe says of it."""
+    """What is known of the data set at `path`, first from `about`, then by its name, then from the Hub. `language`: as
+    the recipe says."""
     stated = about.of(path)
     hub_id, _, rest = path.partition(":")
     config = rest.partition(":")[0] or None
