@@ -251,6 +251,8 @@ def test_the_projects_own_recipes(published, checkpoint, tmp_path):
     card = card_of(published, recipes=[RECIPES / "phi2_languagebind_clotho.yaml"])
     assert (card.data.license, card.data.license_name) == ("other", "non-commercial-see-licences")
     assert "audio-captioning" in card.data.tags and 'task="caption"' in card.text
+    card = card_of(published, recipes=[RECIPES / "qwen2_whisper_common_voice_de.yaml"])
+    assert card.data.language == ["de"] and "Common Voice" in card.text
     pair = [RECIPES / "audiophi_tiny.yaml", RECIPES / "audiophi_tiny_continued.yaml"]
     assert "It goes on from" not in card_of(published, recipes=pair).text
     assert "It goes on from `outputs/audiophi_tiny/final`" in card_of(published, recipes=pair[1:]).text

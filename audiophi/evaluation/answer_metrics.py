@@ -128,9 +128,7 @@ METRICS: dict[str, Callable] = {
 }
 
 
-def wer(
-    answers: Sequence[str], references: Sequence[Sequence[str]], languages: Sequence[str | None]
-) -> float | None:
+def wer(answers: Sequence[str], references: Sequence[Sequence[str]], languages: Sequence[str | None]) -> float | None:
     """Percent, over all words."""
     rows = zip(answers, references, languages, strict=True)
     return word_error_rate([count_errors(right[0], answer, language) for answer, right, language in rows])

@@ -100,6 +100,4 @@ def shuffled_error_rate(predictions: list[dict], key: str = "hypothesis", seed: 
     order = derangement([normalize(p["reference"], p.get("language")) for p in predictions], seed)
     if order is None:
         return None
-    return word_error_rate(
-        [errors(p, predictions[other][key]) for p, other in zip(predictions, order, strict=True)]
-    )
+    return word_error_rate([errors(p, predictions[other][key]) for p, other in zip(predictions, order, strict=True)])
