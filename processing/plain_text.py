@@ -23,7 +23,7 @@ def is_control(token) -> bool:
 def whole_characters(text: str) -> str:
     """Text that can be written: halves of characters (lone surrogates, as JSON and file names may have) become
     U+FFFD."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def forget_marks(tokenizer) -> None:

@@ -377,7 +377,7 @@ def test_rows_are_the_same_whatever_the_batch_and_differ_between_epochs(settings
     sources = [Source(path=plain, heard="simulated"), Source(path=str(speech))]
     corpus = Corpus(sources, BadRows(tmp_path / "bad.jsonl", 0))
     assert corpus.rows[0].lengths == (len(TEXTS[0]) / CHARACTERS_PER_SECOND,)
-    assert list(corpus.texts("lower")) == [TEXTS[number % 5] for number in range(16)]
+    assert sorted(corpus.texts("lower")) == sorted(TEXTS)
     tokenized = replace_tokenizer(confusions)
     rows = TrainingSet(corpus, None, None, {}, seed=3, confusions=tokenized)
     first, again, later = (rows[Draw(2, epoch, 1.0)] for epoch in (0, 0, 1))

@@ -14,6 +14,8 @@ import unicodedata
 from tokenizers import Tokenizer
 
 CASES = ("lower", "keep")
+# What "lower" makes of ASCII, by character.
+PLAIN_ASCII = {code: c.lower() if (c := chr(code)).isalnum() or c == "'" else " " for code in range(128)}
 
 
 def normalise_transcript(text: str, case: str = "lower") -> str:
@@ -31,6 +33,8 @@ def normalise_transcript(text: str, case: str = "lower") -> str:
     if case not in CASES:
         raise ValueError(f"text case {case!r} is not one of {', '.join(CASES)}.")
     if case == "lower":
+        if text.isascii():  # most of a large corpus
+            return " ".join(text.translate(PLAIN_ASCII).split())
         text = unicodedata.normalize("NFC", text).lower().replace("’", "'")
         text = "".join(c if unicodedata.category(c)[0] in "LMN" or c == "'" else " " for c in text)
         text = "".join(c for before, c in itertools.pairwise(" " + text) if before != " " or not is_mark(c))

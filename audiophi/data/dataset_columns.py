@@ -4,7 +4,6 @@ import functools
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from audiophi.tasks.base import Row, plain
@@ -132,7 +131,8 @@ class Columns:
                 messages = messages[:-1]
             references = [*as_list(get.get("references")), *(values[column] for column in self.numbered)]
             label = text_of(get.get("label"), "label", number)
-            row = Row(
+            rest = ("text", "system", "metric", "kind", "transcript", "speaker", "gender", "age", "language")
+            return Row(
                 number=number,
                 id=name,
                 source=source,
@@ -144,9 +144,8 @@ class Columns:
                 instruction=text_of(get.get("instruction"), "instruction", number) or self.entry["instruction"],
                 choices=tuple(text_of(v, "choice", number) or "" for v in as_list(get.get("choices"))),
                 speech=self.entry["speech"],
+                **{key: text_of(get.get(key), key, number) for key in rest if key in get},
             )
-            rest = ("text", "system", "metric", "kind", "transcript", "speaker", "gender", "age", "language")
-            return replace(row, **{key: text_of(get.get(key), key, number) for key in rest})
         except ValueError as error:
             raise RowError(f"{source}: row {number + 1} ({name}): {error}", name) from error
 

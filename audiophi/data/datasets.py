@@ -16,7 +16,7 @@ import copy
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,7 +80,7 @@ class Examples(Sequence):
         """A row's values as an example."""
         row = self._row(values, number)
         if self._task.others:
-            row = replace(row, others=tuple(self._others(row)))
+            row = replace(row, others=Others(self._others, row) if self.rows is not None else tuple(self._others(row)))
         try:
             example = self._task.example(row)
             if any(clip.simulated and clip.transcript is None for clip in example.clips):
@@ -122,6 +122,17 @@ class Examples(Sequence):
         first = copy.copy(self)
         first.numbers = self.numbers[:count]
         return first
+
+
+class Others:
+    """Rows that are read when a task comes to them, which seldom needs all: to read a row takes as long as the rest of
+    an example. Each iteration begins anew."""
+
+    def __init__(self, draw: Callable[[Row], Iterator[Row]], row: Row):
+        self.draw, self.row = draw, row
+
+    def __iter__(self) -> Iterator[Row]:
+        return self.draw(self.row)
 
 
 def load_examples(spec, **defaults) -> Examples:

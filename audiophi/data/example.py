@@ -1,5 +1,6 @@
 """One row of any data set, as everything after the reader sees it: what is asked, about which clips, what is right."""
 
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -52,17 +53,26 @@ class Clip:
 class Question:
     """One of the questions that a row can be asked.
 
-    kind: what is asked for, by which scores are reported. wordings: how it is asked in training, none for a kind that
-    is never trained. test_wordings: how in tests only. answers: any of them is right, the first one is learned. metric,
-    choices: as in `Example`.
+    kind: what is asked for, by which scores are reported. templates, test_templates: how it is asked in training, none
+    for a kind that is never trained, and in tests only, with {slots}. answers: any of them is right, the first one is
+    learned. metric, choices: as in `Example`. slots: what it is about.
     """
 
     kind: str
-    wordings: tuple[str, ...]
-    test_wordings: tuple[str, ...]
+    templates: tuple[str, ...]
+    test_templates: tuple[str, ...]
     answers: tuple[str, ...]
     metric: str = "exact"
     choices: tuple[str, ...] = ()
+    slots: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def wordings(self) -> tuple[str, ...]:
+        return tuple(text.format(**self.slots) for text in self.templates)
+
+    @property
+    def test_wordings(self) -> tuple[str, ...]:
+        return tuple(text.format(**self.slots) for text in self.test_templates)
 
 
 @dataclass(frozen=True)
@@ -145,20 +155,31 @@ def posed(example: Example, draw: Callable[[str, Sequence], object] | None = Non
 
 def kinds_of(example: Example) -> list[str]:
     """The kinds of its questions that training asks, in the order in which they come."""
-    return list(dict.fromkeys(question.kind for question in example.questions if question.wordings))
+    return list(dict.fromkeys(question.kind for question in example.questions if question.templates))
 
 
 def longest(example: Example) -> Example:
-    """The example with the longest of its questions, as often as it has `turns`, and all their answers: what a prompt
-    needs at most."""
+    """The example with the longest of its questions, as often as it has `turns`, and all their answers: about what a
+    prompt needs at most."""
     if not example.questions:
         return example
-    wording = max((text for question in example.questions for text in question.wordings), key=len, default="")
+
+    def length(question: Question) -> int:  # all are not worded for this: it would take longer than all else
+        return longest_of(question.templates) + sum(map(len, question.slots.values()))
+
+    asked = [question for question in example.questions if question.templates]
+    wording = max(max(asked, key=length).wordings, key=len) if asked else ""
     answer = max(example.references, key=len, default="")
     messages = [{"role": "user", "content": content_of(len(example.clips), wording)}]
     for _ in range(min(example.turns, len(kinds_of(example))) - 1):
         messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": content_of(0, wording)}]
     return replace(example, messages=tuple(messages), questions=())
+
+
+@functools.cache
+def longest_of(texts: tuple[str, ...]) -> int:
+    """Characters of the longest of a kind's templates."""
+    return max(map(len, texts))
 
 
 def content_of(clips: int, text: str) -> list[dict]:

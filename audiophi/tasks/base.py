@@ -3,7 +3,7 @@ scored, what the model card says. One file per task, one line in `TASKS`."""
 
 import argparse
 import unicodedata
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from audiophi.data.example import Clip, Example, RowError, content_of
@@ -33,7 +33,7 @@ class Row:
     age: str | None = None
     language: str | None = None
     speech: bool | None = None  # False: nobody speaks in the clips of this source
-    others: tuple["Row", ...] = ()  # rows of the same source, for a task that wants some to compare with
+    others: Iterable["Row"] = ()  # rows of the same source, for a task that wants some to compare with; read one by one
 
 
 @dataclass(frozen=True)
@@ -199,8 +199,13 @@ def silent(clips: tuple[Clip, ...]) -> tuple[Clip, ...]:
     return tuple(replace(clip, transcript="") for clip in clips)
 
 
+PLAIN_ASCII = {code: chr(code).lower() if chr(code).isalnum() else " " for code in range(128)}
+
+
 def plain(text: str) -> str:
     """Letters, digits and their marks of a text, in lower case, between single spaces."""
+    if text.isascii():  # most rows
+        return " ".join(text.translate(PLAIN_ASCII).split())
     text = unicodedata.normalize("NFC", text).casefold()
     return " ".join("".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text).split())
 

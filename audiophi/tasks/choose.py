@@ -44,14 +44,24 @@ IS_IT = Kind(
 NOT_HEARD = Kind("not_heard", (), ("Which of these two is not in the recording: {one} or {two}?",), "choice")
 
 
+def other_labels(row: Row) -> list[str]:
+    """Up to MOST labels that are not the row's."""
+    wrong = {}
+    for other in row.others:
+        if other.label and other.label != row.label:
+            wrong[other.label] = None
+            if len(wrong) == MOST:
+                break
+    return list(wrong)
+
+
 class Choose(Questions):
     name = "choose"
     others = 12
     what = "to choose from: no label, or no other label in its source"
 
     def questions(self, row: Row):
-        wrong = [other.label for other in row.others if other.label and other.label != row.label]
-        wrong = list(dict.fromkeys(wrong))
+        wrong = other_labels(row)
         if not row.label or not wrong:
             return []
         asked = []
@@ -59,7 +69,7 @@ class Choose(Questions):
             options = wrong[: MOST - 1]
             options.insert(place, row.label)
             asked.append(WHICH.ask(row.label, choices=options, options=", ".join(options)))
-        for other in wrong[:MOST]:
+        for other in wrong:
             pair = (row.label, other)
             asked += [EITHER.ask(row.label, choices=pair, one=row.label, two=other),
                       EITHER.ask(row.label, choices=pair, one=other, two=row.label),

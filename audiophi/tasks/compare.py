@@ -1,6 +1,8 @@
 """compare: questions about two clips of a source. Which one has the dog, or the word; are they the same sound; is it
 the same person's sex."""
 
+from dataclasses import replace
+
 from audiophi.data.example import drawing
 
 from .base import Row
@@ -55,6 +57,10 @@ class Compare(Questions):
     others, about_words = 12, True
     what = "to compare it with"
 
+    def example(self, row: Row):
+        other = self.partner(row)
+        return super().example(replace(row, others=(other,) if other else ()))  # it is asked for more than once
+
     def clips(self, row: Row):
         own = super().clips(row)
         other = self.partner(row)
@@ -62,11 +68,14 @@ class Compare(Questions):
 
     def partner(self, row: Row) -> Row | None:
         """The other clip: of another kind, or of the same, by the row's number."""
-        found = [other for other in row.others if len(other.clips) == 1]
-        alike = [other for other in found if self.likeness(row) == self.likeness(other)]
-        unlike = [other for other in found if other not in alike]
-        first, second = (alike, unlike) if drawing(row.number)("alike", (True, False)) else (unlike, alike)
-        return next(iter([*first, *second]), None)
+        wanted, second = drawing(row.number)("alike", (True, False)), None
+        for other in row.others:
+            if len(other.clips) != 1:
+                continue
+            if (self.likeness(row) == self.likeness(other)) == wanted:
+                return other
+            second = second or other
+        return second
 
     def likeness(self, row: Row):
         return row.label or sex_of(row)

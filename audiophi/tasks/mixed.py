@@ -2,7 +2,7 @@
 such rows). What is heard behind the voice, and what is both said and heard."""
 
 from .base import Row
-from .choose import MOST
+from .choose import MOST, other_labels
 from .questions import YES_NO, Kind, Questions, words_of
 
 BEHIND = Kind(
@@ -45,15 +45,14 @@ class Mixed(Questions):
 
     def questions(self, row: Row):
         words = words_of(row.text)
-        wrong = [other.label for other in row.others if other.label and other.label != row.label]
-        wrong = list(dict.fromkeys(wrong))
         if not words or not row.label or row.speech is False:
             return []
+        wrong = other_labels(row)
         asked = [BOTH.ask(f'Said: "{" ".join(words)}". Behind it: {row.label}.')]
         for place in range(min(MOST, len(wrong) + 1) if wrong else 0):
             options = wrong[: MOST - 1]
             options.insert(place, row.label)
             asked.append(BEHIND.ask(row.label, choices=options, options=", ".join(options)))
-        for other in wrong[:MOST]:
+        for other in wrong:
             asked += [IS_BEHIND.ask("yes", one=row.label), IS_BEHIND.ask("no", one=other)]
         return asked

@@ -33,10 +33,7 @@ class Kind:
 
     def ask(self, *answers: str, choices=(), **slots: str) -> Question:
         """The question about `slots` with these right answers."""
-        wordings, tests = (
-            tuple(text.format(**slots) for text in texts) for texts in (self.wordings, self.test_wordings)
-        )
-        return Question(self.name, wordings, tests, answers, self.metric, tuple(choices))
+        return Question(self.name, self.wordings, self.test_wordings, answers, self.metric, tuple(choices), slots)
 
 
 class Questions(Answer):
@@ -66,7 +63,7 @@ class Questions(Answer):
         if not clips:
             raise RowError(f"{row.id}: has no audio")
         questions = tuple(self.questions(row))
-        if not any(question.wordings for question in questions):
+        if not any(question.templates for question in questions):
             raise RowError(f"{row.id}: has nothing {self.what}")
         answers = tuple(dict.fromkeys(answer for question in questions for answer in question.answers[:1]))
         known = [clip.transcript for clip in clips]

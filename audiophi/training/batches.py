@@ -130,8 +130,9 @@ class BatchSchedule(Sampler[list[Draw]]):
         order = np.argsort(cost * rng.uniform(0.8, 1.25, size=len(rows)), kind="stable")
         steps: list[list[int]] = [[]]
         longest, wordiest = 0.0, 0
-        for i in order:
-            longest, wordiest = max(longest, length[i]), max(wordiest, self.tokens[rows[i]])
+        length, words = length.tolist(), self.tokens[rows].tolist()  # numbers of numpy are slow one by one
+        for i in order.tolist():
+            longest, wordiest = max(longest, length[i]), max(wordiest, words[i])
             if self.batch_size is not None:
                 full = len(steps[-1]) >= self.batch_size * self.split
             else:
@@ -141,7 +142,7 @@ class BatchSchedule(Sampler[list[Draw]]):
                 full = full or wordiest * (len(steps[-1]) + 1) > self.batch_tokens * self.split
             if full and len(steps[-1]) >= self.split:
                 steps.append([])
-                longest, wordiest = length[i], self.tokens[rows[i]]
+                longest, wordiest = length[i], words[i]
             steps[-1].append(i)
         if len(steps) > 1 and len(steps[-1]) < self.split:
             tail = steps.pop()

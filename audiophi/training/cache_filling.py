@@ -65,6 +65,7 @@ def fill_cache(
 ) -> int:
     """Encodes every row at every speed that is not cached yet; returns how many were. Unreadable rows are dropped."""
     encoded = encode_missing(corpus, corpus.rows, cache, processor, encode, speeds, corpus.drop, batch_seconds, report)
+    corpus.share()
     corpus.prune()
     return encoded
 
@@ -183,7 +184,8 @@ def encoder_of(recipe: str):
 def corpus_of(recipe: str, bad_rows: str) -> Corpus:
     """The clips of `cached_sources`, the same in every process."""
     recipe = recipe_from_dict(json.loads(recipe))
-    return Corpus(cached_sources(recipe), BadRows(Path(bad_rows), recipe.data.max_bad_rows), recipe.text_case)
+    bad = BadRows(Path(bad_rows), recipe.data.max_bad_rows)
+    return Corpus(cached_sources(recipe), bad, recipe.text_case, recipe.cache_dir, together=False)
 
 
 def encode_rows(batch: dict, recipe: str, bad_rows: str, threads: int | None) -> dict:
@@ -195,6 +197,7 @@ def encode_rows(batch: dict, recipe: str, bad_rows: str, threads: int | None) ->
     unreadable: list[tuple[Row, str]] = []
     rows = [corpus.rows[number] for number in batch["number"]]
     clips = encode_missing(corpus, rows, cache, processor, encode, speeds, lambda *told: unreadable.append(told))
+    corpus.share()
     reasons = {(row.table, row.index): reason for row, reason in unreadable}
     found = [reasons.get((row.table, row.index), "") for row in rows]
     return {"number": batch["number"], "reason": found, "clips": [clips, *[0] * (len(rows) - 1)]}

@@ -4,15 +4,18 @@ Rows that cannot be used are listed in `bad_rows.jsonl` and left out; above a se
 naming that list. A row is known by its source and number, never by its id, which may repeat.
 """
 
+import contextlib
 import copy
 import dataclasses
 import io
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import soundfile
+from accelerate import PartialState
 from torch.utils.data import Dataset
 
 from audiophi.data.alignment_text import normalise_transcript
@@ -24,6 +27,7 @@ from audiophi.data.example import Clip, Example, RowError, drawing, longest, pos
 from audiophi.tasks import TASKS, wordings
 from processing.audio_io import MAX_SECONDS, AudioError, check_file
 
+from .audio_index import AudioIndex
 from .bad_rows import BadRows, TooManyBadRows
 from .batches import Draw
 from .feature_cache import FeatureCache, clip_key, hash_audio
@@ -35,13 +39,19 @@ CHARACTERS_PER_SECOND = 15
 
 
 class Row(NamedTuple):
-    """A usable row: where it is (`table`, `index`), the seconds of its clips, about how many tokens of text it has,
-    whether CTC can learn from it, and whether a readout that `learns_sounds` can."""
+    """A usable row, and what is asked of all rows before a training: to make every example again would take minutes.
+
+    Where it is (`table`, `index`); the seconds of its clips and their files, None for audio that the row itself holds;
+    the bytes of its longest prompt's text with the answer, and its turns, none where its task asks in its own words;
+    whether CTC can learn from it, and whether a readout that `learns_sounds` can.
+    """
 
     table: int
     index: int
     lengths: tuple[float, ...]
-    tokens: int
+    files: tuple[str | None, ...]
+    bytes: int
+    turns: int
     spoken: bool
     sounds: bool
 
@@ -49,26 +59,45 @@ class Row(NamedTuple):
     def seconds(self) -> float:
         return sum(self.lengths)
 
+    @property
+    def tokens(self) -> int:
+        """About how many of text there are at most: a third of its bytes."""
+        return self.bytes // 3 + 1
+
 
 class Corpus:
     """The usable rows of one or more sources.
 
     Args:
         sources: from the recipe. bad: collects the others. text_case: see `normalise_transcript`.
+        cache_dir: where lengths and hashes of audio files are kept, None for nowhere. together: see `AudioIndex`.
     Raises:
         ValueError for sources that hold nothing usable; TooManyBadRows.
     """
 
-    def __init__(self, sources: list[Source], bad: BadRows, text_case: str = "lower"):
+    def __init__(
+        self,
+        sources: list[Source],
+        bad: BadRows,
+        text_case: str = "lower",
+        cache_dir: str | None = None,
+        together: bool = True,
+    ):
         self.sources, self.bad, self.rows, self.text_case = sources, bad, [], text_case
         self._hashes: dict[tuple[int, int, int], str] = {}
+        self._said, self._sounds = {}, {}  # texts for the alignment's vocabulary, as keys
+        paths = dict.fromkeys(source.path for source in sources)
+        self._indexes = {path: AudioIndex(cache_dir, path, together) for path in paths}
         bad.total = 0
         self.tables = [load_examples(source_spec(source)) for source in sources]
         self.incomplete = [missing_audio_is_normal(source.path) for source in sources]
         total = sum(len(table) for table in self.tables)
+        if together and PartialState().num_processes > 1:
+            self._measure_part(PartialState())
         for number, table in enumerate(self.tables):
             for index in range(len(table)):
                 self._add(number, index)
+        self.share()
         bad.total = total
         if not self.rows:
             raise ValueError(
@@ -95,14 +124,41 @@ class Corpus:
             self.bad.add(source.path, index, example.id, "has no text")
             return
         try:
-            lengths = tuple(clip.seconds or measure_seconds(clip, example.id) for clip in example.clips)
+            lengths = tuple(clip.seconds or self._measure(source, clip, example.id) for clip in example.clips)
         except (AudioError, OSError) as error:
             self.bad.add(source.path, index, example.id, str(error))
             return
         if source.max_seconds is None or sum(lengths) <= source.max_seconds:
-            spoken = any(clip.transcript is not None for clip in example.clips)
-            sounds = any(TASKS[example.task].sounds(text) is not None for text in example.references)
-            self.rows.append(Row(number, index, lengths, text_tokens(example), spoken, sounds))
+            task, asked = TASKS[example.task], longest(example)
+            size = text_bytes(asked, (task.target(text, self.text_case) for text in example.references))
+            said = [clip.transcript for clip in example.clips if clip.transcript is not None]
+            sounds = [text for text in map(task.sounds, example.references) if text is not None]
+            if source.heard != "simulated":
+                self._said |= dict.fromkeys(said)
+                self._sounds |= dict.fromkeys(sounds)
+            files = tuple(file_of(clip) for clip in example.clips)
+            turns = len(asked.messages)
+            self.rows.append(Row(number, index, lengths, files, size, turns, bool(said), bool(sounds)))
+
+    def _measure(self, source: Source, clip: Clip, name: str) -> float:
+        measure, file = partial(measure_seconds, clip, name), file_of(clip)
+        return self._indexes[source.path].seconds(file, measure) if file else measure()
+
+    def _measure_part(self, state: PartialState) -> None:
+        """Measures one of as many parts of the files as there are processes, and waits for the others."""
+        for source, table in zip(self.sources, self.tables, strict=True):
+            for index in range(state.process_index, len(table), state.num_processes):
+                with contextlib.suppress(RowError, AudioError, OSError):  # all will list it
+                    example = table[index]
+                    for clip in example.clips:
+                        if clip.seconds is None and file_of(clip):
+                            self._measure(source, clip, example.id)
+        self.share()
+
+    def share(self) -> None:
+        """Keeps what was found out about audio files; with several processes, all of them at once."""
+        for index in self._indexes.values():
+            index.share()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -126,15 +182,8 @@ class Corpus:
     def texts(self, text_case: str, sounds: bool = False) -> Iterable[str]:
         """What is said in the clips, which the alignment's vocabulary must spell; with `sounds` also the words that
         say what is heard. Not of simulated clips: no audio would teach the alignment those words."""
-        for row in self.rows:
-            if self.simulated(row):
-                continue
-            example = self.example(row)
-            found = [clip.transcript for clip in example.clips if clip.transcript]
-            if sounds:
-                found += filter(None, (TASKS[example.task].sounds(text) for text in example.references))
-            for text in found:
-                yield normalise_transcript(text, text_case)
+        for text in [*self._said, *(self._sounds if sounds else ())]:
+            yield normalise_transcript(text, text_case)
 
     def waveform(self, row: Row, clip: int, speed: float, sampling_rate: int):
         """(samples,) float32 of a row's clip at `sampling_rate`, played `speed` times faster. Raises AudioError."""
@@ -145,10 +194,11 @@ class Corpus:
     def key(self, row: Row, clip: int, speed: float) -> str:
         """The cache's key of a row's clip. Raises OSError for a file that cannot be read."""
         place = (row.table, row.index, clip)
-        if place not in self._hashes:
+        if place not in self._hashes and row.files[clip]:
+            self._hashes[place] = self._indexes[self.sources[row.table].path].hash(row.files[clip])
+        elif place not in self._hashes:
             audio = self.example(row).clips[clip].audio
-            given = audio.get("bytes") if audio.get("bytes") is not None else audio.get("path")
-            self._hashes[place] = hash_audio(repr_bytes(audio) if given is None else given)
+            self._hashes[place] = hash_audio(repr_bytes(audio) if audio.get("bytes") is None else audio["bytes"])
         return clip_key(self._hashes[place], speed)
 
     def drop(self, row: Row, reason: str) -> None:
@@ -185,6 +235,12 @@ def lacks_words(example: Example, text_case: str) -> bool:
     return any(text.strip() and not task.target(text, text_case).strip() for text in example.references)
 
 
+def file_of(clip: Clip) -> str | None:
+    """The path of a clip whose audio is in a file of its own."""
+    audio = clip.audio or {}
+    return audio.get("path") if audio.get("bytes") is None and "array" not in audio else None
+
+
 def missing_file(example: Example) -> str | None:
     """The path of a clip that is not there."""
     paths = [(clip.audio or {}).get("path") for clip in example.clips]
@@ -193,12 +249,16 @@ def missing_file(example: Example) -> str | None:
 
 def text_tokens(example: Example) -> int:
     """About how many tokens of text an example has at most: a third of its bytes."""
-    example = longest(example)
-    texts = [max(example.references, key=len, default="")]
+    return text_bytes(longest(example), example.references) // 3 + 1
+
+
+def text_bytes(example: Example, answers: Iterable[str]) -> int:
+    """Bytes of the text of an example's turns and of the longest of its answers."""
+    texts = [max(answers, key=len, default="")]
     for message in example.messages:
         content = message["content"]
         texts += [content] if isinstance(content, str) else [item.get("text", "") for item in content]
-    return sum(len(text.encode()) for text in texts) // 3 + 1
+    return sum(len(text.encode()) for text in texts)
 
 
 def repr_bytes(audio: dict) -> bytes:

@@ -105,7 +105,8 @@ def corpus_clips(run: "Run", stage: Stage, sources: list[Source]) -> Iterator[tu
     """Of rows drawn from a corpus, by the encoder's cached outputs where the stage reads these."""
     recipe, processor = run.recipe, run.processor
     # A list of its own: rows that are only measured do not count among those to train on.
-    corpus = Corpus(sources, BadRows(run.folder / "bad_rows_heard.jsonl", 1.0), recipe.text_case)
+    bad = BadRows(run.folder / "bad_rows_heard.jsonl", 1.0)
+    corpus = Corpus(sources, bad, recipe.text_case, recipe.cache_dir, together=False)
     rows = [row for row in corpus.rows if row.spoken]
     drawn = np.random.default_rng(recipe.seed).permutation(len(rows))[:MEASURED]
     # Neighbours in length are heard together.

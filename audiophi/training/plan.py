@@ -36,22 +36,21 @@ def token_rate(room: PromptRoom, corpus: Corpus, sampled: int = 200) -> dict[str
     Long prompts are found among the `sampled` longest rows; with a readout that collapses them, audio counts only in
     what the adapter makes.
     """
-    rate, config = room.processor.sampling_rate, room.config
+    rate = room.processor.sampling_rate
 
     def made(row) -> int:
-        counts = [room.processor.frame_counts(int(seconds * rate)) for seconds in row.lengths]
-        return sum(config.num_audio_tokens(frames) + config.clip_tokens for frames in counts)
+        return sum(room.adapter_tokens(int(seconds * rate)) + room.config.clip_tokens for seconds in row.lengths)
 
     heard = [row for row in corpus.rows if row.lengths and not corpus.simulated(row)]
     if not heard:
         return None
-    tokens = {row: made(row) for row in heard}
-    longest = sorted(heard, key=lambda row: -tokens[row])[:sampled]
-    words = [room.tokens(corpus.example(row), []) for row in longest]
+    tokens = [made(row) for row in heard]
+    longest = sorted(range(len(heard)), key=lambda number: -tokens[number])[:sampled]
+    prompts = [tokens[number] + room.tokens(corpus.example(heard[number]), []) for number in longest]
     return {
-        "tokens_per_second": sum(tokens.values()) / sum(row.seconds for row in heard),
+        "tokens_per_second": sum(tokens) / sum(row.seconds for row in heard),
         "longest_audio": tokens[longest[0]],
-        "longest_prompt": max(tokens[row] + count for row, count in zip(longest, words, strict=True)),
+        "longest_prompt": max(prompts),
         "context": room.context or 0,
     }
 

@@ -2,10 +2,14 @@
 
 import math
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from audiophi.data.alignment_text import AlignmentTokenizer, normalise_transcript
 from audiophi.data.example import Example, in_words, longest, with_clips
 from audiophi.tasks import TASKS, wordings
+
+if TYPE_CHECKING:
+    from .corpus import Row
 
 # Of simulated clips more tokens may be heard than are said, by as much as this.
 ADDED = 1.25
@@ -33,13 +37,17 @@ class PromptRoom:
         self.processor, self.config, self.text_case = processor, config, text_case
         self.context = getattr(config.text_config, "max_position_embeddings", None)
         self.instructions = instructions
+        self._made: dict[int, int] = {}  # samples -> tokens
         frame = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
         self.frame = len(processor.apply_chat_template(frame, tokenize=True, return_dict=True)["input_ids"][0])
 
     def turns(self, example: Example) -> list[dict]:
         """What comes before the answer, asked in the longest wording."""
-        asked = [max(wordings(example.task, self.instructions), key=len, default="")]
-        return TASKS[example.task].messages(longest(example), asked)
+        return TASKS[example.task].messages(longest(example), [self.asked(example.task)])
+
+    def asked(self, task: str) -> str:
+        """The longest wording of a task."""
+        return max(wordings(task, self.instructions), key=len, default="")
 
     def words(self, example: Example) -> tuple[list[str], int]:
         """All texts of the longest prompt that a row can make, and how many turns it has."""
@@ -55,7 +63,13 @@ class PromptRoom:
         whole = self.config.clip_tokens * len(samples)
         if self.config.readout != "frames":
             return whole
-        return whole + sum(self.config.num_audio_tokens(self.processor.frame_counts(count)) for count in samples)
+        return whole + sum(map(self.adapter_tokens, samples))
+
+    def adapter_tokens(self, samples: int) -> int:
+        """What the adapter makes of a clip of so many samples."""
+        if samples not in self._made:
+            self._made[samples] = self.config.num_audio_tokens(self.processor.frame_counts(samples))
+        return self._made[samples]
 
     def heard_tokens(self, example: Example) -> int:
         """Tokens that simulated clips are likely to be at most."""
@@ -75,6 +89,13 @@ class PromptRoom:
             return False
         turns = in_words(self.turns(example), said)
         return self.excess(replace(example, clips=(), messages=tuple(turns), questions=()), []) is None
+
+    def surely_holds(self, row: "Row", task: str, samples: list[int]) -> bool:
+        """Whether a row of real clips fits whatever its tokens are: no tokenizer makes more of them than there are
+        bytes."""
+        asked = 0 if row.turns else len(self.asked(task).encode())
+        most = self.audio_tokens(samples) + row.bytes + asked + self.frame * (max(1, row.turns) + 1)
+        return not self.context or most <= self.context
 
     def excess(self, example: Example, samples: list[int]) -> str | None:
         """Why a row whose clips have so many samples each does not fit; None for one that does."""

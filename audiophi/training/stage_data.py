@@ -155,7 +155,9 @@ def without_long_prompts(run: "Run", corpus: Corpus, room: PromptRoom) -> Corpus
     slowest, rate = min(run.recipe.data.speeds), run.processor.sampling_rate
     kept = []
     for row in corpus.rows:
-        excess = room.excess(corpus.example(row), [int(seconds / slowest * rate) for seconds in row.lengths])
+        samples, task = [int(seconds / slowest * rate) for seconds in row.lengths], corpus.tables[row.table].task
+        fits = not corpus.simulated(row) and room.surely_holds(row, task, samples)
+        excess = None if fits else room.excess(corpus.example(row), samples)
         if excess is None:
             kept.append(row)
         else:

@@ -152,7 +152,8 @@ def prepare(recipe: Recipe, folder: Path, signals: StopSignals, sharded: bool = 
     if not recipe.data.streaming:
         for stage in recipe.stages:
             if data_key(recipe, stage) not in corpora:
-                corpora[data_key(recipe, stage)] = Corpus(stage.data or recipe.data.train, bad, recipe.text_case)
+                sources = stage.data or recipe.data.train
+                corpora[data_key(recipe, stage)] = Corpus(sources, bad, recipe.text_case, recipe.cache_dir)
         for corpus in corpora.values():
             say(f"data: {len(corpus):,} rows, {corpus.hours:.2f} h")
         if bad.expected:
@@ -168,7 +169,7 @@ def prepare(recipe: Recipe, folder: Path, signals: StopSignals, sharded: bool = 
     if recipe.data.eval:
         eval_bad = BadRows(folder / "bad_rows_eval.jsonl", 1.0)
         development = Development(
-            Corpus(recipe.data.eval, eval_bad, recipe.text_case),
+            Corpus(recipe.data.eval, eval_bad, recipe.text_case, recipe.cache_dir),
             processor,
             recipe.evaluation.clips,
             recipe.evaluation.batch_size,
