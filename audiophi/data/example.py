@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -159,13 +160,14 @@ def kinds_of(example: Example) -> list[str]:
 
 
 def longest(example: Example) -> Example:
-    """The example with the longest of its questions, as often as it has `turns`, and all their answers: about what a
+    """The example with the longest of its questions, as often as it has `turns`, and all their answers: what a
     prompt needs at most."""
     if not example.questions:
         return example
 
     def length(question: Question) -> int:  # all are not worded for this: it would take longer than all else
-        return longest_of(question.templates) + sum(map(len, question.slots.values()))
+        slots = {name: len(text) for name, text in question.slots.items()}
+        return max(fixed + sum(slots[name] for name in names) for fixed, names in shapes_of(question.templates))
 
     asked = [question for question in example.questions if question.templates]
     wording = max(max(asked, key=length).wordings, key=len) if asked else ""
@@ -177,9 +179,10 @@ def longest(example: Example) -> Example:
 
 
 @functools.cache
-def longest_of(texts: tuple[str, ...]) -> int:
-    """Characters of the longest of a kind's templates."""
-    return max(map(len, texts))
+def shapes_of(templates: tuple[str, ...]) -> list[tuple[int, list[str]]]:
+    """Of each template the characters that are its own, and the names of its slots."""
+    parts = [list(string.Formatter().parse(template)) for template in templates]
+    return [(sum(len(own) for own, *_ in part), [name for _, name, *_ in part if name]) for part in parts]
 
 
 def content_of(clips: int, text: str) -> list[dict]:
