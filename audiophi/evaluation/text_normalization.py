@@ -24,7 +24,7 @@ AS_WRITTEN = "none"
 
 
 def language_code(language: str) -> str | None:
-    """The code of a code or name, "de" of "de-AT" or "German"; None for what Whisper knows as neither."""
+    """The code of a code or name, "de" of "de-AT" or "German"; None for neither, or a name not known to Whisper."""
     name = language.strip().lower()
     code = TO_LANGUAGE_CODE.get(name) or re.split("[-_]", name)[0]
     return code if re.fullmatch("[a-z]{2,3}", code) or code == AS_WRITTEN else None
