@@ -1,13 +1,19 @@
 """The cache of encoder outputs: exact round trip, interruptions, damage, fingerprints."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 
+from audiophi.training.bad_rows import BadRows
+from audiophi.training.cache_filling import fill_cache, open_cache
+from audiophi.training.corpus import Corpus
 from audiophi.training.feature_cache import FeatureCache, clip_key, fingerprint_of, hash_audio, hash_weights
+from audiophi.training.precision import fast_precision
+from audiophi.training.recipe import recipe_from_dict
 from tests.tiny_runs import ENVIRONMENT
 
 
@@ -83,6 +89,9 @@ def test_more_shards_than_file_descriptors(tmp_path):
     """In a process of its own: the limit is the whole process's."""
     code = """
 import logging, resource, sys, torch
+from audiophi.training.bad_rows import BadRows
+from audiophi.training.cache_filling import fill_cache, open_cache
+from audiophi.training.corpus import Corpus
 from audiophi.training.feature_cache import FeatureCache
 cache = FeatureCache(sys.argv[1], {}, "float32", shard_bytes=1)
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
@@ -115,3 +124,46 @@ def test_what_cannot_be_read_now_is_not_removed(tmp_path, caplog):
 def test_a_clip_that_is_not_there_is_named(tmp_path):
     with pytest.raises(OSError, match="lacks the encoder's outputs of clip other@1"):
         FeatureCache(tmp_path, {}).get("other@1")
+
+
+@pytest.fixture
+def filled(settings, make_tiny_model, tmp_path, speech):
+    """fill(precision, workers) -> the cache of a tiny model, and its corpus."""
+    model, processor = make_tiny_model()
+
+    def fill(precision, workers=0):
+        stage = {"name": "lm", "loss": "lm", "steps": 1, "batch_size": 1, "precision": precision}
+        recipe = recipe_from_dict(settings(stage, cache_dir=str(tmp_path / f"{precision}{workers}")))
+        corpus = Corpus(recipe.data.train, BadRows(tmp_path / "bad.jsonl", 1.0))
+        cache, encode = open_cache(recipe, model, processor)
+        assert fill_cache(corpus, cache, processor, encode, [1.0], batch_seconds=4.0, workers=workers) == 16
+        return cache, [cache.get(corpus.key(row, 0, 1.0)) for row in corpus.rows]
+
+    return fill
+
+
+def test_workers_decode_and_the_features_are_the_same(filled, tmp_path, monkeypatch):
+    def waveform(self, *given):
+        (tmp_path / f"decoded-by-{os.getpid()}").touch()
+        return decode(self, *given)
+
+    decode = Corpus.waveform
+    monkeypatch.setattr(Corpus, "waveform", waveform)
+    torch.manual_seed(0)
+    (_, features), drawn = filled("fp32"), torch.rand(1)
+    assert [file.name for file in tmp_path.glob("decoded-by-*")] == [f"decoded-by-{os.getpid()}"]
+    torch.manual_seed(0)
+    (_, again), drawn_again = filled("fp32", workers=2), torch.rand(1)
+    assert len(list(tmp_path.glob("decoded-by-*"))) == 3
+    assert drawn == drawn_again, "the cache changes what is drawn after it"
+    for one, other in zip(features, again, strict=True):
+        torch.testing.assert_close(one[0], other[0], atol=1e-5, rtol=1e-4)
+
+
+def test_features_are_made_in_the_stages_precision_where_that_is_fast(filled):
+    (exact, features), (fast, rounded) = filled("fp32"), filled("bf16")
+    differs = fast_precision("bf16", "cpu")[0] == "bf16"
+    assert (exact.folder.name != fast.folder.name) == differs
+    for one, other in zip(features, rounded, strict=True):
+        assert torch.equal(one[0], other[0]) != differs
+        torch.testing.assert_close(one[0], other[0], atol=0.1, rtol=0.1)

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import datasets
 import torch
-from datasets import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from modeling_audiophi import AudioPhiConfig
 from processing.audio_io import AudioError
@@ -17,7 +18,10 @@ from .bad_rows import BadRows
 from .build import build_model, build_processor
 from .corpus import Corpus, Row
 from .feature_cache import FeatureCache, fingerprint_of, hash_weights
+from .precision import fast_precision
 from .recipe import Recipe, RecipeError, Source, Stage, recipe_from_dict, recipe_to_dict
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def uses_cache(recipe: Recipe, stage: Stage, encoder_layer: str | int) -> bool:
@@ -33,23 +37,31 @@ def encoder_name(audio_config) -> str:
 
 
 def open_cache(recipe: Recipe, model, processor) -> tuple[FeatureCache, Callable]:
-    """The cache of the model's encoder as it is now, and (features, mask) -> hidden, mask of that encoder."""
+    """The cache of the model's encoder as it is now, and (features, mask) -> hidden, mask of that encoder.
+
+    It runs in the precision of the first stage that reads the cache, so that all stages read the same one.
+    """
     tower = model.model.audio_tower
+    device = next(tower.parameters()).device
+    layer = model.config.encoder_layer
+    wanted = next((stage.precision for stage in recipe.stages if uses_cache(recipe, stage, layer)), "fp32")
+    precision, _ = fast_precision(wanted, device.type)
     features = json.loads(processor.feature_extractor.to_json_string())
     for key in ("auto_map", "processor_class"):  # written into it when the processor is saved
         features.pop(key, None)
     fingerprint = fingerprint_of(
         weights=hash_weights(tower),
         encoder=encoder_name(model.config.audio_config),
-        layer=model.config.encoder_layer,
+        layer=layer,
         window_frames=processor.window_frames,
         features=features,
+        **({} if precision == "fp32" else {"precision": precision}),
     )
     tower.eval()
-    device = next(tower.parameters()).device
 
     def encode(features, mask):
-        return model.model.encode(features.to(device), mask.to(device))
+        with torch.autocast(device.type, AUTOCAST.get(precision), enabled=precision in AUTOCAST):
+            return model.model.encode(features.to(device), mask.to(device))
 
     return FeatureCache(recipe.cache_dir, fingerprint, recipe.cache_dtype), encode
 
@@ -62,9 +74,11 @@ def fill_cache(
     speeds: list[float],
     batch_seconds: float = 120.0,
     report: Callable[[int, int], None] = lambda done, total: None,
+    workers: int = 0,
 ) -> int:
     """Encodes every row at every speed that is not cached yet; returns how many were. Unreadable rows are dropped."""
-    encoded = encode_missing(corpus, corpus.rows, cache, processor, encode, speeds, corpus.drop, batch_seconds, report)
+    told = (batch_seconds, report, workers)
+    encoded = encode_missing(corpus, corpus.rows, cache, processor, encode, speeds, corpus.drop, *told)
     corpus.share()
     corpus.prune()
     return encoded
@@ -81,63 +95,81 @@ def encode_missing(
     drop: Callable[[Row, str], None],
     batch_seconds: float = 120.0,
     report: Callable[[int, int], None] = lambda done, total: None,
+    workers: int = 0,
 ) -> int:
     """Encodes those of a corpus's rows that are not cached yet; returns how many clips.
 
     Args:
         encode: (features, mask) of windows, on the CPU -> hidden (windows, frames, size), mask: `AudioPhiModel.encode`.
         drop: called with rows that cannot be read, and the reason.
-        batch_seconds: padded audio encoded at a time. report: called with (done, total) clips.
+        batch_seconds: padded audio encoded at a time. report: called with (done, total) clips. workers: processes
+            that decode and make features meanwhile; 0: this one does.
     """
-    missing, keys = [], set()  # several rows may ask about one clip
+    missing: dict[str, list[tuple[Row, int, float]]] = {}  # several rows may ask about one clip
     for row in rows:
         try:
             for clip in range(0 if corpus.simulated(row) else len(row.lengths)):
                 for speed in speeds:
                     key = corpus.key(row, clip, speed)
                     if key not in cache:
-                        missing.append((row, clip, speed))
-                        keys.add(key)
+                        missing.setdefault(key, []).append((row, clip, speed))
         except (OSError, ValueError) as error:  # ValueError: a NUL in a file's name
             drop(row, str(error))
-    missing.sort(key=lambda item: item[0].lengths[item[1]] / item[2])
-    waiting: list[tuple[str, dict]] = []
-    encoded, seconds = 0, 0.0
-
-    def flush() -> None:
-        if not waiting:
-            return
-        batch = processor.pad_audio([clip for _, clip in waiting])
-        windows = batch.pop("audio_num_windows").tolist()
-        features = batch.pop(processor.feature_key)
-        hidden, mask = encode(features, next(iter(batch.values())))
-        valid = [states[real].float().cpu() for states, real in zip(hidden, mask, strict=True)]
-        for (key, _), count in zip(waiting, windows, strict=True):
-            cache.put(key, valid[:count])
-            del valid[:count]
-        waiting.clear()
-
-    for row, place, speed in missing:
-        key = corpus.key(row, place, speed)
-        if key in cache or key in [k for k, _ in waiting]:
-            continue
-        try:
-            waveform = corpus.waveform(row, place, speed, processor.sampling_rate)
-            clip = processor.encode_audio((waveform, processor.sampling_rate))
-        except (AudioError, OSError) as error:
-            drop(row, str(error))
-            continue
-        waiting.append((key, clip))
-        encoded, seconds = encoded + 1, max(seconds, row.lengths[place] / speed)
-        if seconds * len(waiting) >= batch_seconds:
-            flush()
-            seconds = 0.0
-            report(encoded, len(keys))
-    flush()
+    clips = Clips(corpus, processor, {key: rows[0] for key, rows in missing.items()})
+    batches, encoded = clips.batches(batch_seconds), 0
+    loader = DataLoader(
+        clips,
+        sampler=batches,
+        batch_size=None,
+        num_workers=min(workers, len(batches)),
+        collate_fn=tuple,
+        generator=torch.Generator(),  # else it draws from what the training is seeded with
+    )
+    for keys, unreadable, batch in loader:
+        for key, reason in unreadable:
+            for row, _, _ in missing[key]:
+                drop(row, reason)
+        if keys:
+            windows = batch.pop("audio_num_windows").tolist()
+            hidden, mask = encode(batch.pop(processor.feature_key), next(iter(batch.values())))
+            valid = [states[real].float().cpu() for states, real in zip(hidden, mask, strict=True)]
+            for key, count in zip(keys, windows, strict=True):
+                cache.put(key, valid[:count])
+                del valid[:count]
+        encoded += len(keys)
+        report(encoded, len(missing))
     cache.flush()
-    if keys:
-        report(encoded, len(keys))
     return encoded
+
+
+class Clips(Dataset):
+    """`[keys]` -> (keys, [(key, reason)] of clips that cannot be read, the others as one padded batch).
+
+    missing: key -> row, its clip, speed.
+    """
+
+    def __init__(self, corpus: Corpus, processor, missing: dict[str, tuple[Row, int, float]]):
+        self.corpus, self.processor, self.missing = corpus, processor, missing
+
+    def batches(self, seconds: float) -> list[list[str]]:
+        """All keys, clips of like length together, about so many padded seconds each."""
+        lengths = {key: row.lengths[place] / speed for key, (row, place, speed) in self.missing.items()}
+        batches: list[list[str]] = []
+        for key in sorted(lengths, key=lengths.get):
+            if not batches or lengths[batches[-1][-1]] * len(batches[-1]) >= seconds:
+                batches.append([])
+            batches[-1].append(key)
+        return batches
+
+    def __getitem__(self, keys: list[str]) -> tuple:
+        rate, clips, unreadable = self.processor.sampling_rate, {}, []
+        for key in keys:
+            try:
+                waveform = self.corpus.waveform(*self.missing[key], rate)
+                clips[key] = self.processor.encode_audio((waveform, rate))
+            except (AudioError, OSError) as error:
+                unreadable.append((key, str(error)))
+        return list(clips), unreadable, self.processor.pad_audio(list(clips.values()))
 
 
 # ---- beforehand ------------------------------------------------------------------------------------------------------
@@ -196,7 +228,9 @@ def encode_rows(batch: dict, recipe: str, bad_rows: str, threads: int | None) ->
     corpus, speeds = corpus_of(recipe, bad_rows), json.loads(recipe)["data"]["speeds"]
     unreadable: list[tuple[Row, str]] = []
     rows = [corpus.rows[number] for number in batch["number"]]
-    clips = encode_missing(corpus, rows, cache, processor, encode, speeds, lambda *told: unreadable.append(told))
+    workers = 0 if threads else json.loads(recipe)["num_workers"]  # one of several processes has none of its own
+    drop = lambda *told: unreadable.append(told)  # noqa: E731
+    clips = encode_missing(corpus, rows, cache, processor, encode, speeds, drop, workers=workers)
     corpus.share()
     reasons = {(row.table, row.index): reason for row, reason in unreadable}
     found = [reasons.get((row.table, row.index), "") for row in rows]
@@ -229,7 +263,7 @@ def build_cache(recipe: Recipe, shard: int = 0, shards: int = 1, num_proc: int =
         batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
         order = [number for first in range(num_proc) for batch in batches[first::num_proc] for number in batch]
         settings = {"recipe": told, "bad_rows": bad_rows, "threads": 1 if num_proc > 1 else None}
-        done = Dataset.from_dict({"number": order}).map(
+        done = datasets.Dataset.from_dict({"number": order}).map(
             encode_rows,
             batched=True,
             batch_size=batch_size,

@@ -115,7 +115,7 @@ def corpus_clips(run: "Run", stage: Stage, sources: list[Source]) -> Iterator[tu
     cache = None
     if uses_cache(recipe, stage, run.model.config.encoder_layer) and corpus.rows:
         cache, encode = open_cache(recipe, run.model, processor)
-        fill_cache(corpus, cache, processor, encode, [speed])
+        fill_cache(corpus, cache, processor, encode, [speed], workers=recipe.num_workers)
     for row in corpus.rows:
         for place, clip in enumerate(corpus.example(row).clips):
             if not clip.transcript:

@@ -43,18 +43,22 @@ def stage_cache(run: "Run", stage: Stage, corpus: Corpus) -> FeatureCache | None
         return None
     cache, encode = open_cache(recipe, run.model, run.processor)
 
+    said = 0
+
     def report(done, total):
-        if done == total or done // 1000 != (done - 16) // 1000:
+        nonlocal said
+        if done == total or done - said >= 1000:
+            said = done
             run.say(f"cache: {done:,} of {total:,} clips encoded")
 
     state = PartialState()
     if state.num_processes > 1:  # each encodes its part
         part = corpus.part(state.process_index, state.num_processes)
-        fill_cache(part, cache, run.processor, encode, recipe.data.speeds, report=report)
+        fill_cache(part, cache, run.processor, encode, recipe.data.speeds, report=report, workers=recipe.num_workers)
         state.wait_for_everyone()
         cache.refresh()
     # All find it full, and leave out the same rows that cannot be read.
-    fill_cache(corpus, cache, run.processor, encode, recipe.data.speeds, report=report)
+    fill_cache(corpus, cache, run.processor, encode, recipe.data.speeds, report=report, workers=recipe.num_workers)
     run.say(f"cache: {len(cache):,} clips, {cache.nbytes / 2**20:.0f} MB in {cache.folder}")
     return cache
 

@@ -1,0 +1,85 @@
+"""What a start reads: audio files once, and each row once."""
+
+import os
+import shutil
+import string
+
+import pytest
+
+from audiophi.data.alignment_text import normalise_transcript
+from audiophi.data.datasets import Examples
+from audiophi.tasks.base import plain
+from audiophi.training.audio_index import AudioIndex
+from audiophi.training.bad_rows import BadRows
+from audiophi.training.corpus import Corpus
+from audiophi.training.recipe import Source
+
+
+@pytest.fixture
+def corpus(tmp_path, speech):
+    """make(**source's keys) -> a corpus of a copy of `speech`, whose index is kept."""
+    folder = tmp_path / "speech"
+    shutil.copytree(speech, folder)
+
+    def make(**keys):
+        bad = BadRows(tmp_path / "bad.jsonl", 1.0)
+        return Corpus([Source(str(folder), **keys)], bad, cache_dir=str(tmp_path / "cache"))
+
+    make.folder = folder
+    return make
+
+
+def told(corpus) -> list[tuple]:
+    keys = [corpus.key(row, 0, 1.0) for row in corpus.rows]
+    corpus.share()
+    return [(row.index, row.lengths, key) for row, key in zip(corpus.rows, keys, strict=True)]
+
+
+def test_a_second_start_reads_no_audio(corpus):
+    """Other bytes behind the same size and time: whoever opened a file would see them."""
+    first = told(corpus())
+    files = sorted(corpus.folder.glob("*.wav"))
+    for file in files:
+        stat = file.stat()
+        file.write_bytes(b"x" * stat.st_size)
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert told(corpus()) == first and len(first) == 16
+    for file in files[1:]:
+        os.utime(file)
+    assert len(corpus().rows) == 1, "files that have changed since are read again"
+
+
+def test_an_index_is_shared_by_processes_and_outlives_damage(tmp_path):
+    file = tmp_path / "\u00e4 \udcff.wav"
+    file.write_bytes(b"sound")
+    first, second = (AudioIndex(tmp_path, "source", together=False) for _ in range(2))
+    assert first.seconds(str(file), lambda: 2.5) == 2.5
+    found = second.hash(str(file))
+    first.share()
+    second.share()
+    (first.folder / "damaged.jsonl").write_text('["cut sho')
+    third = AudioIndex(tmp_path, "source")
+    for index in (second, third):
+        assert index.seconds(str(file), lambda: pytest.fail("measured twice")) == 2.5 and index.hash(str(file)) == found
+    assert AudioIndex(tmp_path, "other").seconds(str(file), lambda: 1.0) == 1.0
+    with pytest.raises(OSError):
+        third.hash(str(tmp_path / "missing.wav"))
+
+
+@pytest.mark.parametrize(("task", "read"), [("transcribe", 1), ("words", 4), ("compare", 8)])
+def test_a_start_makes_each_example_once(task, read, corpus, monkeypatch):
+    """`read`: rows that are read for one at most; compare may draw up to 12 others."""
+    made, rows = [], []
+    of, row = Examples.of, Examples._row
+    monkeypatch.setattr(Examples, "of", lambda self, *given: (made.append(0), of(self, *given))[1])
+    monkeypatch.setattr(Examples, "_row", lambda self, *given: (rows.append(0), row(self, *given))[1])
+    found = corpus(task=task)
+    assert len(list(found.texts("lower"))) and len(told(found)) == 16
+    assert len(made) == 16 and len(rows) <= 16 * read
+
+
+def test_ascii_is_cleaned_as_any_other_text():
+    text = "".join(f"{a}{b}" for a in map(chr, range(128)) for b in (" ", "x", "'"))
+    assert normalise_transcript(text) + " é" == normalise_transcript(text + " é")
+    assert plain(text) + " é" == plain(text + " é")
+    assert normalise_transcript(f"{string.punctuation} It's 3") == "' it's 3"
