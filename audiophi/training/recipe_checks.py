@@ -117,9 +117,7 @@ def check(recipe: "Recipe") -> None:
             == {"frozen"},
             f"{at}.tune: the align loss reaches encoder and adapter only (and readout mixed), and they are frozen",
         )
-        refuse(
-            stage.distill_weight < 0, f"{at}.distill_weight must be 0 or more, got {stage.distill_weight:g}"
-        )
+        refuse(stage.distill_weight < 0, f"{at}.distill_weight must be 0 or more, got {stage.distill_weight:g}")
         refuse(
             stage.loss == "align" and stage.distills,
             f"{at}.distill_weight: the align loss does not run the LLM, so there is nothing to distill; use loss: both",
@@ -135,6 +133,10 @@ def check(recipe: "Recipe") -> None:
         refuse(
             stage.tune.llm == "full" and recipe.components.quantize_text != "none",
             f"{at}.tune.llm: quantised weights cannot be trained in full; use lora",
+        )
+        refuse(
+            stage.precision == "fp16" and recipe.frozen_dtype == "bfloat16",
+            f"{at}.precision: fp16 does not go with frozen_dtype: bfloat16; use bf16, or frozen_dtype: float32",
         )
         refuse(
             not 0 <= stage.time_stretch < 0.5,
