@@ -2,7 +2,8 @@
 
     python benchmarks/full_size.py [--encoder xeus|languagebind] [--seconds 8] [--output results.json] [--scale tiny]
 
-Random weights, bfloat16 (what is trained: float32, as bfloat16 would round its updates away), on the CPU; adapter,
+Random weights, bfloat16 (what is trained: float32, as bfloat16 would round its updates away), as `frozen_dtype:
+bfloat16` keeps them, on the CPU; adapter,
 readout, encoder layer and generation are those of recipes/phi2_*.yaml. Each encoder runs in a process of its own:
 build, one `align` and one `lm` step of the adapter (encoder and LLM frozen), a few tokens. Printed and written: wall
 seconds and peak resident memory (VmHWM, Linux only) of each phase, beside what audiophi/training/memory.py predicts
@@ -220,7 +221,7 @@ def predictions(model, stages: dict[str, Stage], load: Load, new_tokens: int, be
     steps = {}
     for name, stage in stages.items():
         apply_tuning(model, stage)
-        steps[name] = training_memory(model, stage, load, frozen_bytes=2)
+        steps[name] = training_memory(model, stage, load)
     generated = generation_memory(model, load, new_tokens, beams)
     table = model.get_input_embeddings().weight.numel()
     built = Memory(weights=generated.weights, llm=2 * 4 * table)

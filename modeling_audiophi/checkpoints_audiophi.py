@@ -36,6 +36,11 @@ UNQUANTIZED = [
 class CheckpointsMixin:
     """`from_pretrained`, `save_pretrained` and `push_to_hub` for a model with ComponentsMixin."""
 
+    @property
+    def dtype(self):
+        """Of the model's own parts: frozen components may be kept in fewer bits while these are trained."""
+        return next(self.model.readout.parameters()).dtype
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
         """As in transformers; a slim checkpoint also loads the base components that it names.

@@ -3,6 +3,8 @@
 import torch
 from transformers.utils import logging
 
+from .lora_audiophi import is_lora_key
+
 logger = logging.get_logger(__name__)
 
 # A row must be whole blocks of values that share a scale, and rows come in groups: what bitsandbytes 0.50's kernels for
@@ -11,11 +13,11 @@ BLOCK, ROWS = 64, 32
 
 
 def matrices_for_4bit(language_model):
-    """Names of a language model's linear layers that fit 4 bits, and of those that do not, which is said.
+    """Names of a language model's linear layers (not LoRA's) that fit 4 bits, and of those that do not, which is said.
 
     Raises ValueError where none fits.
     """
-    linear = {n: m for n, m in language_model.named_modules() if type(m) is torch.nn.Linear}
+    linear = {n: m for n, m in language_model.named_modules() if type(m) is torch.nn.Linear and not is_lora_key(n)}
     fitting = [n for n, m in linear.items() if m.in_features % BLOCK == 0 and m.out_features % ROWS == 0]
     others = [name for name in linear if name not in fitting]
     if not others:

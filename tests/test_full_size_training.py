@@ -9,10 +9,12 @@ from accelerate import Accelerator
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from audiophi.training import precision, stages
+from audiophi.training.build import apply_tuning, part_of, set_frozen_dtype
 from audiophi.training.recipe import RecipeError, recipe_from_dict
 from audiophi.training.trainer import AudioPhiTrainer
+from modeling_audiophi import AudioPhiForConditionalGeneration
 from modeling_audiophi.adapter_conv_mlp import ConvMLPAdapter
-from tests.conftest import save_llama
+from tests.conftest import prompts, save_llama
 from tests.tiny_runs import ALIGN, LM, largest_difference, train
 
 
@@ -104,3 +106,92 @@ def test_logged_norms_are_of_unscaled_gradients(settings, tmp_path, monkeypatch)
     for key in ("grad_norm_adapter", "grad_norm"):
         norms = [history(tmp_path / name, key) for name in ("plain", "scaled")]
         assert norms[0] and norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+@pytest.fixture
+def finished(monkeypatch):
+    """The models of the stages that finish from now on."""
+    models, finish_stage = [], stages.finish_stage
+    monkeypatch.setattr(stages, "finish_stage", lambda run, *rest: models.append(run.model) or finish_stage(run, *rest))
+    return models
+
+
+HALF = {"frozen_dtype": "bfloat16", "cache": False}
+
+
+def dtypes_are_right(model):
+    for name, parameter in model.named_parameters():
+        frozen = part_of(name) != "adapter" and ".lora_" not in name
+        assert parameter.dtype == (torch.bfloat16 if frozen else torch.float32), name
+    return True
+
+
+@pytest.mark.parametrize("readout", ["frames", "collapse", "mixed"])
+def test_frozen_weights_in_bfloat16_give_the_same_losses(settings, make_tiny_model, waveform, readout):
+    """LoRA and all that is new are in float32, get gradients, and hear and read nearly the same."""
+    stage = {**LM, "loss": "both"}
+    recipe = recipe_from_dict(settings(stage, **HALF))
+    model, processor = make_tiny_model(readout=readout, clip_tokens=2)
+    waves = [waveform(1.0, 1), waveform(1.5, 2)]
+    inputs = prompts(processor, [[wave] for wave in waves], side="right")
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.audio_token_id, -100)
+    inputs |= {"labels": labels, "align_labels": torch.tensor([[20, 30], [40, 50]])}
+    if readout == "mixed":
+        inputs["sound_labels"] = torch.tensor([[20, -100], [40, 60]])
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        set_frozen_dtype(model, recipe, dtype)
+        apply_tuning(model, recipe.stages[0])
+        found[dtype] = model(**inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            under_autocast = model(**inputs).loss
+        assert under_autocast.item() == pytest.approx(found[dtype].loss.item(), rel=0.02)
+    assert dtypes_are_right(model)
+    for key in ("lm_loss", "align_loss"):
+        whole, half = (outputs[key].item() for outputs in found.values())
+        assert half == pytest.approx(whole, rel=0.02) and half != whole
+    found[torch.bfloat16].loss.backward()
+    gradients = {
+        n: p.grad for n, p in model.named_parameters() if "lora_B" in n or n.endswith("projector.proj_in.weight")
+    }
+    assert len(gradients) > 2 and all(grad.abs().max() > 0 for grad in gradients.values())
+
+
+def test_frozen_weights_in_bfloat16_where_a_run_is_taken_up(settings, speech, tmp_path, computed, finished):
+    stage = {**LM, "loss": "both", "steps": 2, "precision": "bf16"}
+    more = {**stage, "name": "more", "tune": {"adapter": "full"}}
+    data = {"train": [{"path": str(speech)}], "eval": [{"path": str(speech), "limit": 1}]}
+    in_one_go = train(settings(stage, more, output_dir=str(tmp_path / "one"), data=data, **HALF))
+    train(settings(stage, output_dir=str(tmp_path / "two"), data=data, **HALF))
+    in_two = train(settings(stage, more, output_dir=str(tmp_path / "two"), data=data, **HALF))
+    assert largest_difference(in_one_go, in_two) == 0
+    assert len(finished) == 4 and all(dtypes_are_right(model) for model in finished)
+    assert {value.dtype for value in in_two.values() if value.is_floating_point()} == {torch.float32}
+    model = AudioPhiForConditionalGeneration.from_pretrained(tmp_path / "two" / "final")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_what_is_or_will_be_tuned_in_full_is_not_rounded(settings, finished):
+    full = {**ALIGN, "name": "full", "loss": "both", "steps": 1, "tune": {"llm": "full"}}
+    train(settings({**ALIGN, "steps": 1}, full, **HALF))
+    for model in finished:
+        for name, parameter in model.named_parameters():
+            assert parameter.dtype == (torch.bfloat16 if part_of(name) == "encoder" else torch.float32), name
+
+
+def test_where_frozen_weights_are_rounded_unasked(settings, monkeypatch):
+    def chosen(*precisions, **keys):
+        made = [{**ALIGN, "name": f"stage{i}", "precision": value} for i, value in enumerate(precisions)]
+        return precision.frozen_dtype(recipe_from_dict(settings(*made, **keys)))
+
+    assert chosen("bf16") == torch.float32, "a CPU"
+    assert chosen("fp32", frozen_dtype="bfloat16") == torch.bfloat16
+    monkeypatch.setattr(precision, "training_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert chosen("bf16", "bf16") == torch.bfloat16
+    assert chosen("bf16", "fp32") == chosen("bf16", frozen_dtype="float32") == torch.float32
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    assert chosen("bf16") == torch.float32
+    with pytest.raises(RecipeError, match="stages.0.precision: fp16.*frozen_dtype"):
+        chosen("fp16", frozen_dtype="bfloat16")

@@ -52,7 +52,7 @@ def test_weights_gradients_and_adams_states_are_exact(make_tiny_model, tune):
     empty = skeleton(copy.deepcopy(model.config))
     for each in (model, empty):
         apply_tuning(each, chosen)
-    predicted = fixed_memory(empty, frozen_bytes=4)
+    predicted = fixed_memory(empty)
     assert predicted.weights == tensors([*model.parameters(), *model.buffers()])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     sum(parameter.sum() for parameter in trained).backward()
@@ -152,19 +152,21 @@ def test_what_costs_what(tiny_system):
     """Each decision moves the part of the bill that it should, in the right direction."""
     model, batch = tiny_system
     load = load_of(model, batch, SECONDS)
-    empty = skeleton(model.config)
+    empty, small = skeleton(model.config), skeleton(model.config)
+    for part in (small.model.audio_tower, small.model.language_model, small.lm_head):
+        part.bfloat16()
 
-    def bill(loss="lm", load=load, frozen_bytes=4, **keys):
+    def bill(loss="lm", load=load, empty=empty, **keys):
         chosen = stage(loss, **keys)
         apply_tuning(empty, chosen)
-        return training_memory(empty, chosen, load, frozen_bytes)
+        return training_memory(empty, chosen, load)
 
     plain = bill()
     assert plain.total == plain.weights + plain.gradients + plain.optimizer + plain.activations
     assert bill("align").llm == bill("align").logits == 0 < bill("align").alignment
     checkpointed = bill(gradient_checkpointing=True)
     assert 0 < checkpointed.llm < plain.llm and replace(checkpointed, llm=plain.llm) == plain
-    half = bill(frozen_bytes=2)  # no float32 weights, so no copies of them
+    half = bill(empty=small)  # no float32 weights, so no copies of them
     counts = {part: count for part, count, _ in parameter_table(empty)}
     assert plain.weights - half.weights == 2 * (counts["encoder"] + counts["llm"]) and half.llm < plain.llm
     twice = bill(load=replace(load, clips=2))

@@ -4,11 +4,12 @@ import pytest
 import torch
 from transformers import BitsAndBytesConfig
 
+from audiophi.training import stages
 from audiophi.training.recipe import RecipeError
 from modeling_audiophi import AudioPhiForConditionalGeneration
 from processing import AudioPhiProcessor
 from tests.conftest import prompts, save_llama
-from tests.tiny_runs import ALIGN, LM, train
+from tests.tiny_runs import ALIGN, LM, largest_difference, train
 
 bnb = pytest.importorskip("bitsandbytes", reason="no bitsandbytes: pip install -e '.[qlora]'")
 
@@ -60,6 +61,22 @@ def test_matrices_of_odd_size_keep_their_precision(settings, tiny_whisper_dir, t
     inputs = prompts(processor, [[waveform(0.8)]])
     with torch.no_grad():
         assert torch.isfinite(small(**inputs).logits.float()).all()
+
+
+def test_a_run_that_is_taken_up_is_quantised_as_before(settings, tiny_whisper_dir, even_llm_dir, tmp_path, monkeypatch):
+    """A stage that trains LoRA, then another one, in one go and in two runs."""
+    components = {"audio": tiny_whisper_dir, "text": even_llm_dir, "quantize_text": "4bit"}
+    generation = {"transcribe": {"num_beams": 2}}
+    keys, more = {"components": components, "generation": generation}, {**LM, "name": "more"}
+    in_one_go = train(settings(LM, more, output_dir=str(tmp_path / "one"), **keys))
+    train(settings(LM, output_dir=str(tmp_path / "two"), **keys))
+    trained, finish_stage = [], stages.finish_stage
+    monkeypatch.setattr(stages, "finish_stage", lambda run, *rest: trained.append(run.model) or finish_stage(run, *rest))
+    in_two = train(settings(LM, more, output_dir=str(tmp_path / "two"), **keys))
+    assert len(trained) == 1 and len(linear4bit(trained[0])) == 14 and trained[0].config.lora["text"]
+    assert not any(".lora_" in name for name in linear4bit(trained[0]))
+    assert trained[0].generation_config.tasks["transcribe"]["num_beams"] == 2
+    assert largest_difference(in_one_go, in_two) == 0
 
 
 def test_an_llm_without_a_fitting_matrix_is_refused(settings, make_tiny_model, tiny_whisper_dir, tmp_path):

@@ -16,10 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from audiophi.training.build import apply_tuning  # noqa: E402
+from audiophi.training.build import apply_tuning, set_frozen_dtype  # noqa: E402
 from audiophi.training.configs import recipe_config, skeleton  # noqa: E402
 from audiophi.training.flops import hours, stage_flops  # noqa: E402
 from audiophi.training.memory import Load, Memory, sizes, training_memory  # noqa: E402
+from audiophi.training.precision import frozen_dtype  # noqa: E402
 from audiophi.training.recipe import Recipe, RecipeError, Stage, load_recipe  # noqa: E402
 
 
@@ -172,12 +173,16 @@ def main(arguments: list[str]) -> int:
     try:
         recipe = load_recipe(options.recipe, overrides)
         data = data_of(recipe)
-        model = skeleton(recipe_config(recipe, options.align_vocab))
+        model, dtype = skeleton(recipe_config(recipe, options.align_vocab)), frozen_dtype(recipe, "cuda")
+        set_frozen_dtype(model, recipe, dtype)
         rows = [row for stage in recipe.stages for row in plan_stage(model, recipe, stage, data, options.utilisation)]
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"{recipe.name}: {data.hours:g} h, {data.clips:,} clips; {options.utilisation:.0%} of peak speed assumed\n")
+    print(
+        f"{recipe.name}: {data.hours:g} h, {data.clips:,} clips; {options.utilisation:.0%} of peak speed assumed; "
+        f"frozen weights in {str(dtype).removeprefix('torch.')}\n"
+    )
     print(table(rows))
     return 0
 

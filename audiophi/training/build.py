@@ -5,15 +5,18 @@ from collections.abc import Iterable
 from functools import partial
 
 import torch
+from transformers.utils import is_bitsandbytes_available
 
 from audiophi.data.alignment_text import AlignmentTokenizer
 from audiophi.tasks import TASKS, decoding, saved_tasks
 from modeling_audiophi import AudioPhiAdapterConfig, AudioPhiConfig, AudioPhiForConditionalGeneration, resolve_component
 from modeling_audiophi.generation_audiophi import GENERATION_SETTINGS
+from modeling_audiophi.lora_audiophi import is_lora_key
 from modeling_audiophi.quantization_audiophi import matrices_for_4bit
 from modeling_audiophi.readouts import READOUTS
 from processing import AudioPhiProcessor
 
+from .precision import frozen_dtype
 from .recipe import Lora, Recipe, RecipeError, Stage
 from .recipe_checks import check_start
 
@@ -90,15 +93,41 @@ def build_model(
             text_revision=components.text_revision,
             audio_settings=components.audio_settings,
         )
-    if recipe.components.quantize_text == "4bit":
-        quantize_text(model)
-    set_generation(model, recipe, tasks)
+    make_ready(model, recipe, tasks)
     processor.match_model(model.config)
     # The pipeline asks as the model was asked; other usual wordings are known to mean the same.
     known = {**processor.tasks, **saved_tasks(tasks, recipe.instructions)}
     order = [name for name in sorted(TASKS, key=lambda name: TASKS[name].order) if name in known]
     processor.tasks = {name: known[name] for name in [*order, *(name for name in known if name not in order)]}
     return model
+
+
+def make_ready(model: AudioPhiForConditionalGeneration, recipe: Recipe, tasks: Iterable[str] = ()) -> None:
+    """What a run makes of a float32 model on the CPU, be it new or loaded: the precision that frozen weights are kept
+    in, 4-bit matrices, generation for `tasks`. Raises RecipeError."""
+    for number, stage in enumerate(recipe.stages):
+        if stage.optimizer != "adamw" and not is_bitsandbytes_available():
+            raise RecipeError(
+                f"stages.{number}.optimizer: {stage.optimizer} needs bitsandbytes: pip install it, or use adamw"
+            )
+    set_frozen_dtype(model, recipe, frozen_dtype(recipe))
+    if recipe.components.quantize_text == "4bit":
+        quantize_text(model)
+    set_generation(model, recipe, tasks)
+
+
+def set_frozen_dtype(model: AudioPhiForConditionalGeneration, recipe: Recipe, dtype: torch.dtype) -> None:
+    """Keeps in `dtype` the weights of the LLM, and of an encoder that runs in every step, but not of one that was tuned
+    in full or will be. What is cached of the encoder shall not depend on the machine."""
+    parts = {"encoder": "audio", "llm": "text"} if not recipe.cache else {"llm": "text"}
+    frozen = {
+        part
+        for part, name in parts.items()
+        if model.config.tuned[name] != "full" and all(getattr(stage.tune, part) != "full" for stage in recipe.stages)
+    }
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if part_of(name) in frozen and tensor.is_floating_point() and not is_lora_key(name):
+            tensor.data = tensor.data.to(dtype)
 
 
 def set_generation(model: AudioPhiForConditionalGeneration, recipe: Recipe, tasks: Iterable[str] = ()) -> None:
@@ -201,6 +230,8 @@ def apply_tuning(model: AudioPhiForConditionalGeneration, stage: Stage) -> None:
         if part_of(name) == "adapter":
             readout = name.startswith(("model.readout.", "model.clip_tokens.")) and stage.tune.readout
             parameter.requires_grad_((readout or stage.tune.adapter) == "full" and not name.startswith(unused))
+        if parameter.requires_grad:  # peft makes LoRA layers in the precision of what they change
+            parameter.data = parameter.data.float()
 
 
 def unused_parameters(model: AudioPhiForConditionalGeneration, stage: Stage) -> tuple[str, ...]:

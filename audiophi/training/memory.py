@@ -15,10 +15,11 @@ from modeling_audiophi.clip_tokens import BOTTLENECK, HEADS
 from modeling_audiophi.encoders import encoder_class
 from modeling_audiophi.lengths_audiophi import output_length
 
-from .build import part_of
 from .recipe import Stage
 
 TRAINED_BYTES = 4  # what is trained is in float32
+# AdamW's two states of a trained value; bitsandbytes keeps those of small parameters in 32 bits, which is not counted.
+STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2}
 # float32 copies of (labelled positions x vocabulary): for the loss, its log-softmax, and their gradient.
 LM_LOGIT_COPIES = 3
 # The same of distill: both sides over the temperature, and their log-softmax; the divergences, and their gradient.
@@ -106,18 +107,12 @@ class Memory:
         return {name: round(value / 2**30, 3) for name, value in parts.items()}
 
 
-def fixed_memory(model, frozen_bytes: int) -> Memory:
-    """Weights (buffers included), gradients and Adam's two states of a model whose `requires_grad` are set; frozen
-    weights take `frozen_bytes` each. `model` may be a skeleton. Nothing of it is an estimate."""
+def fixed_memory(model, optimizer: str = "adamw") -> Memory:
+    """Weights (buffers included), gradients and the optimiser's states of a model whose dtypes and `requires_grad` are
+    set. `model` may be a skeleton. Nothing of it is an estimate."""
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(  # the alignment's scale, or a readout that a stage leaves alone, stay in the trained parts' dtype
-        p.numel() * (TRAINED_BYTES if part_of(name) == "adapter" else frozen_bytes)
-        for name, p in model.named_parameters()
-        if not p.requires_grad
-    )
-    buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
-    owned = trained * TRAINED_BYTES
-    return Memory(weights=frozen + owned + buffers, gradients=owned, optimizer=2 * owned)
+    return Memory(weights=weights, gradients=trained * TRAINED_BYTES, optimizer=trained * STATE_BYTES[optimizer])
 
 
 def encoder_values(config, load: Load, value_bytes: int) -> int:
@@ -167,27 +162,28 @@ def linear_parameters(module) -> int:
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, torch.nn.Linear))
 
 
-def training_memory(model, stage: Stage, load: Load, frozen_bytes: int = 4, value_bytes: int = 2) -> Memory:
+def training_memory(model, stage: Stage, load: Load, value_bytes: int = 2) -> Memory:
     """Memory of an optimiser step of `stage` on one device.
 
-    `model`: of an AudioPhiConfig, tuned for the stage (`apply_tuning`); a skeleton will do. `frozen_bytes`: of a frozen
-    weight; `value_bytes`: of what is computed with them. Where that is less, training runs under autocast: copies of
-    the weights in the lower precision then are part of the graph, those of the whole LLM unless gradients are
-    checkpointed.
+    `model`: of an AudioPhiConfig, tuned for the stage (`apply_tuning`), frozen parts in their dtype
+    (`set_frozen_dtype`); a skeleton will do. `value_bytes`: of what is computed with them. Where that is less than the
+    LLM's weights take, autocast makes copies of these, which are part of the graph: those of the whole LLM unless
+    gradients are checkpointed.
 
     Raises ValueError for a stage that tunes the encoder or the LLM in full, whose activations are not modelled.
     """
     if stage.tune.encoder != "frozen" or stage.tune.llm == "full":
         raise ValueError(f"stage {stage.name}: memory is computed for a frozen encoder and a frozen or LoRA LLM only")
     config, size, clips = model.config, sizes(model.config, load), load.clips
-    text, autocast = config.text_config, frozen_bytes > value_bytes
+    text, frozen_bytes = config.text_config, model.get_input_embeddings().weight.element_size()
+    autocast = frozen_bytes > value_bytes
     norm_bytes = frozen_bytes if autocast else value_bytes
     projector = model.model.multi_modal_projector
     through_adapter = sum(m.in_features + m.out_features for m in projector.modules() if type(m) is torch.nn.Linear)
     width = encoder_class(config.audio_config).hidden_size(config.audio_config)
     adapter = clips * (size.frames * 2 * width + size.audio * (through_adapter + 4 * text.hidden_size)) * TRAINED_BYTES
     parts = replace(
-        fixed_memory(model, frozen_bytes),
+        fixed_memory(model, stage.optimizer),
         encoder=encoder_values(config, load, norm_bytes),
         adapter=adapter,
     )
@@ -217,18 +213,16 @@ def training_memory(model, stage: Stage, load: Load, frozen_bytes: int = 4, valu
     return replace(parts, llm=llm, logits=logits)
 
 
-def generation_memory(
-    model, load: Load, new_tokens: int, beams: int = 1, frozen_bytes: int = 2, value_bytes: int = 2
-) -> Memory:
-    """Memory of generating `new_tokens` per clip: weights (all of them as loaded, none trained), the KV cache, the
-    logits of a step, and the prompt's way through one layer."""
+def generation_memory(model, load: Load, new_tokens: int, beams: int = 1, value_bytes: int = 2) -> Memory:
+    """Memory of generating `new_tokens` per clip: weights, the KV cache, the logits of a step, and the prompt's way
+    through one layer."""
     config, size = model.config, sizes(model.config, load)
     text, rows = config.text_config, load.clips * beams
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     kept = 2 * text.num_hidden_layers * text.num_key_value_heads * head_size * value_bytes
     positions = size.text - load.words
     return Memory(
-        weights=fixed_memory(model, frozen_bytes).weights,
+        weights=fixed_memory(model).weights,
         encoder=encoder_values(config, load, value_bytes),
         llm=rows * positions * saved_by_layer(text, value_bytes, value_bytes),
         logits=rows * text.vocab_size * (value_bytes + 4 * LM_LOGIT_COPIES),

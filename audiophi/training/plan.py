@@ -16,6 +16,7 @@ from .build import PARTS, part_of
 from .callbacks import duration, preserved_random_state
 from .checkpoints import write_atomically
 from .corpus import Corpus
+from .memory import STATE_BYTES
 from .prompt_room import PromptRoom
 from .recipe import RecipeError, Stage
 
@@ -88,7 +89,7 @@ def measure_step(model, schedule: BatchSchedule, batch_of: Callable[[list], dict
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return spent * schedule.grad_accum, peak + 8 * trained  # AdamW keeps two float32 values per weight
+    return spent * schedule.grad_accum, peak + trained * STATE_BYTES[trainer.stage.optimizer]
 
 
 def does_not_fit(stage: Stage, clips: int, seconds: float, tokens: int) -> str:

@@ -165,6 +165,8 @@ class Stage:
     warmup: float = 0.05  # share of the steps, or a number of steps from 1 up
     weight_decay: float = 0.02
     beta2: float = 0.98
+    # AdamW's states in 8 bits need bitsandbytes; paged ones give way to the CPU's memory where the GPU's is full.
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
     max_grad_norm: float = 1.0
     align_weight: float = 1.0  # weight of the alignment loss beside the LM loss when loss is "both"
     length_normalization: float = 0.0  # 0: each token of an answer counts 1; 1: each answer does; 0.5: in between
@@ -215,6 +217,8 @@ class Recipe:
     cache: bool = True  # keep the frozen encoder's outputs on disk
     cache_dir: str = "cache"
     cache_dtype: Literal["float16", "float32"] = "float16"
+    # Of the frozen LLM, and of an encoder that is not cached; auto: bfloat16 where all stages run in bf16 on a GPU.
+    frozen_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     output_dir: str = "outputs/{name}"
     save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights in final/
     push_to_hub: str | None = None  # org/name: final/ is uploaded there (made private if it is new), later if need be

@@ -124,9 +124,7 @@ def check(recipe: "Recipe") -> None:
             not 0 <= stage.length_normalization <= 1,
             f"{at}.length_normalization must be from 0 to 1, got {stage.length_normalization:g}",
         )
-        refuse(
-            stage.distill_weight < 0, f"{at}.distill_weight must be 0 or more, got {stage.distill_weight:g}"
-        )
+        refuse(stage.distill_weight < 0, f"{at}.distill_weight must be 0 or more, got {stage.distill_weight:g}")
         refuse(
             stage.loss == "align" and stage.distills,
             f"{at}.distill_weight: the align loss does not run the LLM, so there is nothing to distill; use loss: both",
@@ -142,6 +140,10 @@ def check(recipe: "Recipe") -> None:
         refuse(
             stage.tune.llm == "full" and recipe.components.quantize_text != "none",
             f"{at}.tune.llm: quantised weights cannot be trained in full; use lora",
+        )
+        refuse(
+            stage.precision == "fp16" and recipe.frozen_dtype == "bfloat16",
+            f"{at}.precision: fp16 does not go with frozen_dtype: bfloat16; use bf16, or frozen_dtype: float32",
         )
         refuse(
             not 0 <= stage.time_stretch < 0.5,

@@ -29,7 +29,7 @@ from .build import (
     build_processor,
     full_align_vocab,
     learns_sounds,
-    set_generation,
+    make_ready,
 )
 from .callbacks import Development, History, StageCallback
 from .checkpoints import DamagedModel, checksums, damage, resumable_checkpoint, saving, write_atomically
@@ -38,7 +38,7 @@ from .corpus import BadRows, Corpus, source_spec
 from .curves import draw_curves
 from .guards import LossGuard
 from .plan import describe_stage, measure_step, steps_in_time
-from .precision import fast_precision
+from .precision import fast_precision, training_device
 from .recipe import Recipe, RecipeError, Source, Stage
 from .sharding import check_recipe, describe_sharding, sharded_copy, take_over
 from .signals import StopSignals
@@ -213,8 +213,7 @@ def train_stage(run: Run, number: int) -> None:
     precision = "fp16" if training_args.fp16 else "bf16" if training_args.bf16 else "fp32"
     model = run.model
     if run.sharded:
-        model = sharded_copy(run.model)
-        run.model.to("cpu")
+        model = sharded_copy(run.model.to("cpu"))
         run.say(f"stage {stage.name}: {describe_sharding(model)}")
     trainer = AudioPhiTrainer(
         model=model,
@@ -254,10 +253,10 @@ def train_stage(run: Run, number: int) -> None:
 
 def training_arguments(recipe: Recipe, stage: Stage, number: int, folder: Path) -> TrainingArguments:
     """The stage as Trainer's arguments; the number of steps is filled in when the data is known."""
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    precision, why = fast_precision(stage.precision, device.type)
+    precision, why = fast_precision(stage.precision, training_device().type)
     if why:
         say(f"stage {stage.name}: precision {precision} instead of {stage.precision}: {why}")
+    optimizer = {} if stage.optimizer == "adamw" else {"optim": stage.optimizer}
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=stage.batch_size or 1,
@@ -268,6 +267,7 @@ def training_arguments(recipe: Recipe, stage: Stage, number: int, folder: Path) 
         warmup_steps=stage.warmup,
         weight_decay=stage.weight_decay,
         adam_beta2=stage.beta2,
+        **optimizer,
         max_grad_norm=stage.max_grad_norm,
         use_cpu=not torch.accelerator.is_available(),  # unsaid, Trainer refuses bf16 on a CPU
         bf16=precision == "bf16",
@@ -340,6 +340,5 @@ def load_stage(run: Run, stage: Stage) -> None:
             f"the model of stage {stage.name} in {folder / 'model'} is damaged: {wrong}. Put back a copy of it, or "
             f"delete {folder}, and the same command trains this stage again"
         )
-    device = run.model.device
-    run.model = type(run.model).from_pretrained(run.folder / stage.name / "model", dtype=torch.float32).to(device)
-    set_generation(run.model, run.recipe, run.model.generation_config.tasks)
+    run.model = type(run.model).from_pretrained(run.folder / stage.name / "model", dtype=torch.float32)
+    make_ready(run.model, run.recipe, run.model.generation_config.tasks)
