@@ -71,7 +71,9 @@ def test_a_run_that_is_taken_up_is_quantised_as_before(settings, tiny_whisper_di
     in_one_go = train(settings(LM, more, output_dir=str(tmp_path / "one"), **keys))
     train(settings(LM, output_dir=str(tmp_path / "two"), **keys))
     trained, finish_stage = [], stages.finish_stage
-    monkeypatch.setattr(stages, "finish_stage", lambda run, *rest: trained.append(run.model) or finish_stage(run, *rest))
+    monkeypatch.setattr(
+        stages, "finish_stage", lambda run, *rest: trained.append(run.model) or finish_stage(run, *rest)
+    )
     in_two = train(settings(LM, more, output_dir=str(tmp_path / "two"), **keys))
     assert len(trained) == 1 and len(linear4bit(trained[0])) == 14 and trained[0].config.lora["text"]
     assert not any(".lora_" in name for name in linear4bit(trained[0]))
