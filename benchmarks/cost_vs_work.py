@@ -129,12 +129,31 @@ def prepare_rows(manifest: Path) -> dict[str, dict]:
 
     part("reading the manifest", lambda: corpora.load_examples(corpora.source_spec(sources[0])))
     del made["reading the manifest"]
-    corpus = part("reading and checking its rows", lambda: corpora.Corpus(sources, bad))
+
+    def read():
+        return corpora.Corpus(sources, bad, cache_dir=str(manifest.with_name("cache")))
+
+    def hashes(corpus):
+        keys = [corpus.key(row, 0, 1.0) for row in corpus.rows]
+        corpus.share()
+        return keys
+
+    def order(corpus):
+        sizes = {"seconds": [row.seconds for row in corpus.rows], "tokens": [row.tokens for row in corpus.rows]}
+        return BatchSchedule(**sizes, epochs=EPOCHS, batch_seconds=BATCH_SECONDS)
+
+    corpus = part("reading and checking its rows", read)
     part("alignment vocabulary", lambda: tokenizer.vocab(corpus.texts("lower")))
-    part("hashes of the audio", lambda: [corpus.key(row, 0, 1.0) for row in corpus.rows])
+    part("hashes of the audio", lambda: hashes(corpus))
     part("token rate, longest prompt", lambda: token_rate(room, corpus))
-    sizes = {"seconds": [row.seconds for row in corpus.rows], "tokens": [row.tokens for row in corpus.rows]}
-    schedule = part("order of batches", lambda: BatchSchedule(**sizes, epochs=EPOCHS, batch_seconds=BATCH_SECONDS))
+    schedule = part("order of batches", lambda: order(corpus))
+
+    def again():
+        second = read()
+        tokenizer.vocab(second.texts("lower"))
+        return hashes(second), token_rate(PromptRoom(processor, room.config, {}), second), order(second)
+
+    part("(all of it at a second start)", again)
     dataset = corpora.TrainingSet(corpus, processor, None, {})
     collate = AudioPhiCollator(processor, mode="lm")
     part("first batch", lambda: collate([dataset[draw] for draw in next(iter(schedule))]))
