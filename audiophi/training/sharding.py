@@ -53,6 +53,8 @@ def check_recipe(recipe: Recipe) -> None:
     if recipe.components.quantize_text != "none":
         raise RecipeError("components.quantize_text: FSDP2 cannot share 4-bit weights; use DDP, or set it to none")
     for number, stage in enumerate(recipe.stages):
+        if stage.optimizer != "adamw":
+            raise RecipeError(f"stages.{number}.optimizer: bitsandbytes cannot share its states; FSDP2 needs adamw")
         if stage.precision == "fp16":
             raise RecipeError(f"stages.{number}.precision: FSDP2 has no loss scaling for fp16; use bf16 or fp32")
         if stage.distills:
@@ -61,7 +63,8 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def sharded_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model whose LLM and encoder are sharded over all processes; its parameters keep their names."""
+    """A copy of a model on the CPU whose LLM and encoder are sharded over all processes; its parameters keep their
+    names. A device holds one whole layer at a time, beside its part of the others."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -77,7 +80,7 @@ def sharded_copy(model: nn.Module) -> nn.Module:
             fully_shard(module, reshard_after_forward=reshard, **options)
     # What is left (embeddings, head, norms) stays gathered from forward to backward: the alignment reads the table.
     fully_shard(sharded, reshard_after_forward=False, **options)
-    return sharded
+    return sharded.to(state.device)  # what is not shared
 
 
 def layer_names(model: nn.Module) -> set[str]:
