@@ -150,14 +150,18 @@ def check_context(config):
 
 
 def read_text_weights(path, dtype):
-    """State dict of a causal LM under AudioPhi's names, its missing keys, and the name of its embedding table."""
+    """State dict of a causal LM under AudioPhi's names, its missing keys, the name of its embedding table, and what its
+    embedding module multiplies that by."""
     model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
     base = model.base_model
     state = {TEXT_PREFIX + key: value for key, value in base.state_dict().items()}
     head = model.get_output_embeddings()
     state |= {f"lm_head.{key}": value for key, value in head.state_dict().items()}
-    table = next(name for name, module in base.named_modules() if module is base.get_input_embeddings())
-    return state, list(info["missing_keys"]), f"{TEXT_PREFIX}{table}.weight"
+    embed = base.get_input_embeddings()
+    table = next(name for name, module in base.named_modules() if module is embed)
+    rows = embed.weight[:1024].detach()
+    scale = embed(torch.arange(len(rows))).detach().float().norm() / rows.float().norm()
+    return state, list(info["missing_keys"]), f"{TEXT_PREFIX}{table}.weight", float(scale)
 
 
 def text_generation_config(path, text_config, audio_token_id):
@@ -272,7 +276,7 @@ class ComponentsMixin:
         Raises ValueError naming every key that is missing or left over.
         """
         audio_state, missing = encoder_class(config.audio_config).read_base(paths["audio"], dtype)
-        text_state, text_missing, table = read_text_weights(paths["text"], dtype)
+        text_state, text_missing, table, config.embedding_scale = read_text_weights(paths["text"], dtype)
         if missing or text_missing:
             raise ValueError(f"base components lack weights: {', '.join([*missing, *text_missing])}")
         config.lm_head_bias = "lm_head.bias" in text_state

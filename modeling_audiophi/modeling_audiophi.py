@@ -105,7 +105,7 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
     @torch.no_grad()
     def match_embeddings(self, align_vocab_ids=None, spellings=None):
         """Fit new parts to the loaded LLM: the alignment's vocabulary and spelling, readout and clip tokens to the RMS
-        of its table."""
+        of its embeddings."""
         if align_vocab_ids is not None:
             self.alignment.vocab_ids.copy_(torch.as_tensor(align_vocab_ids))
         if spellings is not None:
@@ -117,7 +117,10 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
     @torch.no_grad()
     def start_at_embeddings(self, part):
         """Fit a new readout, or clip tokens, to the root mean square of the LLM's embeddings."""
-        part.start_at(self.get_input_embeddings().weight.float().square().mean().sqrt())
+        embed = self.get_input_embeddings()
+        ids = torch.arange(self.config.text_config.vocab_size, device=self.device)
+        # Some at a time: the table of a small LLM with many words takes a gigabyte in float32.
+        part.start_at(torch.cat([embed(some).float().square().mean(1) for some in ids.split(8192)]).mean().sqrt())
 
     @can_return_tuple
     def forward(
@@ -189,7 +192,7 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
                 )
             if heard_ids is not None:
                 heard = (heard_ids, heard_weights, heard_lengths, heard_clips)
-                audio = hear_simulated(*heard, self.get_input_embeddings().weight, audio)
+                audio = hear_simulated(*heard, self.get_input_embeddings(), audio)
             audio_embeds = audio.pooler_output
             prompt = self.expand_prompt(input_ids, attention_mask, audio.counts, past_length)
             input_ids, attention_mask = prompt.input_ids, prompt.attention_mask
@@ -446,8 +449,7 @@ class AudioPhiForConditionalGeneration(
         alignment = self.model.alignment
         labels = alignment.targets(sound_labels)[0] - 1
         sounds = audio.keep & (audio.align_logits.argmax(-1) == 0)
-        table = self.get_input_embeddings().weight[alignment.vocab_ids]
-        loss = self.model.readout.sound_loss(audio.embeds, sounds, labels, table)
+        loss = self.model.readout.sound_loss(audio.embeds, sounds, labels, self.model.word_table())
         return loss / (len(labels) if num_items is None else num_items)
 
     def _lm_loss(self, logits, targets, num_items_in_batch):
