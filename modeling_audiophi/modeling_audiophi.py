@@ -21,6 +21,7 @@ from .configuration_audiophi import AudioPhiConfig
 from .distillation_audiophi import as_teacher, kl_divergence
 from .encoders import encoder_class
 from .generation_audiophi import AudioPhiGenerationMixin
+from .head_audiophi import FamilyHead
 from .heard_audiophi import hear_simulated
 from .hearing_audiophi import HearingMixin
 from .kv_cache_audiophi import CACHE_NAME
@@ -279,6 +280,7 @@ class AudioPhiForConditionalGeneration(
         self.model = AudioPhiModel(config)
         text = config.text_config
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=config.lm_head_bias)
+        self.family_head = FamilyHead(text)
         embeddings = self.model.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
@@ -310,12 +312,8 @@ class AudioPhiForConditionalGeneration(
         return self.model.alignment.greedy(audio.align_logits, audio.tokens_mask)
 
     def compute_logits(self, hidden):
-        """Hidden states -> vocabulary logits, with the scalings that some families' configs ask for."""
-        text = self.config.text_config
-        logits = self.lm_head(hidden) * (getattr(text, "logit_scale", None) or 1)
-        logits = logits / (getattr(text, "logits_scaling", None) or 1)
-        cap = getattr(text, "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        """Hidden states (..., L, D) -> vocabulary logits (..., L, V), see `FamilyHead`."""
+        return self.family_head(self.lm_head, hidden)
 
     @can_return_tuple
     def forward(
