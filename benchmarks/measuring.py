@@ -173,8 +173,8 @@ def keep_steadily(model, per_second: float, tokens_per_second: float) -> None:
 
     share, logits = per_second / tokens_per_second, model.model.alignment.logits
 
-    def steady(tokens, embedding_weight):
-        scores = logits(tokens, embedding_weight)
+    def steady(tokens, *table):
+        scores = logits(tokens, *table)
         place = torch.arange(1, scores.shape[1] + 1)
         word = torch.floor(place * share) > torch.floor((place - 1) * share)
         with torch.no_grad():  # the loss lm has no gradient for the blank's score

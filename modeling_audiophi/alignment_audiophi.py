@@ -31,12 +31,13 @@ class AlignmentHead(nn.Module):
         self.blank = nn.Parameter(torch.randn(hidden_size) * 0.1)
         self.spelling = Spelling(vocab_size, hidden_size, **spelling) if spelling else None
 
-    def logits(self, tokens, embedding_weight):
-        """`tokens` (B, T, D), `embedding_weight` (V, D) the LLM's table -> logits (B, T, V' + 1)."""
+    def logits(self, tokens, table, table_scale=1.0):
+        """`tokens` (B, T, D), `table` (V', D) the LLM's embeddings of the vocabulary, `table_scale` what its embedding
+        module has multiplied them by -> logits (B, T, V' + 1)."""
         tokens = self.scale * tokens.to(self.blank.dtype)
-        # The blank apart from the table: a frozen table then costs no gradient.
-        table = embedding_weight[self.vocab_ids].to(self.blank.dtype)
-        words = nn.functional.linear(tokens, table, self.bias[1:])
+        # The blank apart from the table: a frozen table then costs no gradient. Scores do not grow with the module's
+        # factor: Gemma's is 25 and more, and the first posteriors would be those of a head that is sure of nonsense.
+        words = nn.functional.linear(tokens / table_scale, table.to(self.blank), self.bias[1:])
         if self.spelling is not None:
             words = self.spelling(tokens, words)
         blank = nn.functional.linear(tokens, self.blank[None], self.bias[:1])

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 from transformers.utils import logging
 
 from .configuration_audiophi import AudioPhiAdapterConfig, AudioPhiConfig
@@ -110,15 +110,29 @@ def feature_extractor_settings(folder):
     return None
 
 
-def check_components(audio, audio_config, text, text_config, revision=None):
-    """ValueError naming the component that cannot be used and why; reads configs only."""
-    encoder = encoder_class(audio_config)
-    if text_config.__class__ not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(f"text component {text!r} ({text_config.model_type}) is not a causal language model")
-    if text_config.is_encoder_decoder:
+def load_text_config(component, revision=None):
+    """Config of a causal LM, also where it is part of a model that sees, too (Gemma 3 4B, Qwen3.5). ValueError naming a
+    component that cannot be the language model, and why."""
+    whole = load_config(component, revision)
+    config = whole.get_text_config(decoder=True)
+    named = f"text component {component!r} ({whole.model_type})"
+    if whole.is_encoder_decoder:
+        raise ValueError(f"{named} is an encoder-decoder, not a causal language model")
+    known = type(whole) in MODEL_FOR_CAUSAL_LM_MAPPING or type(whole) in MODEL_FOR_MULTIMODAL_LM_MAPPING
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not known:
+        raise ValueError(f"{named} is not a causal language model")
+    if getattr(config, "hidden_size_per_layer_input", None):
         raise ValueError(
-            f"text component {text!r} ({text_config.model_type}) is an encoder-decoder, not a causal language model"
+            f"{named} has per-layer embeddings: every layer reads token ids, and audio has none. Take a model without "
+            "them (Gemma 3, Gemma 4 without E in its size)"
         )
+    config.tie_word_embeddings = whole.tie_word_embeddings
+    return config
+
+
+def check_components(audio, audio_config, revision=None):
+    """ValueError naming the encoder that cannot be used and why; reads configs only."""
+    encoder = encoder_class(audio_config)
     settings = feature_extractor_settings(resolve_component(audio, revision, weights=False))
     if settings is None:
         raise ValueError(f"audio component {audio!r} has no preprocessor_config.json: its feature extractor is unknown")
@@ -150,14 +164,20 @@ def check_context(config):
 
 
 def read_text_weights(path, dtype):
-    """State dict of a causal LM under AudioPhi's names, its missing keys, and the name of its embedding table."""
-    model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
-    base = model.base_model
+    """State dict of a causal LM under AudioPhi's names, its missing keys, the name of its embedding table, and what its
+    embedding module multiplies that by."""
+    sees = type(AutoConfig.from_pretrained(path)) in MODEL_FOR_MULTIMODAL_LM_MAPPING
+    auto = AutoModelForMultimodalLM if sees else AutoModelForCausalLM
+    model, info = auto.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    base = model.get_decoder() if sees else model.base_model
     state = {TEXT_PREFIX + key: value for key, value in base.state_dict().items()}
     head = model.get_output_embeddings()
     state |= {f"lm_head.{key}": value for key, value in head.state_dict().items()}
-    table = next(name for name, module in base.named_modules() if module is base.get_input_embeddings())
-    return state, list(info["missing_keys"]), f"{TEXT_PREFIX}{table}.weight"
+    embed = base.get_input_embeddings()
+    table = next(name for name, module in base.named_modules() if module is embed)
+    rows = embed.weight[:1024].detach()
+    scale = embed(torch.arange(len(rows))).detach().float().norm() / rows.float().norm()
+    return state, list(info["missing_keys"]), f"{TEXT_PREFIX}{table}.weight", float(scale)
 
 
 def text_generation_config(path, text_config, audio_token_id):
@@ -210,8 +230,8 @@ class ComponentsMixin:
 
         Raises ValueError that names the part that does not fit, before any weights are loaded.
         """
-        audio_config, text_config = load_config(audio, audio_revision), load_config(text, text_revision)
-        check_components(audio, audio_config, text, text_config, audio_revision)
+        audio_config, text_config = load_config(audio, audio_revision), load_text_config(text, text_revision)
+        check_components(audio, audio_config, audio_revision)
         change_settings(audio_config, audio_settings)
         if isinstance(adapter, str):
             adapter = {"type": adapter}
@@ -272,7 +292,7 @@ class ComponentsMixin:
         Raises ValueError naming every key that is missing or left over.
         """
         audio_state, missing = encoder_class(config.audio_config).read_base(paths["audio"], dtype)
-        text_state, text_missing, table = read_text_weights(paths["text"], dtype)
+        text_state, text_missing, table, config.embedding_scale = read_text_weights(paths["text"], dtype)
         if missing or text_missing:
             raise ValueError(f"base components lack weights: {', '.join([*missing, *text_missing])}")
         config.lm_head_bias = "lm_head.bias" in text_state

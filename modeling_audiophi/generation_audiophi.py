@@ -90,7 +90,7 @@ class AudioPhiGenerationMixin(GenerationMixin):
             clips = last_clips(prompt, self.config.audio_token_id, asked)
             logits = audio.align_logits
             if logits is None:
-                logits = self.model.alignment.logits(audio.tokens, self.get_input_embeddings().weight)
+                logits = self.model.align(audio.tokens, self.model.word_table())
             log_probs, lengths = alignment_per_prompt(logits, audio.tokens_mask, clips, fusion["ctc_temperature"])
             draft = None
             if drafting and may_draft(self, generation_config, kwargs, len(prompt)):

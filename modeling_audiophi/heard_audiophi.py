@@ -9,12 +9,12 @@ from .lengths_audiophi import length_mask
 from .outputs_audiophi import AudioPhiAudioOutput
 
 
-def hear_simulated(ids, weights, lengths, clips, embedding_weight, audio=None):
+def hear_simulated(ids, weights, lengths, clips, embed, audio=None):
     """What the LLM reads of a batch's clips, some of which are simulated: an `AudioPhiAudioOutput` whose
     `pooler_output` and `counts` are of all clips in prompt order, everything else of the real ones, as in `audio`.
 
     `ids` (S, T, K) LLM token ids and their `weights` (S, T, K), `lengths` (S,), of simulated clips; `clips` (C,) bool
-    which of all they are; `embedding_weight` (V, D) the LLM's table; `audio` of the real clips, None without any.
+    which of all they are; `embed` the LLM's embedding module; `audio` of the real clips, None without any.
     Raises ValueError when the numbers of clips do not fit.
     """
     real = [0] if audio is None else [len(audio.counts)]
@@ -23,7 +23,7 @@ def hear_simulated(ids, weights, lengths, clips, embedding_weight, audio=None):
         raise ValueError(
             f"heard_clips names {found[0]} simulated and {found[1]} real clips, but {len(ids)} and {real[0]} are given"
         )
-    heard = simulated_embeddings(ids, weights, lengths, embedding_weight)
+    heard = simulated_embeddings(ids, weights, lengths, embed)
     counts = lengths.new_zeros(len(clips)).masked_scatter(clips, lengths)
     if audio is None:
         return AudioPhiAudioOutput(pooler_output=heard, counts=counts)
@@ -35,8 +35,8 @@ def hear_simulated(ids, weights, lengths, clips, embedding_weight, audio=None):
     return audio
 
 
-def simulated_embeddings(ids, weights, lengths, embedding_weight):
+def simulated_embeddings(ids, weights, lengths, embed):
     """Weighted means of embeddings (N, D), clip after clip: `ids`, `weights` (S, T, K), `lengths` (S,)."""
     real = length_mask(lengths, ids.shape[1])
-    rows = embedding_weight[ids[real]]
-    return (weights[real].to(rows.dtype)[:, None] @ rows)[:, 0]
+    rows = embed(ids[real])
+    return (weights[real].to(rows)[:, None] @ rows)[:, 0]

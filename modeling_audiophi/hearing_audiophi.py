@@ -63,6 +63,15 @@ class HearingMixin:
         windows = audio_inputs.get("audio_num_windows")
         return sum_windows(lengths, torch.ones_like(lengths) if windows is None else windows.to(lengths.device))
 
+    def word_table(self):
+        """The LLM's embeddings (V', D) of the alignment's vocabulary, as the LLM reads them: its embedding module may
+        scale the table (Gemma), and lie on another device."""
+        return self.get_input_embeddings()(self.alignment.vocab_ids).to(self.alignment.blank.device)
+
+    def align(self, tokens, table):
+        """Adapter tokens (C, T, D) and the `word_table` -> the alignment's logits (C, T, V' + 1)."""
+        return self.alignment.logits(tokens, table, self.config.embedding_scale)
+
     def most_counts(self, audio_inputs):
         """`counts` of a readout that keeps all (C,), the most that there can be: no encoder is run."""
         return self.adapter_lengths(audio_inputs) + self.config.clip_tokens
@@ -127,16 +136,16 @@ class HearingMixin:
         adapter_dtype = next(self.multi_modal_projector.parameters(), hidden).dtype
         tokens, tokens_mask = self.multi_modal_projector(hidden.to(adapter_dtype), mask)
         tokens, tokens_mask = join_windows(tokens, tokens_mask, audio_num_windows)
-        logits, embeds, keep, counts, read, clips = None, None, None, None, None, None
-        embedding_weight = self.get_input_embeddings().weight
+        logits, table, embeds, keep, counts, read, clips = None, None, None, None, None, None, None
         if with_alignment or (self.readout.needs_alignment and with_readout):
             if self.alignment is None:
                 raise ValueError("this model has no alignment head: build it with align_vocab_ids")
-            logits = self.alignment.logits(tokens, embedding_weight)
+            table = self.word_table()
+            logits = self.align(tokens, table)
         if with_readout:
             needed = self.readout.needs_encoder or self.clip_tokens is not None
             encoded = join_windows(hidden, mask, audio_num_windows) if needed else None
-            embeds, keep = self.readout(tokens, tokens_mask, self.alignment, logits, embedding_weight, encoded)
+            embeds, keep = self.readout(tokens, tokens_mask, logits, table, encoded)
             keep = tokens_mask if keep is None else keep
             read, kept = embeds, keep
             if self.clip_tokens is not None:

@@ -21,6 +21,7 @@ from .configuration_audiophi import AudioPhiConfig
 from .distillation_audiophi import as_teacher, kl_divergence
 from .encoders import encoder_class
 from .generation_audiophi import AudioPhiGenerationMixin
+from .head_audiophi import FamilyHead
 from .heard_audiophi import hear_simulated
 from .hearing_audiophi import HearingMixin
 from .kv_cache_audiophi import CACHE_NAME
@@ -106,7 +107,7 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
     @torch.no_grad()
     def match_embeddings(self, align_vocab_ids=None, spellings=None):
         """Fit new parts to the loaded LLM: the alignment's vocabulary and spelling, readout and clip tokens to the RMS
-        of its table."""
+        of its embeddings."""
         if align_vocab_ids is not None:
             self.alignment.vocab_ids.copy_(torch.as_tensor(align_vocab_ids))
         if spellings is not None:
@@ -118,7 +119,10 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
     @torch.no_grad()
     def start_at_embeddings(self, part):
         """Fit a new readout, or clip tokens, to the root mean square of the LLM's embeddings."""
-        part.start_at(self.get_input_embeddings().weight.float().square().mean().sqrt())
+        embed = self.get_input_embeddings()
+        ids = torch.arange(self.config.text_config.vocab_size, device=self.device)
+        # Some at a time: the table of a small LLM with many words takes a gigabyte in float32.
+        part.start_at(torch.cat([embed(some).float().square().mean(1) for some in ids.split(8192)]).mean().sqrt())
 
     @can_return_tuple
     def forward(
@@ -192,7 +196,7 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
                 )
             if heard_ids is not None:
                 heard = (heard_ids, heard_weights, heard_lengths, heard_clips)
-                audio = hear_simulated(*heard, self.get_input_embeddings().weight, audio)
+                audio = hear_simulated(*heard, self.get_input_embeddings(), audio)
             audio_embeds = audio.pooler_output
             prompt = self.expand_prompt(input_ids, attention_mask, audio.counts, past_length)
             input_ids, attention_mask = prompt.input_ids, prompt.attention_mask
@@ -286,6 +290,7 @@ class AudioPhiForConditionalGeneration(
         self.model = AudioPhiModel(config)
         text = config.text_config
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=config.lm_head_bias)
+        self.family_head = FamilyHead(text)
         embeddings = self.model.get_input_embeddings()
         name = next(name for name, module in self.named_modules() if module is embeddings)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
@@ -317,12 +322,8 @@ class AudioPhiForConditionalGeneration(
         return self.model.alignment.greedy(audio.align_logits, audio.tokens_mask)
 
     def compute_logits(self, hidden):
-        """Hidden states -> vocabulary logits, with the scalings that some families' configs ask for."""
-        text = self.config.text_config
-        logits = self.lm_head(hidden) * (getattr(text, "logit_scale", None) or 1)
-        logits = logits / (getattr(text, "logits_scaling", None) or 1)
-        cap = getattr(text, "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        """Hidden states (..., L, D) -> vocabulary logits (..., L, V), see `FamilyHead`."""
+        return self.family_head(self.lm_head, hidden)
 
     @can_return_tuple
     def forward(
@@ -471,8 +472,7 @@ class AudioPhiForConditionalGeneration(
         alignment = self.model.alignment
         labels = alignment.targets(sound_labels)[0] - 1
         sounds = audio.keep & (audio.align_logits.argmax(-1) == 0)
-        table = self.get_input_embeddings().weight[alignment.vocab_ids]
-        loss = self.model.readout.sound_loss(audio.embeds, sounds, labels, table)
+        loss = self.model.readout.sound_loss(audio.embeds, sounds, labels, self.model.word_table())
         return loss / (len(labels) if num_items is None else num_items)
 
     def _clip_loss(self, audio, clip_labels, num_items=None):

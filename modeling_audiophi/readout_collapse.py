@@ -27,7 +27,7 @@ class CollapseReadout(nn.Module):
     def start_at(self, rms):
         pass
 
-    def forward(self, tokens, mask, alignment, logits, embedding_weight, encoded=None):
+    def forward(self, tokens, mask, logits, table, encoded=None):
         """See `readouts.py`."""
         path = logits.argmax(-1).masked_fill(~mask, 0)
         starts = torch.ones_like(mask)
@@ -35,18 +35,17 @@ class CollapseReadout(nn.Module):
         keep = starts & (path > 0)
         run = run_numbers(starts)
         states = run_means(tokens, run)
-        embeds = word_embeddings(path, run, alignment, logits, embedding_weight)
+        embeds = word_embeddings(path, run, logits, table)
         embeds = embeds + self.proj(self.norm(states)).to(embeds.dtype)
         return embeds * keep[..., None], keep
 
 
-def word_embeddings(path, run, alignment, logits, embedding_weight):
+def word_embeddings(path, run, logits, table):
     """Mean over each run (numbered in `run` (B, T)) of its frames' expected embeddings (B, T, D); zeros without words.
 
-    `path` (B, T) are the best classes, 0 the blank, of `logits` (B, T, V' + 1).
+    `path` (B, T) are the best classes, 0 the blank, of `logits` (B, T, V' + 1), `table` (V', D) the words' embeddings.
     """
     words = path > 0  # blank frames, most of them, have no embedding: no need for their posteriors
-    table = embedding_weight[alignment.vocab_ids]
     means = word_posterior(logits[words]).to(table.dtype) @ table
     return run_means(means.new_zeros(*path.shape, table.shape[-1]).index_put((words,), means), run)
 

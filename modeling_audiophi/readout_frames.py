@@ -15,6 +15,6 @@ class FramesReadout(nn.Module):
     def start_at(self, rms):
         self.norm.weight.fill_(rms)
 
-    def forward(self, tokens, mask, alignment, logits, embedding_weight, encoded=None):
+    def forward(self, tokens, mask, logits, table, encoded=None):
         """See `readouts.py`."""
         return self.norm(tokens), None

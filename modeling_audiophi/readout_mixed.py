@@ -42,13 +42,13 @@ class MixedReadout(nn.Module):
         self.sounds[-1].weight.fill_(rms)
         self.sound_words.start_at(rms)
 
-    def forward(self, tokens, mask, alignment, logits, embedding_weight, encoded):
+    def forward(self, tokens, mask, logits, table, encoded):
         """See `readouts.py`."""
         path = logits.argmax(-1).masked_fill(~mask, 0)
         starts, keep = sound_and_word_runs(path, mask)
         run = run_numbers(starts)
         states = run_means(tokens, run)
-        words = word_embeddings(path, run, alignment, logits, embedding_weight)
+        words = word_embeddings(path, run, logits, table)
         clips = clip_statistics(*encoded).to(tokens.dtype)
         clips = self.clip_norm(clips)[:, None].expand(-1, tokens.shape[1], -1)
         sounds = keep & (path == 0)

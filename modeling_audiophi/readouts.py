@@ -3,10 +3,10 @@
 To add one: a file `readout_<name>.py` with a class of this interface, and its line here.
     __init__(hidden_size, encoder_size): sizes of the LLM's embeddings and of the encoder's states.
     needs_alignment: whether it looks at the alignment's labels. needs_encoder: likewise at the encoder's states.
-    forward(tokens, mask, alignment, logits, embedding_weight, encoded) -> embeds (B, T, D) and keep (B, T) bool, or
-        None for all: `tokens` (B, T, D) from the adapter, `mask` (B, T), `alignment` the `AlignmentHead` and its
-        `logits` (B, T, V' + 1) (None without needs_alignment), `embedding_weight` (V, D) the LLM's table, `encoded`
-        the encoder's states (B, T', E) and their mask (B, T') (None without needs_encoder).
+    forward(tokens, mask, logits, table, encoded) -> embeds (B, T, D) and keep (B, T) bool, or None for all: `tokens`
+        (B, T, D) from the adapter, `mask` (B, T), `logits` (B, T, V' + 1) of the alignment and `table` (V', D), the
+        LLM's embeddings of its vocabulary (None each without needs_alignment), `encoded` the encoder's states
+        (B, T', E) and their mask (B, T') (None without needs_encoder).
     start_at(rms): fit new parameters to the root mean square of the LLM's embeddings.
     learns_sounds: whether it has sound_loss(embeds, keep, labels, table), see `readout_mixed.py`, which the loss
         `align` trains it with.

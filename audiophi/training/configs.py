@@ -10,7 +10,7 @@ from modeling_audiophi import (
     LanguageBindAudioConfig,
     XeusConfig,
 )
-from modeling_audiophi.components_audiophi import load_config
+from modeling_audiophi.components_audiophi import load_config, load_text_config
 
 from .build import check_adapter_keys
 from .recipe import Recipe
@@ -34,9 +34,9 @@ RELEASED = {
 NGRAMS_PER_TOKEN = 15
 
 
-def component_config(component: str, revision: str | None = None):
-    """Config of a base component: of RELEASED, else as `load_config` finds it (its errors)."""
-    return RELEASED[component]() if component in RELEASED else load_config(component, revision)
+def component_config(component: str, revision: str | None, load):
+    """Config of a base component: of RELEASED, else as `load` finds it (its errors)."""
+    return RELEASED[component]() if component in RELEASED else load(component, revision)
 
 
 def recipe_config(recipe: Recipe, align_vocab: int, audio_config=None, text_config=None) -> AudioPhiConfig:
@@ -47,8 +47,8 @@ def recipe_config(recipe: Recipe, align_vocab: int, audio_config=None, text_conf
     if recipe.init_from is not None:
         return AudioPhiConfig.from_pretrained(recipe.init_from)
     components = recipe.components
-    audio_config = audio_config or component_config(components.audio, components.audio_revision)
-    text_config = text_config or component_config(components.text, components.text_revision)
+    audio_config = audio_config or component_config(components.audio, components.audio_revision, load_config)
+    text_config = text_config or component_config(components.text, components.text_revision, load_text_config)
     for name, value in (components.audio_settings or {}).items():
         setattr(audio_config, name, value)
     check_adapter_keys(recipe.adapter)
