@@ -350,6 +350,8 @@ class ComponentsMixin:
         base = {AUDIO_PREFIX + key: value for key, value in audio_state.items()} | text_state
         base = with_base_layers(base, expected)
         state = base | own
+        if not isinstance(config.encoder_layer, str):  # blocks above that layer were not built
+            state = {key: value for key, value in state.items() if key in expected or not key.startswith(AUDIO_PREFIX)}
         new = {key for key in expected if is_own_key(key, config)} if not own else set()
         missing, unexpected = expected - state.keys() - new, state.keys() - expected
         if missing or unexpected:
