@@ -32,7 +32,8 @@ class LanguageModelPrior(LogitsProcessor):
 
     def __call__(self, input_ids, scores):
         """`input_ids` (N, L), `scores` (N, V), a prompt's rows together -> (N, V)."""
-        prior = self._logits(input_ids[:, self.prompt_length :])[:, self.vocab_ids].float().log_softmax(-1)
+        prior = self._logits(input_ids[:, self.prompt_length :]).to(scores.device)
+        prior = prior[:, self.vocab_ids].float().log_softmax(-1)
         fused = scores.clone()
         rows = self.with_audio.repeat_interleave(len(scores) // len(self.with_audio))
         fused[:, self.vocab_ids] += (self.weight * prior * rows[:, None]).to(scores.dtype)
