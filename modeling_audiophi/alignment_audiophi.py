@@ -34,7 +34,7 @@ class AlignmentHead(nn.Module):
     def logits(self, tokens, table, table_scale=1.0):
         """`tokens` (B, T, D), `table` (V', D) the LLM's embeddings of the vocabulary, `table_scale` what its embedding
         module has multiplied them by -> logits (B, T, V' + 1)."""
-        tokens = self.scale * tokens.to(self.blank.dtype)
+        tokens = self.scale * tokens.to(self.blank)
         # The blank apart from the table: a frozen table then costs no gradient. Scores do not grow with the module's
         # factor: Gemma's is 25 and more, and the first posteriors would be those of a head that is sure of nonsense.
         words = nn.functional.linear(tokens / table_scale, table.to(self.blank), self.bias[1:])
@@ -69,6 +69,7 @@ class AlignmentHead(nn.Module):
         target does not fit into their frames: those cost nothing and teach nothing. Clips that begin with NO_TARGET
         are left out of both.
         """
+        token_ids, lengths = token_ids.to(logits.device), lengths.to(logits.device)
         classes, target_lengths = self.targets(token_ids)
         repeats = ((classes[:, 1:] == classes[:, :-1]) & (classes[:, 1:] > 0)).sum(1)
         learned = ~(token_ids[:, :1] == NO_TARGET).any(1)

@@ -2,11 +2,13 @@
 
 import json
 import os
+import pickle
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
 from transformers.utils import logging
@@ -25,6 +27,10 @@ logger = logging.get_logger(__name__)
 # tried last.
 SOURCES, CONVERTERS, FALLBACKS = [], [], []
 
+SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]
+# Weights by the names that transformers loads, and no others: repositories also have them in float32, or for ONNX.
+SAFETENSORS = ["model.safetensors", "model-*-of-*.safetensors"]
+PICKLED = ["pytorch_model.bin", "pytorch_model-*-of-*.bin"]
 SAMPLING_RATE = 16_000
 AUDIO_PREFIX = "model.audio_tower."
 TEXT_PREFIX = "model.language_model."
@@ -63,9 +69,8 @@ def find_component(component, revision=None, weights=True, **hub):
     for source in SOURCES:
         if (path := source(str(component), revision, **hub)) is not None:
             return path
-    patterns = ["*.json", "*.txt", "*.jinja", "*.model"] + (["*.safetensors"] if weights else [])
     try:
-        return snapshot_download(str(component), revision=revision, allow_patterns=patterns, **hub)
+        return download_component(str(component), revision, weights, **hub)
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         tried.append(f"the Hub ({type(error).__name__}: {str(error).splitlines()[0]})")
     for fallback in FALLBACKS:
@@ -74,6 +79,44 @@ def find_component(component, revision=None, weights=True, **hub):
             return str(path)
         tried.append(f"{fallback.__module__}.{fallback.__name__}")
     raise OSError(f"component {component!r} was not found; tried: " + "; ".join(tried))
+
+
+def download_component(component, revision=None, weights=True, **hub):
+    """Folder with a Hub repository's small files and, with `weights`, one copy of its weights, as safetensors.
+
+    Where a repository has none, its pickled weights are downloaded instead and converted once, in that folder, without
+    running code from them. Raises the Hub client's errors, and ValueError for pickled weights that cannot be read.
+    """
+    how = {"revision": revision, **hub}
+    if not weights:
+        return snapshot_download(component, allow_patterns=SMALL_FILES, **how)
+    folder = snapshot_download(component, allow_patterns=[*SMALL_FILES, *SAFETENSORS], **how)
+    if not any(Path(folder, name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+        folder = snapshot_download(component, allow_patterns=[*SMALL_FILES, *PICKLED], **how)
+        convert_pickled(Path(folder))
+    return folder
+
+
+def convert_pickled(folder):
+    """pytorch_model*.bin of a folder -> model*.safetensors, file by file; the index last, so that it tells that all are
+    there."""
+    files = sorted(folder.glob("pytorch_model*.bin"))
+    for file in [*files, *folder.glob("pytorch_model.bin.index.json")]:
+        target = folder / file.name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
+        partial = target.with_suffix(f".partial-{os.getpid()}")
+        if file.suffix == ".json":
+            partial.write_text(file.read_text().replace("pytorch_model", "model").replace(".bin", ".safetensors"))
+        else:
+            try:
+                tensors = torch.load(file, map_location="cpu", weights_only=True)
+            except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                raise ValueError(f"{file}: not a file of tensors, or damaged; download it again") from error
+            # Tied weights share their memory, which safetensors does not store.
+            tensors = {name: value.clone().contiguous() for name, value in tensors.items() if torch.is_tensor(value)}
+            save_file(tensors, partial, {"format": "pt"})
+        partial.replace(target)
+    for file in files:
+        file.unlink()  # in the Hub's cache a link
 
 
 def component_id(component):
@@ -307,6 +350,8 @@ class ComponentsMixin:
         base = {AUDIO_PREFIX + key: value for key, value in audio_state.items()} | text_state
         base = with_base_layers(base, expected)
         state = base | own
+        if not isinstance(config.encoder_layer, str):  # blocks above that layer were not built
+            state = {key: value for key, value in state.items() if key in expected or not key.startswith(AUDIO_PREFIX)}
         new = {key for key in expected if is_own_key(key, config)} if not own else set()
         missing, unexpected = expected - state.keys() - new, state.keys() - expected
         if missing or unexpected:

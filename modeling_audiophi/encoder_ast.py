@@ -4,6 +4,7 @@ Patches of 16 x 16 every 10 bins and 10 frames, 12 x 101 per window. As in its t
 silence; a patch that reaches into the filling makes no token.
 """
 
+from torch import nn
 from transformers import ASTModel
 
 from .encoder_layers import LayerChoice
@@ -24,8 +25,10 @@ class ASTAudioEncoder(WindowEncoder):
 
     def __init__(self, config, layer="last"):
         super().__init__(config)
-        self.model = ASTModel(config)
         self.layer_choice = LayerChoice(config.num_hidden_layers + 1, layer)
+        self.model = ASTModel(self.layer_choice.cut_config(config))
+        if self.layer_choice.index is not None:
+            self.model.layernorm = nn.Identity()  # is behind the last block
 
     @staticmethod
     def length_rule(config):

@@ -30,8 +30,13 @@ class HFAudioEncoder(nn.Module):
                 "this encoder has its own adapter (add_adapter) after the last layer: encoder_layer must be 'last'"
             )
         self.config = config
-        self.model = AutoModel.from_config(config)
         self.layer_choice = LayerChoice(config.num_hidden_layers + 1, layer)
+        cut = self.layer_choice.cut_config(config)
+        if self.layer_choice.index is not None:
+            cut.use_intermediate_ffn_before_adapter = False  # w2v-BERT's, behind the last block
+        self.model = AutoModel.from_config(cut)
+        if self.layer_choice.index is not None and getattr(config, "do_stable_layer_norm", False):
+            self.model.encoder.layer_norm = nn.Identity()  # likewise; without the option it is in front of the first
 
     @staticmethod
     def length_rule(config):

@@ -14,8 +14,11 @@ class LanguageBindAudioEncoder(WindowEncoder):
 
     def __init__(self, config, layer="last"):
         super().__init__(config)
-        self.model = LanguageBindAudioModel(config)
         self.layer_choice = LayerChoice(config.num_hidden_layers + 1, layer)
+        cut = self.layer_choice.cut_config(config)
+        if self.layer_choice.index is not None:  # its own output is the penultimate state, of one block more
+            cut.num_hidden_layers = min(self.layer_choice.index + 1, config.num_hidden_layers)
+        self.model = LanguageBindAudioModel(cut)
 
     @staticmethod
     def length_rule(config):
@@ -42,7 +45,8 @@ class LanguageBindAudioEncoder(WindowEncoder):
         return {f"model.{key}": value for key, value in model.state_dict().items()}, list(info["missing_keys"])
 
     def tokens(self, features):
-        output = self.model(features, output_hidden_states=self.layer_choice.needs_all)
-        if not self.layer_choice.needs_all:
+        needs_last = self.layer_choice.index == self.config.num_hidden_layers
+        output = self.model(features, output_hidden_states=self.layer_choice.layer == "mix" or needs_last)
+        if output.hidden_states is None:
             return output.last_hidden_state
         return self.model.pool(self.layer_choice(output.hidden_states[-1], output.hidden_states))

@@ -1,5 +1,7 @@
 """Which of an encoder's layers the adapter hears."""
 
+import copy
+
 import torch
 from torch import nn
 
@@ -9,7 +11,7 @@ class LayerChoice(nn.Module):
 
     `layer`: "last" (the encoder's own output, after its final norm), an int (index into the hidden states: 0 is what
     enters the first block, -1 the last), or "mix" (parameter `layer_weights`, one logit per hidden state, starting
-    uniform).
+    uniform). Of a layer by index the encoder's blocks above it are not even built: see `cut_config`.
     """
 
     def __init__(self, num_states, layer="last"):
@@ -20,18 +22,25 @@ class LayerChoice(nn.Module):
                 f"(this encoder has {num_states} hidden states)"
             )
         self.layer = layer
+        self.index = None if layer in ("last", "mix") else layer % num_states
         if layer == "mix":
             self.layer_weights = nn.Parameter(torch.zeros(num_states))
 
     @property
     def needs_all(self):
-        return self.layer != "last"
+        return self.layer == "mix" or self.index == 0
+
+    def cut_config(self, config, name="num_hidden_layers"):
+        """A copy of an encoder's config with as many blocks (value `name`) as the layer needs, one at least."""
+        config = copy.deepcopy(config)
+        if self.index is not None:
+            setattr(config, name, max(1, self.index))
+        return config
 
     def forward(self, last, hidden_states):
-        """`last` (B, T, D), `hidden_states` tuple of (B, T, D), read unless the layer is "last"."""
-        if self.layer == "last":
-            return last
+        """`last` (B, T, D): what leaves the blocks that there are; `hidden_states` tuple of (B, T, D), read where it
+        `needs_all`."""
         if self.layer == "mix":
             weights = self.layer_weights.softmax(0).to(last.dtype)
             return sum(weight * state for weight, state in zip(weights, hidden_states, strict=True))
-        return hidden_states[self.layer]
+        return hidden_states[0] if self.index == 0 else last

@@ -24,8 +24,8 @@ class WhisperAudioEncoder(nn.Module):
     def __init__(self, config, layer="last"):
         super().__init__()
         self.config = config
-        self.encoder = WhisperEncoder(config)
         self.layer_choice = LayerChoice(config.encoder_layers + 1, layer)
+        self.encoder = WhisperEncoder(self.layer_choice.cut_config(config, "encoder_layers"))
 
     @staticmethod
     def length_rule(config):
@@ -78,6 +78,8 @@ class WhisperAudioEncoder(nn.Module):
         for block in encoder.layers:
             if not (self.training and encoder.layerdrop > 0 and torch.rand([]) < encoder.layerdrop):
                 hidden = block(hidden, attention_mask)
-            states.append(hidden)
-        states[-1] = hidden = encoder.layer_norm(hidden)
+            if self.layer_choice.needs_all:
+                states.append(hidden)
+        if self.layer_choice.index in (None, self.config.encoder_layers):
+            states[-1] = hidden = encoder.layer_norm(hidden)
         return self.layer_choice(hidden, states), out_mask

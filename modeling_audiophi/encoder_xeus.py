@@ -25,8 +25,10 @@ class XeusAudioEncoder(nn.Module):
     def __init__(self, config, layer="last"):
         super().__init__()
         self.config = config
-        self.model = XeusModel(config)
         self.layer_choice = LayerChoice(config.num_hidden_layers + 1, layer)
+        self.model = XeusModel(self.layer_choice.cut_config(config))
+        if self.layer_choice.index is not None:
+            self.model.after_norm = nn.Identity()
 
     @staticmethod
     def length_rule(config):

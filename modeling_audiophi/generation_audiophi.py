@@ -91,7 +91,9 @@ class AudioPhiGenerationMixin(GenerationMixin):
             logits = audio.align_logits
             if logits is None:
                 logits = self.model.align(audio.tokens, self.model.word_table())
-            log_probs, lengths = alignment_per_prompt(logits, audio.tokens_mask, clips, fusion["ctc_temperature"])
+            # Scores come to where the prompt is, wherever the parts of the model lie.
+            heard = logits.to(prompt.device), audio.tokens_mask.to(prompt.device)
+            log_probs, lengths = alignment_per_prompt(*heard, clips, fusion["ctc_temperature"])
             draft = None
             if drafting and may_draft(self, generation_config, kwargs, len(prompt)):
                 draft = self._draft(log_probs, lengths, length, fusion, generation_config, kwargs)
@@ -181,7 +183,7 @@ class AudioPhiGenerationMixin(GenerationMixin):
     def _scorers(self, log_probs, lengths, prompt_length, fusion, generation_config, kwargs, draft):
         """What judges a continuation beside the LLM that hears: the alignment, and the LLM that does not."""
         ends = self._end_ids(generation_config, kwargs)
-        vocab_ids = self.model.alignment.vocab_ids
+        vocab_ids = self.model.alignment.vocab_ids.to(log_probs.device)
         remember = 1 if draft is None else draft.most + 1
         weight = fusion["ctc_weight"]
         scorers = [CTCPrefixScorer(log_probs, lengths, vocab_ids, ends, prompt_length, weight, remember)]

@@ -146,10 +146,10 @@ class HearingMixin:
             needed = self.readout.needs_encoder or self.clip_tokens is not None
             encoded = join_windows(hidden, mask, audio_num_windows) if needed else None
             embeds, keep = self.readout(tokens, tokens_mask, logits, table, encoded)
-            keep = tokens_mask if keep is None else keep
+            keep = tokens_mask.to(embeds.device) if keep is None else keep
             read, kept = embeds, keep
             if self.clip_tokens is not None:
-                clips = self.clip_tokens(*encoded).to(embeds.dtype)
+                clips = self.clip_tokens(*encoded).to(embeds)
                 read = torch.cat([clips, embeds], 1)
                 kept = torch.cat([keep.new_ones(clips.shape[:2]), keep], 1)
             read, counts = read[kept], kept.sum(1)

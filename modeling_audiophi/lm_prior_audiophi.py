@@ -35,7 +35,7 @@ class LanguageModelPrior(LogitsProcessor):
 
     def __call__(self, input_ids, scores):
         """`input_ids` (N, L), `scores` (N, V), a prompt's rows together -> (N, V)."""
-        logits = self._logits(input_ids[:, self.prompt_length :]).float()
+        logits = self._logits(input_ids[:, self.prompt_length :]).to(scores.device).float()
         prior = logits - logits[:, self.vocab_ids].logsumexp(-1, keepdim=True)
         prior[:, self.end_ids] = 0.0
         rows = self.with_audio.repeat_interleave(len(scores) // len(self.with_audio))

@@ -46,7 +46,7 @@ def word_embeddings(path, run, logits, table):
     `path` (B, T) are the best classes, 0 the blank, of `logits` (B, T, V' + 1), `table` (V', D) the words' embeddings.
     """
     words = path > 0  # blank frames, most of them, have no embedding: no need for their posteriors
-    means = word_posterior(logits[words]).to(table.dtype) @ table
+    means = word_posterior(logits[words]).to(table) @ table
     return run_means(means.new_zeros(*path.shape, table.shape[-1]).index_put((words,), means), run)
 
 

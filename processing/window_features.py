@@ -35,7 +35,9 @@ class WindowFeatures:
         """Real feature frames of a window of `num_samples` samples."""
         if hasattr(self.extractor, "num_frames"):  # extractors of this project state it
             return self.extractor.num_frames(num_samples)
-        return int(self.extract(np.zeros(num_samples, dtype=np.float32))[1].sum())
+        # Whole frames of 25 ms, as many as `stride` stacked, without a rest.
+        stride, length = getattr(self.extractor, "stride", 1), self.extractor.sampling_rate // 40
+        return max(0, (num_samples - length) // (self.samples_per_frame // stride) + 1) // stride
 
     def shortest_window(self, frames: int) -> int:
         """Samples below which a window is zero-padded, so that it has at least `frames` frames."""

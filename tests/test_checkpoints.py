@@ -10,6 +10,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from modeling_audiophi import AudioPhiForConditionalGeneration, checkpoints_audiophi
 from modeling_audiophi.components_audiophi import component_revision
+from tests.conftest import prompts
 from tests.test_components import LORA, features, same_weights, shake
 
 LOADING = [
@@ -37,6 +38,20 @@ def test_loading_arguments(make_tiny_model, tmp_path, slim):
         assert {value.dtype for value in loaded.parameters()} == {torch.bfloat16 if half else torch.float32}
         assert same_weights(expected, loaded), arguments
         assert not [name for name, value in loaded.named_parameters() if value.is_meta], arguments
+
+
+@torch.no_grad()
+def test_a_language_model_that_is_not_in_memory_is_heard(make_tiny_model, waveform, tmp_path):
+    """Spread over devices: words are scored with, and made of, embeddings that are elsewhere until they are used."""
+    model, processor = make_tiny_model(readout="mixed")
+    model.save_pretrained(tmp_path / "full", slim=False)
+    parts = [f"model.{part}" for part in ("audio_tower", "multi_modal_projector", "alignment", "readout")]
+    places = {**dict.fromkeys(parts, "cpu"), "model.language_model": "disk", "lm_head": "disk"}
+    loaded = AutoModel.from_pretrained(tmp_path / "full", device_map=places, offload_folder=tmp_path / "offloaded")
+    assert loaded.get_input_embeddings().weight.is_meta
+    inputs = prompts(processor, [[waveform(0.6)], [waveform(1.4, 1)]])
+    decoding = {"max_new_tokens": 3, "do_sample": False, "ctc_weight": 0.5, "lm_prior_weight": 0.2}
+    assert torch.equal(loaded.generate(**inputs, **decoding), model.generate(**inputs, **decoding))
 
 
 @pytest.mark.parametrize("slim", [True, False])

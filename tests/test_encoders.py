@@ -90,6 +90,8 @@ def test_layers(audio_config):
     for layer in (0, 1, -1):
         assert torch.allclose(outputs[layer], expected[layer], atol=1e-5)
     assert not torch.allclose(outputs[0], outputs[1], atol=1e-2)
+    blocks = build(audio_config, 1).state_dict()
+    assert any(".layers.0." in name for name in blocks) and not any(".layers.1." in name for name in blocks)
     with pytest.raises(ValueError, match="encoder_layer 7"):
         build(audio_config, 7)
 

@@ -2,11 +2,14 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.loopback_hub import LoopbackHub
 from tests.stranger import run_stranger
@@ -75,8 +78,71 @@ print("FOUND" + json.dumps([hear("acme/audio-phi", token="hf_writer"), hear("acm
 HERE = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
 
 
+GET = """
+import os, sys, torch
+from pathlib import Path
+sys.path.insert(0, os.path.join(sys.path[0], "tools"))
+import get_components
+from modeling_audiophi import AudioPhiForConditionalGeneration, resolve_component
+
+def files(folder):
+    paths = (path.relative_to(folder).as_posix() for path in Path(folder).rglob("*.*"))
+    return sorted(path for path in paths if not path.startswith(".cache"))
+
+found = [files(resolve_component("acme/old-audio")), files(resolve_component("acme/old-text"))]
+model = AudioPhiForConditionalGeneration.from_components(
+    "acme/old-audio", "acme/old-text", adapter={"type": "mlp", "hidden_size": 32}, audio_token_id=5)
+found += [float(sum(p.double().sum() for p in part.parameters()))
+          for part in (model.model.audio_tower, model.model.language_model)]
+if os.environ["HF_HUB_OFFLINE"] == "0":
+    found += [files(get_components.component_from_hub("acme/old-text", Path("components")))]
+print("FOUND" + json.dumps(found))
+"""
+
+
 def found_by(stranger):
     return json.loads(stranger.rpartition("FOUND")[2])
+
+
+def test_pickled_weights_become_safetensors_and_nothing_comes_twice(tiny_wavlm_dir, tiny_llm_dir, tmp_path):
+    """What old repositories hold: pytorch_model.bin alone (whole, or in shards), beside files for other libraries."""
+    audio, text = tmp_path / "audio", tmp_path / "text"
+    weights = {}
+    for folder, source in ((audio, tiny_wavlm_dir), (text, tiny_llm_dir)):
+        shutil.copytree(source, folder)
+        weights[folder] = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        (folder / "onnx").mkdir()
+        for name in ("flax_model.msgpack", "tf_model.h5", "onnx/model.onnx", "model.fp32-00001-of-00001.safetensors"):
+            (folder / name).write_bytes(b"no weights")
+    torch.save(weights[audio], audio / "pytorch_model.bin")
+    names = sorted(weights[text])
+    shards = {f"pytorch_model-0000{i}-of-00002.bin": names[i - 1 :: 2] for i in (1, 2)}
+    for file, keys in shards.items():
+        torch.save({key: weights[text][key] for key in keys}, text / file)
+    index = {"metadata": {}, "weight_map": {key: file for file, keys in shards.items() for key in keys}}
+    (text / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with LoopbackHub({TOKEN: "acme"}) as hub:
+        hub.add_folder("acme/old-audio", audio)
+        hub.add_folder("acme/old-text", text)
+        settings = {"preamble": HERE + "import json\n", "HF_ENDPOINT": hub.url}
+        first = found_by(run_stranger(GET, tmp_path / "a", HF_HUB_OFFLINE="0", **settings))
+        asked = {path.rpartition("/")[2] for method, path in hub.requests if method == "GET" and "/resolve/" in path}
+    assert not {name for name in asked if name.endswith((".msgpack", ".h5", ".onnx")) or "fp32" in name}
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+    assert "model.safetensors" in first[0] and set(shards) <= set(first[1]) & set(first[4])
+    assert not [name for part in (0, 1, 4) for name in first[part] if name.endswith(".bin") or "partial" in name]
+    for part, folder in ((2, audio), (3, text)):
+        total = float(sum(value.double().sum() for value in weights[folder].values()))
+        assert first[part] == pytest.approx(total, rel=1e-6)
+    assert found_by(run_stranger(GET, tmp_path / "a", HF_HUB_OFFLINE="1", **settings)) == first[:4]
+    # Where there are safetensors the pickled copy is not asked for.
+    shutil.copy(Path(tiny_wavlm_dir, "model.safetensors"), audio)
+    with LoopbackHub({TOKEN: "acme"}) as hub:
+        hub.add_folder("acme/both", audio)
+        script = 'from modeling_audiophi import resolve_component\nresolve_component("acme/both")\n'
+        run_stranger(script, tmp_path / "b", preamble=HERE, HF_ENDPOINT=hub.url)
+        assert not [path for _, path in hub.requests if path.endswith(".bin")]
 
 
 def test_push_and_load(tiny_whisper_dir, tiny_llm_dir, waveform, tmp_path):

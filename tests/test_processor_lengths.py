@@ -9,8 +9,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import AutoFeatureExtractor
 
 from modeling_audiophi import ADAPTERS
+from processing.window_features import window_features
 
 RATE = 16_000
 ENCODERS = (
@@ -21,6 +23,9 @@ ENCODERS = (
     "tiny_wavlm_dir",
     "tiny_w2v_bert_dir",
 )
+
+# Of a fixed window, which the extractor fills up.
+WINDOWED = ("tiny_ast_dir", "tiny_clap_dir", "tiny_languagebind_dir")
 
 models = {}
 
@@ -82,3 +87,17 @@ def test_no_window_is_shorter_than_the_shortest(encoder, request, make_tiny_mode
     assert model.config.num_audio_tokens([shortest]) == 1 and model.config.num_audio_tokens([shortest - 1]) == 0
     (frames,) = processor.frame_counts(1)
     assert frames >= shortest and processor.encode_audio(([0.5], RATE))[processor.feature_key].shape[0] == 1
+
+
+@pytest.mark.parametrize("encoder", [*ENCODERS, *WINDOWED])
+def test_frames_are_counted_without_making_features(encoder, request, monkeypatch):
+    """A corpus is counted row by row before anything is encoded."""
+    extractor = AutoFeatureExtractor.from_pretrained(request.getfixturevalue(encoder))
+    features = window_features(extractor)
+    rng, first = np.random.default_rng(0), features.shortest_window(1)
+    lengths = [first, first + 1, *rng.integers(first, int(0.8 * extractor.sampling_rate), 20).tolist()]
+    if features.grain > 1:
+        lengths = [length // 320 * 320 for length in lengths]
+    made = [int(features.extract(rng.normal(size=n).astype(np.float32))[1].sum()) for n in lengths]
+    monkeypatch.setattr(type(extractor), "__call__", lambda *args, **kwargs: pytest.fail("features were made"))
+    assert [features.num_frames(n) for n in lengths] == made

@@ -15,7 +15,7 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration
 import get_components
 from audiophi.components import wheels as wheel_components
 from audiophi.components.wheels import ComponentUnavailable, Wheel, component_from_wheel
-from modeling_audiophi import resolve_component
+from modeling_audiophi import components_audiophi, resolve_component
 
 
 @pytest.fixture
@@ -120,10 +120,11 @@ def test_the_hub_comes_first_and_its_download_is_atomic(tmp_path, monkeypatch):
         assert revision == "abc123"
         Path(local_dir).mkdir()
         (Path(local_dir) / "config.json").write_text("{}")
+        (Path(local_dir) / "model.safetensors").touch()
         if component_id == "acme/broken":
             raise OSError("connection reset")
 
-    monkeypatch.setattr(get_components.huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(components_audiophi, "snapshot_download", snapshot)
     path = get_components.get_component("acme/model", tmp_path)
     assert json.loads(Path(path, "component.json").read_text())["revision"] == "abc123"
     with pytest.raises(ComponentUnavailable, match="connection reset"):

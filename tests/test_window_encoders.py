@@ -56,7 +56,7 @@ def load(folder, layer="last", **changes):
     encoder = encoder_class(config)(config, layer)
     state, missing = encoder_class(config).read_base(folder)
     assert not missing
-    encoder.load_state_dict(state, strict=layer != "mix")
+    encoder.load_state_dict(state, strict=layer == "last")
     return encoder.eval()
 
 

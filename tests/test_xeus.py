@@ -127,7 +127,8 @@ def test_last_is_after_the_final_norm_and_minus_one_before():
     outputs = {}
     for layer in ("last", -1, 1):
         encoder = encoder_class(reference.config)(reference.config, layer)
-        encoder.model.load_state_dict(reference.model().state_dict())
+        encoder.model.load_state_dict(reference.model().state_dict(), strict=False)
+        assert len(encoder.model.layers) == (1 if layer == 1 else 2)
         with torch.no_grad():
             outputs[layer], _ = encoder.eval()(reference.speech, reference.mask)
     assert torch.allclose(outputs["last"], reference.tensors["output"], atol=1e-5)

@@ -27,7 +27,7 @@ def tiny_xeus_dir(tmp_path_factory):
     return convert_checkpoint(path, path.parent / "acme--xeus", tiny().config)
 
 
-@pytest.mark.parametrize("readout, layer", [("frames", "last"), ("collapse", -1), ("frames", "mix")])
+@pytest.mark.parametrize("readout, layer", [("frames", "last"), ("collapse", -1), ("frames", "mix"), ("frames", 1)])
 def test_through_audiophi(make_tiny_model, tiny_xeus_dir, waveform, tmp_path, readout, layer):
     model, processor = make_tiny_model(audio=tiny_xeus_dir, readout=readout, encoder_layer=layer)
     assert model.config.base_components["audio"]["id"] == "acme/xeus"

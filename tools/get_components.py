@@ -28,8 +28,7 @@ from audiophi.components.wheels import (  # noqa: E402  (the repository's root i
     component_from_wheel,
     components_dir,
 )
-
-SMALL_FILES = ["*.json", "*.txt", "*.jinja", "*.model"]
+from modeling_audiophi.components_audiophi import download_component  # noqa: E402
 
 
 def component_from_hub(component_id: str, root: Path, revision: str | None = None, timeout: float = 5.0) -> str:
@@ -45,9 +44,7 @@ def component_from_hub(component_id: str, root: Path, revision: str | None = Non
         info = huggingface_hub.HfApi().model_info(component_id, revision=revision, timeout=timeout)
         with tempfile.TemporaryDirectory(prefix=".partial-", dir=root) as scratch:
             folder = Path(scratch, "download")
-            huggingface_hub.snapshot_download(
-                component_id, revision=info.sha, local_dir=folder, allow_patterns=[*SMALL_FILES, "*.safetensors"]
-            )
+            download_component(component_id, info.sha, local_dir=folder)
             origin = {"id": component_id, "source": "hub", "revision": info.sha}
             (folder / "component.json").write_text(json.dumps(origin, indent=2) + "\n")
             folder.rename(target)
