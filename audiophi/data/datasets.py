@@ -260,7 +260,8 @@ def _entry(spec, defaults: dict) -> dict:
 def _task(entry: dict, columns: Columns) -> Task:
     named = entry["task"] is not None
     task = task_named(entry["task"]) if named else task_of_source(columns.fields, entry["instruction"])
-    if task.about_words and entry["speech"] is not False and "label" not in columns.by:
+    by_label = "label" in columns.by and task.others  # questions about sounds need no words
+    if task.about_words and entry["speech"] is not False and not by_label:
         columns.need_text()
     return task
 
