@@ -66,7 +66,7 @@ def test_an_index_is_shared_by_processes_and_outlives_damage(tmp_path):
         third.hash(str(tmp_path / "missing.wav"))
 
 
-@pytest.mark.parametrize(("task", "read"), [("transcribe", 1), ("words", 4), ("compare", 8)])
+@pytest.mark.parametrize(("task", "read"), [("transcribe", 1), ("words", 4), ("compare", 10)])
 def test_a_start_makes_each_example_once(task, read, corpus, monkeypatch):
     """`read`: rows that are read for one at most; compare may draw up to 12 others."""
     made, rows = [], []
