@@ -77,12 +77,13 @@ class Columns:
         """The `Row` fields that these columns fill."""
         return set(self.by) | ({"references"} if self.numbered else set())
 
-    def need_text(self) -> None:
-        """ValueError where no column says what is said."""
+    def need_text(self, natural) -> None:
+        """ValueError where no column says what is said. `natural`: the task that the columns are of."""
         if not {"text", "answers", "messages"} & self.by.keys():
+            hint = "" if natural.about_words else f", or add --task {natural.name} (in a recipe, task: {natural.name})"
             raise ValueError(
                 f"{self.entry['path']}: no column looks like text (tried {', '.join(USUAL['text'])}). "
-                f"Columns: {', '.join(map(repr, self.names))}. Pass text_column."
+                f"Columns: {', '.join(map(repr, self.names))}. Pass text_column{hint}."
             )
 
     def warn_of_unused(self) -> None:

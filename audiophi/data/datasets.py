@@ -262,8 +262,13 @@ def _task(entry: dict, columns: Columns) -> Task:
     task = task_named(entry["task"]) if named else task_of_source(columns.fields, entry["instruction"])
     by_label = "label" in columns.by and task.others  # questions about sounds need no words
     if task.about_words and entry["speech"] is not False and not by_label:
-        columns.need_text()
+        columns.need_text(natural_task(columns))
     return task
+
+
+def natural_task(columns: Columns) -> Task:
+    """The task that a source's columns are of, whatever is asked of it."""
+    return task_of_source(columns.fields | ({"references"} if columns.entry["kind"] else set()), None)
 
 
 def _open(entry: dict, streaming: bool):
