@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -174,8 +175,8 @@ def longest(example: Example) -> Example:
 
 @functools.cache
 def longest_of(texts: tuple[str, ...]) -> int:
-    """Characters of the longest of a kind's templates."""
-    return max(map(len, texts))
+    """Characters of the longest of a kind's templates, without slots."""
+    return max(len(text.format_map(defaultdict(str))) for text in texts)
 
 
 def content_of(clips: int, text: str) -> list[dict]:
