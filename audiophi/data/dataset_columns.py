@@ -3,6 +3,7 @@
 import functools
 import logging
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -201,7 +202,8 @@ def place_of(audio, folder: Path | None, reach: Reach, number: int) -> dict | No
     row = f"row {number + 1}"
     if audio.startswith(URL_PREFIXES) or folder is None:
         return {"bytes": None, "path": reach.check(audio, row)}
-    path = reach.check(str(folder / Path(audio.removeprefix("file://")).expanduser()), row)
+    # Not with pathlib, which would take a third of the time to read a row.
+    path = reach.check(os.path.join(folder, os.path.expanduser(audio.removeprefix("file://"))), row)
     if whole_characters(path) != path:
         raise ValueError(f"{reach.source}: {row} names {path!r}, which is not UTF-8. Rename that file.")
     return {"bytes": None, "path": path}

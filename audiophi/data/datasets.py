@@ -74,7 +74,8 @@ class Examples(Sequence):
             example = self._task.example(row)
             if any(clip.simulated and clip.transcript is None for clip in example.clips):
                 raise RowError(f"{row.id}: heard: simulated, but it is not known what is said in each of its clips")
-            example = replace(example, turns=self.columns.entry["turns"] or 1)
+            if self.columns.entry["turns"] is not None:
+                example = replace(example, turns=self.columns.entry["turns"])
             return posed(example) if self._posed else example
         except RowError as error:
             raise RowError(f"{self.path}: row {number + 1}, {error}", row.id) from None
