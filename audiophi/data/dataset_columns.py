@@ -3,6 +3,7 @@
 import functools
 import logging
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -219,7 +220,8 @@ def place_of(audio, folder: Path | None, reach: Reach, number: int) -> dict | No
     row = f"row {number + 1}"
     if audio.startswith(URL_PREFIXES) or folder is None:
         return {"bytes": None, "path": reach.check(audio, row)}
-    path = reach.check(str(folder / local_path(audio)), row)
+    # Not with pathlib, which would take a third of the time to read a row.
+    path = reach.check(os.path.join(folder, local_path(audio)), row)
     if whole_characters(path) != path:
         raise ValueError(f"{reach.source}: {row} names {path!r}, which is not UTF-8. Rename that file.")
     return {"bytes": None, "path": path}

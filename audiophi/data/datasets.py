@@ -86,7 +86,9 @@ class Examples(Sequence):
             if any(clip.simulated and clip.transcript is None for clip in example.clips):
                 raise RowError(f"{row.id}: heard: simulated, but it is not known what is said in each of its clips")
             language = self.columns.entry["language"] or row.language
-            example = replace(example, turns=self.columns.entry["turns"] or 1, language=language)
+            turns = self.columns.entry["turns"] or 1
+            if (turns, language) != (example.turns, example.language):
+                example = replace(example, turns=turns, language=language)
             return posed(example) if self._posed else example
         except RowError as error:
             raise RowError(f"{self.path}: row {number + 1}, {error}", row.id) from None

@@ -19,6 +19,16 @@ class Draw(NamedTuple):
     speed: float
 
 
+class Steps(NamedTuple):
+    """The optimiser steps of a pass as numbers of draws; each draw's row, speed and length (s)."""
+
+    rng: np.random.Generator
+    steps: list[list[int]]
+    rows: list[int]
+    speeds: list[float]
+    lengths: list[float]
+
+
 class BatchSchedule(Sampler[list[Draw]]):
     """Length-grouped batches of Draws for one stage (a `batch_sampler`).
 
@@ -65,8 +75,8 @@ class BatchSchedule(Sampler[list[Draw]]):
         self.speeds, self.seed, self.rank, self.world_size = list(speeds), seed, rank, world_size
         self.split = grad_accum * world_size
         if steps is None:
-            whole = sum(len(self._epoch(epoch)) for epoch in range(math.floor(epochs)))
-            part = math.ceil((epochs % 1) * len(self._epoch(math.floor(epochs)))) if epochs % 1 else 0
+            whole = sum(len(self._steps(epoch).steps) for epoch in range(math.floor(epochs)))
+            part = math.ceil((epochs % 1) * len(self._steps(math.floor(epochs)).steps)) if epochs % 1 else 0
             steps = max(1, whole + part)
         self.steps = steps
 
@@ -121,6 +131,15 @@ class BatchSchedule(Sampler[list[Draw]]):
 
     def _epoch(self, epoch: int) -> list[list[Draw]]:
         """The optimiser steps of one pass, over all ranks: lists of Draws, sorted by length inside a step."""
+        rng, steps, rows, speeds, length = self._steps(epoch)
+        draws = []
+        for index in rng.permutation(len(steps)):
+            step = sorted(steps[index], key=lambda i: length[i])
+            draws.append([Draw(rows[i], epoch, speeds[i]) for i in step])
+        return draws
+
+    def _steps(self, epoch: int) -> "Steps":
+        """The same before their order is drawn: which draws of the pass make up each."""
         rng = np.random.default_rng([self.seed, epoch])
         rows = self._rows(rng)
         speeds = np.array(self.speeds)[rng.integers(len(self.speeds), size=len(rows))]
@@ -149,11 +168,7 @@ class BatchSchedule(Sampler[list[Draw]]):
             steps[-1] += tail
         while len(steps[-1]) < self.split:
             steps[-1] += steps[-1][: self.split - len(steps[-1])]
-        draws = []
-        for index in rng.permutation(len(steps)):
-            step = sorted(steps[index], key=lambda i: length[i])
-            draws.append([Draw(int(rows[i]), epoch, float(speeds[i])) for i in step])
-        return draws
+        return Steps(rng, steps, rows.tolist(), speeds.tolist(), length)
 
     def _micro_batches(self, step: list[Draw]) -> list[list[Draw]]:
         edges = np.linspace(0, len(step), self.split + 1).round().astype(int)
