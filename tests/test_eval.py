@@ -101,10 +101,10 @@ def test_unreadable_rows_are_counted_and_do_not_fail(checkpoint, corpus, tmp_pat
 
 
 def test_a_readable_row_that_the_model_cannot_take_fails_the_run(checkpoint, corpus, tmp_path, capsys):
-    """75 s are more audio tokens than the tiny LLM's context of 512 holds; the other rows are scored all the same."""
-    sf.write(corpus / "long.wav", np.zeros(75 * 16_000, dtype=np.float32) + 0.01, 16_000)
-    write_metadata(corpus, [{"audio": "long.wav", "text": "long", "id": "long"}, *read_metadata(corpus)])
-    assert run_eval(checkpoint, corpus, tmp_path / "out") == 1
+    """A question that the tiny LLM's context of 512 does not hold; the other rows are scored all the same."""
+    first, *rows = read_metadata(corpus)
+    write_metadata(corpus, [{**first, "id": "long", "instruction": "What? " * 600}, first, *rows])
+    assert run_eval(checkpoint, corpus, tmp_path / "out", "--task", "transcribe") == 1
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["utterances"] == 5 and metrics["unscored_rows"] == 1
     assert "row 0 not scored" in capsys.readouterr().err
