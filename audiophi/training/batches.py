@@ -39,11 +39,12 @@ class BatchSchedule(Sampler[list[Draw]]):
     Args:
         seconds: length of each row.
         sources: index of each row's source in the mixture. weights: of each source; its share of an epoch's draws is
-        its
-            weight over the sum (None counts as 1). No weights at all: every row once per epoch.
+            its weight over the sum (None counts as 1). No weights at all: every row once per epoch.
         tokens: of text, of each row.
         steps, epochs: give one. batch_size (clips) or batch_seconds (padded seconds), per micro-batch: give one;
             batch_tokens (padded tokens of text) beside either.
+        group_by_length: False draws a step's clips at random, so that clips of one length, often of one source, do not
+            fill a step of their own.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class BatchSchedule(Sampler[list[Draw]]):
         batch_seconds: float | None = None,
         batch_tokens: int | None = None,
         tokens: list[int] | None = None,
+        group_by_length: bool = True,
         grad_accum: int = 1,
         sources: list[int] | None = None,
         weights: list[float | None] | None = None,
@@ -71,7 +73,7 @@ class BatchSchedule(Sampler[list[Draw]]):
         self.weights = weights if weights and any(weight is not None for weight in weights) else None
         self.tokens = np.zeros(len(seconds), dtype=int) if tokens is None else np.asarray(tokens)
         self.batch_size, self.batch_seconds, self.grad_accum = batch_size, batch_seconds, grad_accum
-        self.batch_tokens = batch_tokens
+        self.batch_tokens, self.group_by_length = batch_tokens, group_by_length
         self.speeds, self.seed, self.rank, self.world_size = list(speeds), seed, rank, world_size
         self.split = grad_accum * world_size
         if steps is None:
@@ -146,7 +148,8 @@ class BatchSchedule(Sampler[list[Draw]]):
         length = self.seconds[rows] / speeds
         # Rows without audio are as long as their text.
         cost = np.where(length > 0, length, 1e-3 * self.tokens[rows])
-        order = np.argsort(cost * rng.uniform(0.8, 1.25, size=len(rows)), kind="stable")
+        noisy = cost * rng.uniform(0.8, 1.25, size=len(rows))
+        order = np.argsort(noisy, kind="stable") if self.group_by_length else rng.permutation(len(rows))
         steps: list[list[int]] = [[]]
         longest, wordiest = 0.0, 0
         length, words = length.tolist(), self.tokens[rows].tolist()  # numbers of numpy are slow one by one
