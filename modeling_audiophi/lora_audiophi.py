@@ -3,8 +3,10 @@ the same."""
 
 import contextlib
 import copy
+import math
 
 import torch
+from torch import nn
 from transformers.utils import is_peft_available
 
 PARTS = {"audio": "audio_tower", "text": "language_model"}
@@ -34,11 +36,54 @@ def inject_lora(model, part, arguments):
             parameter._is_hf_initialized = True
 
 
+def widened(present, arguments):
+    """Arguments of LoRA layers that were made with `present` and shall have `arguments`, which may leave some open.
+
+    Raises ValueError for a lower rank, or other layers: what was learned would be lost.
+    """
+    present = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, **present}  # what peft takes where nothing is said
+    arguments = {**present, **arguments}
+    if arguments["r"] < present["r"]:
+        raise ValueError(f"LoRA layers of rank {present['r']} cannot become some of rank {arguments['r']}")
+    fixed = arguments.keys() - {"r", "lora_alpha", "lora_dropout"}
+    if other := sorted(name for name in fixed if present.get(name) != arguments[name]):
+        raise ValueError(f"LoRA layers are there already, made with another {', '.join(other)}")
+    return arguments
+
+
+@torch.no_grad()
+def widen_lora(model, part, present, arguments):
+    """Give the LoRA layers of `model`'s part a higher rank, or another dropout, without a change of what they compute:
+    their rows stay, and new ones start without effect. Takes and returns arguments as `widened`."""
+    arguments = widened(present, arguments)
+    module, rank, alpha = getattr(model, PARTS[part]), arguments["r"], arguments["lora_alpha"]
+    scaling = alpha / (math.sqrt(rank) if arguments.get("use_rslora") else rank)
+    for layer in lora_layers(module):
+        for name, down in layer.lora_A.items():
+            up = layer.lora_B[name]
+            rows = nn.Linear(down.in_features, rank, bias=False).to(down.weight)  # starts as peft's
+            rows.weight[: len(down.weight)] = down.weight
+            columns = up.weight.new_zeros(up.out_features, rank)
+            columns[:, : up.in_features] = up.weight * (layer.scaling[name] / scaling)
+            down.weight, up.weight = nn.Parameter(rows.weight.data), nn.Parameter(columns)
+            down.weight._is_hf_initialized = up.weight._is_hf_initialized = True  # as in `inject_lora`
+            down.out_features = up.in_features = layer.r[name] = rank
+            layer.lora_alpha[name], layer.scaling[name] = alpha, scaling
+            dropout = arguments["lora_dropout"]
+            layer.lora_dropout[name] = (nn.Dropout(dropout) if dropout else nn.Identity()).train(layer.training)
+    return arguments
+
+
+def lora_layers(module):
+    """The LoRA layers inside `module`."""
+    return [layer for layer in module.modules() if hasattr(layer, "lora_A") and hasattr(layer, "_disable_adapters")]
+
+
 @contextlib.contextmanager
 def without_lora(module):
     """LoRA layers of `module` do nothing inside the `with` block. Unlike peft's own switch, this leaves
     `requires_grad` alone, so that it may be used in the middle of training."""
-    layers = [layer for layer in module.modules() if hasattr(layer, "lora_A") and hasattr(layer, "_disable_adapters")]
+    layers = lora_layers(module)
     before = [layer._disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = True

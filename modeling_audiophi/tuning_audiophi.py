@@ -9,7 +9,7 @@ from .alignment_audiophi import AlignmentHead
 from .clip_tokens import ClipTokens
 from .components_audiophi import check_context
 from .encoders import encoder_class
-from .lora_audiophi import PARTS, inject_lora, is_lora_key
+from .lora_audiophi import PARTS, inject_lora, is_lora_key, widen_lora
 from .readouts import build_readout
 from .spelling_audiophi import spell
 
@@ -27,6 +27,13 @@ class TuningMixin:
         inject_lora(self.model, part, arguments)
         self.config.lora[part] = dict(arguments)
         self._remember(part, "lora")
+
+    def widen_lora(self, part, arguments):
+        """Make the LoRA layers of "audio" or "text" those of these arguments, a higher rank or another dropout, without
+        a change of what they compute. Raises ValueError where there are none, or for what cannot be changed."""
+        if self.config.lora.get(part) is None:
+            raise ValueError(f"the {part} part has no LoRA layers: add_lora first")
+        self.config.lora[part] = widen_lora(self.model, part, self.config.lora[part], arguments)
 
     def tune(self, part, how):
         """Make "audio" or "text" trainable: "frozen", "lora" (its LoRA layers only) or "full" (everything but LoRA

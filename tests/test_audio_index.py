@@ -66,7 +66,7 @@ def test_an_index_is_shared_by_processes_and_outlives_damage(tmp_path):
         third.hash(str(tmp_path / "missing.wav"))
 
 
-@pytest.mark.parametrize(("task", "read"), [("transcribe", 1), ("words", 4), ("compare", 8)])
+@pytest.mark.parametrize(("task", "read"), [("transcribe", 1), ("words", 4), ("compare", 10)])
 def test_a_start_makes_each_example_once(task, read, corpus, monkeypatch):
     """`read`: rows that are read for one at most; compare may draw up to 12 others."""
     made, rows = [], []
@@ -74,8 +74,8 @@ def test_a_start_makes_each_example_once(task, read, corpus, monkeypatch):
     monkeypatch.setattr(Examples, "of", lambda self, *given: (made.append(0), of(self, *given))[1])
     monkeypatch.setattr(Examples, "_row", lambda self, *given: (rows.append(0), row(self, *given))[1])
     found = corpus(task=task)
-    assert len(list(found.texts("lower"))) and len(told(found)) == 16
-    assert len(made) == 16 and len(rows) <= 16 * read
+    assert len(list(found.texts("lower"))) == 5 and len(told(found)) == len(found) >= 12
+    assert len(made) == 16 and 16 <= len(rows) <= 16 * read
 
 
 def test_ascii_is_cleaned_as_any_other_text():

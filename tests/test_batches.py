@@ -43,6 +43,18 @@ def test_seed_decides_the_order_and_epochs_differ():
     assert {d.epoch for batch in first for d in batch} == {0, 1, 2}
 
 
+def test_ungrouped_steps_have_clips_of_all_lengths():
+    """Grouped by length, sounds of 5 s and speech of 10 s never meet."""
+    seconds, sources = [5.0] * 100 + [10.0] * 100, [0] * 100 + [1] * 100
+    mixed = {}
+    for grouped in (True, False):
+        schedule = BatchSchedule(seconds, epochs=1, batch_size=8, sources=sources, group_by_length=grouped)
+        steps = [[draw.row for draw in step] for step in schedule]
+        assert sorted(sum(steps, [])) == list(range(200))
+        mixed[grouped] = sum(0 < sum(sources[row] for row in step) < len(step) for step in steps)
+    assert mixed[True] <= 1 and mixed[False] > 20
+
+
 def test_accumulation_splits_the_same_steps():
     rows = SECONDS[:200]
     whole = list(BatchSchedule(rows, steps=40, batch_size=8))

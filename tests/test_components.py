@@ -25,6 +25,7 @@ from transformers import (
 
 from modeling_audiophi import AudioPhiConfig, AudioPhiForConditionalGeneration, components_audiophi, resolve_component
 from modeling_audiophi.components_audiophi import component_id
+from modeling_audiophi.lora_audiophi import merged_state_dict
 
 LORA = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
 
@@ -329,6 +330,37 @@ def test_lora_starts_without_effect_and_trains_alone(make_tiny_model):
         model.add_lora("adapter", LORA)
     with pytest.raises(ValueError, match="tune"):
         model.tune("text", "partially")
+
+
+def test_wider_lora_computes_the_same_and_learns_more(make_tiny_model, tmp_path):
+    model, _ = make_tiny_model()
+    ids = torch.tensor([[20, 21, 22, 23]])
+    model.add_lora("text", LORA)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.eval()
+    before, plain = model(input_ids=ids).logits, merged_state_dict(model)
+    model.widen_lora("text", {"r": 5, "lora_alpha": 20, "lora_dropout": 0.5, "target_modules": LORA["target_modules"]})
+    assert torch.allclose(model(input_ids=ids).logits, before, atol=1e-5)
+    assert model.config.lora["text"]["r"] == 5
+    assert {p.shape[0] for n, p in model.named_parameters() if ".lora_A." in n} == {5}
+    assert all(torch.allclose(value, plain[name], atol=1e-5) for name, value in merged_state_dict(model).items())
+    model.tune("text", "lora")
+    model.train()
+    assert not torch.allclose(model(input_ids=ids).logits, model(input_ids=ids).logits)  # its dropout is another now
+    model(input_ids=ids, labels=ids).loss.backward()
+    grown = [p.grad[:, 2:] for n, p in model.named_parameters() if ".lora_B." in n]
+    assert all(gradient.abs().max() > 0 for gradient in grown)
+    model.eval()
+    model.save_pretrained(tmp_path)
+    loaded = AudioPhiForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.allclose(loaded(input_ids=ids).logits, before, atol=1e-5)
+    for wrong, says in (({"r": 4}, "rank 5 cannot become"), ({"target_modules": ["k_proj"]}, "another target_modules")):
+        with pytest.raises(ValueError, match=says):
+            model.widen_lora("text", wrong)
+    with pytest.raises(ValueError, match="no LoRA layers"):
+        model.widen_lora("audio", {"r": 9})
 
 
 # ---- config

@@ -108,7 +108,7 @@ def test_the_clotho_recipe_has_a_plan(monkeypatch, capsys):
     assert [row[0] for row in rows[1:]] == ["adapter"] * 3 + ["lora"] * 3
     for row in rows[1:]:
         weights, trained, activations, total = map(float, row[2:6])
-        assert abs(weights + trained + activations - total) < 0.2 and 11.4 < weights < 11.8
+        assert abs(weights + trained + activations - total) < 0.2 and 6.2 < weights < 6.5, "Phi-2 in bfloat16"
     one, eight = float(rows[2][8]), float(rows[3][8])
     assert one == pytest.approx(8 * eight, abs=0.5) and float(rows[1][8]) > one
     assert "batch_size 2," in rows[3][7], "sixteen clips on eight devices"

@@ -62,12 +62,13 @@ def test_too_little_memory_names_the_keys_that_bound_a_batch(settings, monkeypat
     assert all(f"{name} ({value})" in str(raised.value) for name, value in bounds.items())
 
 
-def test_precision_and_checkpointing_end_with_their_stage(settings, tmp_path, computed):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_precision_and_checkpointing_end_with_their_stage(settings, tmp_path, computed, precision):
     """The second stage computes as it would in a run that is taken up there."""
     first = {**LM, "steps": 2, "precision": "bf16", "gradient_checkpointing": True, "noise": 0.1}
-    second = {**LM, "name": "more", "steps": 2}
+    second = {**LM, "name": "more", "steps": 2, "precision": precision}
     in_one_go = train(settings(first, second, cache=False, output_dir=str(tmp_path / "one")))
-    assert computed[-1] == torch.float32 and computed.count(torch.float32) >= 2
+    assert computed[-2:] == [torch.float32 if precision == "fp32" else torch.bfloat16] * 2
     train(settings(first, cache=False, output_dir=str(tmp_path / "two")))
     in_two = train(settings(first, second, cache=False, output_dir=str(tmp_path / "two")))
     assert largest_difference(in_one_go, in_two) == 0

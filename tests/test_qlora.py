@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import BitsAndBytesConfig
 
-from audiophi.training import stages
+from audiophi.training import build, stages
 from audiophi.training.recipe import RecipeError
+from audiophi.training.trainer import AudioPhiTrainer
 from modeling_audiophi import AudioPhiForConditionalGeneration
 from processing import AudioPhiProcessor
 from tests.conftest import prompts, save_llama
@@ -89,3 +90,19 @@ def test_an_llm_without_a_fitting_matrix_is_refused(settings, make_tiny_model, t
     with pytest.raises(ValueError, match="multiples of 64.*32 x 32"):
         make_tiny_model(text=text)[0].save_pretrained(tmp_path / "model")
         AudioPhiForConditionalGeneration.from_pretrained(tmp_path / "model", quantization_config=NF4)
+
+
+def test_the_optimiser_may_be_bitsandbytes(settings, tmp_path, monkeypatch):
+    """Parameters as small as these keep 32-bit states, so it learns the same."""
+    stage = {**LM, "tune": {"adapter": "frozen", "llm": "lora"}, "steps": 2}
+    plain = train(settings(stage, output_dir=str(tmp_path / "plain")))
+    used, create = [], AudioPhiTrainer.create_optimizer
+    monkeypatch.setattr(
+        AudioPhiTrainer, "create_optimizer", lambda self, *rest: used.append(create(self, *rest)) or used[-1]
+    )
+    small = train(settings({**stage, "optimizer": "adamw_8bit"}, output_dir=str(tmp_path / "small")))
+    assert isinstance(used[0], bnb.optim.AdamW) and used[0].args.optim_bits == 8
+    assert largest_difference(plain, small) < 1e-5
+    monkeypatch.setattr(build, "is_bitsandbytes_available", lambda: False)
+    with pytest.raises(RecipeError, match="stages.0.optimizer: adamw_8bit needs bitsandbytes"):
+        train(settings({**stage, "optimizer": "adamw_8bit"}, output_dir=str(tmp_path / "none")))

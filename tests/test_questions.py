@@ -63,8 +63,8 @@ def test_right_answers_are_right_and_others_wrong(task):
     assert examples
     for example in examples:
         for question in example.questions:
-            one = posed(example, lambda what, given, q=question: q if what == "question" else q.kind
-                        if what == "kind" else next(iter(given), "Well?"))  # fmt: skip
+            only = replace(question, templates=question.templates or question.test_templates)
+            one = posed(replace(example, questions=(only,)), lambda what, given: given[0])
             assert one.kind == question.kind and one.references == question.answers[:1]
             assert answers.fields(one, question.answers[0])["correct"] == 1.0, question
             assert not answers.fields(one, "zebra")["correct"]
@@ -111,13 +111,14 @@ def test_training_asks_anew_in_every_epoch():
 def test_several_questions_are_asked_in_one_chat(speech):
     rows = load_examples({"path": str(speech), "task": "words", "turns": 3})
     for number, example in enumerate(rows[i] for i in range(len(rows))):
-        kinds = {question.kind for question in example.questions if question.wordings}
+        questions = [question for question in example.questions if question.wordings]
+        kinds = {question.kind for question in questions}
         chats = [posed(example, drawing(0, epoch, number)) for epoch in range(20)]
         most = longest(example)
         answers = {question.answers[0] for question in example.questions}
         for chat in chats:
             turns = chat.messages
-            assert len(turns) == len(most.messages) == 2 * min(3, len(kinds)) - 1
+            assert len(turns) == len(most.messages) == 2 * min(3, len(questions)) - 1
             assert [turn["role"] for turn in turns] == ["user", "assistant"] * (len(turns) // 2) + ["user"]
             # The clip is heard once, before the first question; no question comes twice.
             assert [item["type"] for item in turns[0]["content"]] == ["audio", "text"]
@@ -127,6 +128,12 @@ def test_several_questions_are_asked_in_one_chat(speech):
             assert sum(map(len, asked)) <= sum(len(turn["content"][-1]["text"]) for turn in most.messages[::2])
         assert len(kinds) < 4 or len({str(chat.messages) for chat in chats}) > 10
         assert len(rows.for_evaluation()[number].messages) == 1
+    for example in load_examples({"path": str(speech), "task": "words", "turns": 100}):
+        kind_of = {wording: question.kind for question in example.questions for wording in question.wordings}
+        asked = [turn["content"][-1]["text"] for turn in posed(example, drawing(0)).messages[::2]]
+        kinds = [kind_of[text] for text in asked]
+        assert len(set(asked)) == len(asked) == sum(bool(question.wordings) for question in example.questions)
+        assert len(set(kinds[: len(set(kinds))])) == len(set(kinds))  # each kind before any comes again
     with pytest.raises(ValueError, match="turns must be 1 or more"):
         load_examples({"path": str(speech), "task": "words", "turns": 0})
 

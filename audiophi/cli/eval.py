@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 
-from audiophi.data.datasets import Examples, load_examples
+from audiophi.data.datasets import Examples, load_examples, natural_task
 from audiophi.data.example import RowError
 from audiophi.evaluation import forgetting
 from audiophi.evaluation.conditions import CONDITIONS, Plan, complete
 from audiophi.evaluation.loop import Listener, Progress, predict
 from audiophi.evaluation.predictions import PredictionFile, checkpoint_digest, fingerprint
-from audiophi.tasks import TASKS, default_task, task_of_source
+from audiophi.tasks import TASKS, default_task
 from audiophi.tasks.base import Task, plain
 
 from .hear import check_model
@@ -108,7 +108,7 @@ def load_rows(args: argparse.Namespace) -> tuple[Examples, list[str]]:
     spec |= {name: args.own[name] for name in ("label_column", "audio_folder") if args.own.get(name)}
     spec |= {"split": args.split, "instruction": args.instruction, "language": args.language}
     rows = load_examples(spec).for_evaluation()
-    natural = task_of_source(rows.columns.fields | ({"references"} if rows.columns.entry["kind"] else set()), None)
+    natural = natural_task(rows.columns)
     if natural.name != args.task and not args.chosen:
         raise ValueError(f"{args.data}: its rows are for another task, add --task {natural.name} (or --task {args.task}"
                          " to ask for it all the same).")  # fmt: skip

@@ -86,7 +86,9 @@ class Examples(Sequence):
             if any(clip.simulated and clip.transcript is None for clip in example.clips):
                 raise RowError(f"{row.id}: heard: simulated, but it is not known what is said in each of its clips")
             language = self.columns.entry["language"] or row.language
-            example = replace(example, turns=self.columns.entry["turns"] or 1, language=language)
+            turns = self.columns.entry["turns"] or 1
+            if (turns, language) != (example.turns, example.language):
+                example = replace(example, turns=turns, language=language)
             return posed(example) if self._posed else example
         except RowError as error:
             raise RowError(f"{self.path}: row {number + 1}, {error}", row.id) from None
@@ -260,9 +262,15 @@ def _entry(spec, defaults: dict) -> dict:
 def _task(entry: dict, columns: Columns) -> Task:
     named = entry["task"] is not None
     task = task_named(entry["task"]) if named else task_of_source(columns.fields, entry["instruction"])
-    if task.about_words and entry["speech"] is not False and "label" not in columns.by:
-        columns.need_text()
+    by_label = "label" in columns.by and task.others  # questions about sounds need no words
+    if task.about_words and entry["speech"] is not False and not by_label:
+        columns.need_text(natural_task(columns))
     return task
+
+
+def natural_task(columns: Columns) -> Task:
+    """The task that a source's columns are of, whatever is asked of it."""
+    return task_of_source(columns.fields | ({"references"} if columns.entry["kind"] else set()), None)
 
 
 def _open(entry: dict, streaming: bool):

@@ -89,7 +89,7 @@ class Example:
     transcript: what is said in all the clips, to be read by an LLM that does not hear.
     questions: what may be asked, where a task makes several questions of a row: `posed` chooses. Until then there are
         no messages, and the references are all answers, of which the longest tells how much text there can be.
-    turns: how many of the questions, each of another kind, training asks one after the other in one chat.
+    turns: how many of the questions training asks one after the other in one chat, of each kind before any comes again.
     """
 
     task: str
@@ -128,21 +128,25 @@ def drawing(*names) -> Callable[[str, Sequence], object]:
 
 def posed(example: Example, draw: Callable[[str, Sequence], object] | None = None) -> Example:
     """The example with a chat of its questions, drawn: first a kind, then a question of it, then a wording; then
-    another kind, as many as it has `turns` and kinds. `draw` None: one question as in an evaluation, by the row's
-    number and in a wording that is never trained. Examples without questions are left as they are."""
+    others, each kind before any comes again, as many as it has `turns` and questions. `draw` None: one question as in
+    an evaluation, by the row's number and in a wording that is never trained. Examples without questions are left as
+    they are."""
     if not example.questions:
         return example
     tested, draw = draw is None, draw or drawing(example.number)
-    kinds, messages, question = kinds_of(example), [], None
-    for turn in range(1 if tested else min(example.turns, len(kinds))):
+    left, messages, question = by_kind(example), [], None
+    kinds = list(left)
+    for turn in range(1 if tested else turns_of(example)):
         name, clips = (str(turn), 0) if turn else ("", len(example.clips))
         if question is not None:
             messages.append({"role": "assistant", "content": question.answers[0]})
+        kinds = kinds or [kind for kind in left if left[kind]]
         kind = draw(f"kind{name}", kinds)
-        question = draw(f"question{name}", [question for question in example.questions if question.kind == kind])
+        question = draw(f"question{name}", left[kind])
         wording = draw(f"instruction{name}", question.test_wordings if tested else question.wordings)
         messages.append({"role": "user", "content": content_of(clips, wording)})
         kinds = [other for other in kinds if other != kind]
+        left[kind] = [other for other in left[kind] if other is not question]
     return replace(
         example,
         messages=tuple(messages),
@@ -154,9 +158,18 @@ def posed(example: Example, draw: Callable[[str, Sequence], object] | None = Non
     )
 
 
-def kinds_of(example: Example) -> list[str]:
-    """The kinds of its questions that training asks, in the order in which they come."""
-    return list(dict.fromkeys(question.kind for question in example.questions if question.templates))
+def by_kind(example: Example) -> dict[str, list[Question]]:
+    """The questions that training asks by their kind, in the order in which the kinds come."""
+    found: dict[str, list[Question]] = {}
+    for question in example.questions:
+        if question.templates:
+            found.setdefault(question.kind, []).append(question)
+    return found
+
+
+def turns_of(example: Example) -> int:
+    """How many questions training asks in one chat."""
+    return min(example.turns, sum(map(len, by_kind(example).values())))
 
 
 def longest(example: Example) -> Example:
@@ -173,7 +186,7 @@ def longest(example: Example) -> Example:
     wording = max(max(asked, key=length).wordings, key=len) if asked else ""
     answer = max(example.references, key=len, default="")
     messages = [{"role": "user", "content": content_of(len(example.clips), wording)}]
-    for _ in range(min(example.turns, len(kinds_of(example))) - 1):
+    for _ in range(turns_of(example) - 1):
         messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": content_of(0, wording)}]
     return replace(example, messages=tuple(messages), questions=())
 

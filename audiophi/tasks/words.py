@@ -8,6 +8,7 @@ from .questions import YES_NO, Kind, Questions, words_of
 
 SHORT, COUNTED = 8, 12  # words that are to be repeated to the letter; that can be counted
 CONTENT = 4  # letters of a word that is worth asking for
+SPEAKING = 3  # of so many rows one is asked whether anybody speaks: in most sources the answer never changes
 
 FIRST = Kind(
     "first_word",
@@ -129,7 +130,9 @@ class Words(Questions):
         words = words_of(row.text)
         if not words:
             return []
-        asked = [FIRST.ask(words[0]), LAST.ask(words[-1]), SPEAKS.ask("yes")]
+        asked = [FIRST.ask(words[0]), LAST.ask(words[-1])]
+        if row.number % SPEAKING == 0:
+            asked.append(SPEAKS.ask("yes"))
         known = list(dict.fromkeys(word for word in words if len(word) >= CONTENT))
         foreign = [word for other in row.others for word in words_of(other.text)]
         foreign = [word for word in dict.fromkeys(foreign) if len(word) >= CONTENT and word not in words]

@@ -19,6 +19,16 @@ class Draw(NamedTuple):
     speed: float
 
 
+class Steps(NamedTuple):
+    """The optimiser steps of a pass as numbers of draws; each draw's row, speed and length (s)."""
+
+    rng: np.random.Generator
+    steps: list[list[int]]
+    rows: list[int]
+    speeds: list[float]
+    lengths: list[float]
+
+
 class BatchSchedule(Sampler[list[Draw]]):
     """Length-grouped batches of Draws for one stage (a `batch_sampler`).
 
@@ -29,11 +39,12 @@ class BatchSchedule(Sampler[list[Draw]]):
     Args:
         seconds: length of each row.
         sources: index of each row's source in the mixture. weights: of each source; its share of an epoch's draws is
-        its
-            weight over the sum (None counts as 1). No weights at all: every row once per epoch.
+            its weight over the sum (None counts as 1). No weights at all: every row once per epoch.
         tokens: of text, of each row.
         steps, epochs: give one. batch_size (clips) or batch_seconds (padded seconds), per micro-batch: give one;
             batch_tokens (padded tokens of text) beside either.
+        group_by_length: False draws a step's clips at random, so that clips of one length, often of one source, do not
+            fill a step of their own.
     """
 
     def __init__(
@@ -46,6 +57,7 @@ class BatchSchedule(Sampler[list[Draw]]):
         batch_seconds: float | None = None,
         batch_tokens: int | None = None,
         tokens: list[int] | None = None,
+        group_by_length: bool = True,
         grad_accum: int = 1,
         sources: list[int] | None = None,
         weights: list[float | None] | None = None,
@@ -61,12 +73,12 @@ class BatchSchedule(Sampler[list[Draw]]):
         self.weights = weights if weights and any(weight is not None for weight in weights) else None
         self.tokens = np.zeros(len(seconds), dtype=int) if tokens is None else np.asarray(tokens)
         self.batch_size, self.batch_seconds, self.grad_accum = batch_size, batch_seconds, grad_accum
-        self.batch_tokens = batch_tokens
+        self.batch_tokens, self.group_by_length = batch_tokens, group_by_length
         self.speeds, self.seed, self.rank, self.world_size = list(speeds), seed, rank, world_size
         self.split = grad_accum * world_size
         if steps is None:
-            whole = sum(len(self._epoch(epoch)) for epoch in range(math.floor(epochs)))
-            part = math.ceil((epochs % 1) * len(self._epoch(math.floor(epochs)))) if epochs % 1 else 0
+            whole = sum(len(self._steps(epoch).steps) for epoch in range(math.floor(epochs)))
+            part = math.ceil((epochs % 1) * len(self._steps(math.floor(epochs)).steps)) if epochs % 1 else 0
             steps = max(1, whole + part)
         self.steps = steps
 
@@ -121,13 +133,23 @@ class BatchSchedule(Sampler[list[Draw]]):
 
     def _epoch(self, epoch: int) -> list[list[Draw]]:
         """The optimiser steps of one pass, over all ranks: lists of Draws, sorted by length inside a step."""
+        rng, steps, rows, speeds, length = self._steps(epoch)
+        draws = []
+        for index in rng.permutation(len(steps)):
+            step = sorted(steps[index], key=lambda i: length[i])
+            draws.append([Draw(rows[i], epoch, speeds[i]) for i in step])
+        return draws
+
+    def _steps(self, epoch: int) -> "Steps":
+        """The same before their order is drawn: which draws of the pass make up each."""
         rng = np.random.default_rng([self.seed, epoch])
         rows = self._rows(rng)
         speeds = np.array(self.speeds)[rng.integers(len(self.speeds), size=len(rows))]
         length = self.seconds[rows] / speeds
         # Rows without audio are as long as their text.
         cost = np.where(length > 0, length, 1e-3 * self.tokens[rows])
-        order = np.argsort(cost * rng.uniform(0.8, 1.25, size=len(rows)), kind="stable")
+        noisy = cost * rng.uniform(0.8, 1.25, size=len(rows))
+        order = np.argsort(noisy, kind="stable") if self.group_by_length else rng.permutation(len(rows))
         steps: list[list[int]] = [[]]
         longest, wordiest = 0.0, 0
         length, words = length.tolist(), self.tokens[rows].tolist()  # numbers of numpy are slow one by one
@@ -149,11 +171,7 @@ class BatchSchedule(Sampler[list[Draw]]):
             steps[-1] += tail
         while len(steps[-1]) < self.split:
             steps[-1] += steps[-1][: self.split - len(steps[-1])]
-        draws = []
-        for index in rng.permutation(len(steps)):
-            step = sorted(steps[index], key=lambda i: length[i])
-            draws.append([Draw(int(rows[i]), epoch, float(speeds[i])) for i in step])
-        return draws
+        return Steps(rng, steps, rows.tolist(), speeds.tolist(), length)
 
     def _micro_batches(self, step: list[Draw]) -> list[list[Draw]]:
         edges = np.linspace(0, len(step), self.split + 1).round().astype(int)

@@ -17,7 +17,7 @@ from modeling_audiophi.readouts import READOUTS
 from processing import AudioPhiProcessor
 
 from .precision import frozen_dtype
-from .recipe import Lora, Recipe, RecipeError, Stage
+from .recipe import Recipe, RecipeError, Stage
 from .recipe_checks import check_start
 
 PARTS = ("encoder", "adapter", "llm")
@@ -220,10 +220,13 @@ def part_of(name: str) -> str:
 
 
 def apply_tuning(model: AudioPhiForConditionalGeneration, stage: Stage) -> None:
-    """Sets `requires_grad` for a stage, adding LoRA layers where it asks for them and there are none yet."""
+    """Sets `requires_grad` for a stage, adding LoRA layers where it asks for them and there are none yet, or widening
+    those that there are."""
     for part, how in (("audio", stage.tune.encoder), ("text", stage.tune.llm)):
         if how == "lora" and model.config.lora.get(part) is None:
-            model.add_lora(part, lora_arguments(stage.lora))
+            model.add_lora(part, stage.lora_arguments)
+        elif how == "lora" and stage.lora is not None:
+            model.widen_lora(part, stage.lora_arguments)
         model.tune(part, how)
     unused = unused_parameters(model, stage)
     for name, parameter in model.named_parameters():
@@ -244,12 +247,3 @@ def unused_parameters(model: AudioPhiForConditionalGeneration, stage: Stage) -> 
     if not stage.aligns and model.config.readout == "frames":
         return ("model.alignment.",)
     return ()
-
-
-def lora_arguments(lora: Lora) -> dict:
-    return {
-        "r": lora.r,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
-        "target_modules": lora.target_modules,
-    }

@@ -74,6 +74,6 @@ def recipe_config(recipe: Recipe, align_vocab: int, audio_config=None, text_conf
 
 
 def skeleton(config: AudioPhiConfig) -> AudioPhiForConditionalGeneration:
-    """The model without memory for its weights: shapes and names only."""
+    """The model without memory for its weights: shapes and names only, in float32 whatever the LLM's config says."""
     with torch.device("meta"):
-        return AudioPhiForConditionalGeneration(config)
+        return AudioPhiForConditionalGeneration(config).float()

@@ -58,8 +58,9 @@ class Source:
     `allow_urls`: fetch what its rows name by URL. `heard: simulated`: of the clips only the words are used, which the
     rows give as `transcript` (or as `text`, for tasks about words), and the LLM reads what the alignment would have
     heard, with the errors that it makes on real clips (simulated.py); no audio is needed. `turns`: how many of the
-    questions that a task makes of a row are asked in one chat, each of another kind: the clip is heard once for all.
-    `language`: that is spoken, by which transcripts are scored, where no column `language` says so; not given: English.
+    questions that a task makes of a row are asked in one chat, of each kind before any comes again: the clip is heard
+    once for all. `language`: that is spoken, by which transcripts are scored, where no column `language` says so;
+    not given: English.
     """
 
     path: str
@@ -121,12 +122,19 @@ class Tune:
 
 @dataclass
 class Lora:
-    """Low-rank updates (Hu et al. 2021) for every part that a stage tunes with "lora"."""
+    """Low-rank updates (Hu et al. 2021) for every part that a stage tunes with "lora". Those of an earlier stage, or of
+    `init_from`, are widened to a higher rank without losing what they have learned."""
 
     r: int = 16
     alpha: int = 32
     dropout: float = 0.05
     target_modules: str | list[str] = "all-linear"
+
+    @property
+    def arguments(self) -> dict:
+        """Those of `peft.LoraConfig`."""
+        return {"r": self.r, "lora_alpha": self.alpha, "lora_dropout": self.dropout,
+                "target_modules": self.target_modules}  # fmt: skip
 
 
 @dataclass
@@ -150,13 +158,15 @@ class Stage:
     name: str
     loss: Literal["align", "lm", "both", "distill"]
     tune: Tune = field(default_factory=Tune)
-    lora: Lora = field(default_factory=Lora)
+    lora: Lora | None = None  # null: as the model has them already, else Lora's defaults
     steps: int | None = None  # optimiser steps; or
     epochs: float | None = None  # passes over the mixture
     minutes: float | None = None  # at most: fewer steps on a machine that, timed at the start, is too slow for all
     batch_size: int | None = None  # clips per device and micro-batch; or
     batch_seconds: float | None = None  # padded seconds of audio per device and micro-batch
     batch_tokens: int | None = None  # beside either: padded tokens of text per device and micro-batch
+    # False: a step has clips of all lengths, so of all sources; more is padded, but for the LLM, which gets rows packed.
+    group_by_length: bool = True
     grad_accum: int = 1
     learning_rate: float = 1e-3  # adapter, alignment head, readout, clip tokens, layer mix
     llm_learning_rate: float = 2e-4
@@ -182,6 +192,11 @@ class Stage:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # bf16 becomes fp32 where the machine has none
     gradient_checkpointing: bool = False
     data: list[Source] | None = None  # replaces data.train for this stage
+
+    @property
+    def lora_arguments(self) -> dict:
+        """Those of `peft.LoraConfig` for layers that are not there yet."""
+        return (self.lora or Lora()).arguments
 
     @property
     def distills(self) -> bool:

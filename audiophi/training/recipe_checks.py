@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from audiophi.tasks import TASKS, task_named
 from modeling_audiophi.components_audiophi import component_id
+from modeling_audiophi.lora_audiophi import widened
 
 from .recipe_values import RecipeError
 
@@ -168,6 +169,8 @@ def check(recipe: "Recipe") -> None:
             refuse(
                 source.weight is not None and source.weight <= 0, f"{at}: the weight of {source.path} must be above 0"
             )
+    if recipe.init_from is None:
+        check_lora(recipe, {})
 
 
 def check_start(recipe: "Recipe", config: "AudioPhiConfig") -> None:
@@ -189,12 +192,30 @@ def check_start(recipe: "Recipe", config: "AudioPhiConfig") -> None:
                 f"{key}: the recipe says {value}, but the model of init_from, {recipe.init_from}, has {has}, which cannot "  # noqa: E501
                 "be changed; say the same, or start without init_from"
             )
+    check_lora(recipe, config.lora)
     stretched = [number for number, stage in enumerate(recipe.stages) if stage.time_stretch]
     if stretched and config.encoder_layer == "mix":
         raise RecipeError(
             f"stages.{stretched[0]}.time_stretch works on cached encoder outputs, but the model of init_from, "
             f"{recipe.init_from}, learns a mix of its layers; use data.speeds"
         )
+
+
+def check_lora(recipe: "Recipe", present: dict[str, dict | None]) -> None:
+    """RecipeError where a stage's LoRA layers cannot be made of those that an earlier stage or `init_from` has:
+    `present`, as `AudioPhiConfig.lora`."""
+    present = dict(present)
+    for number, stage in enumerate(recipe.stages):
+        for part, how in (("audio", stage.tune.encoder), ("text", stage.tune.llm)):
+            if how != "lora" or (stage.lora is None and present.get(part)):
+                continue
+            asked = stage.lora_arguments
+            try:
+                present[part] = widened(present[part], asked) if present.get(part) else asked
+            except ValueError as error:
+                raise RecipeError(
+                    f"stages.{number}.lora: {error}; leave lora out there to train them as they are"
+                ) from None
 
 
 def _check_simulated(recipe: "Recipe", number: int) -> None:

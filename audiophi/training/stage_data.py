@@ -94,6 +94,7 @@ def stage_data(run: "Run", stage: Stage, number: int, arguments: TrainingArgumen
         batch_seconds=stage.batch_seconds,
         batch_tokens=stage.batch_tokens,
         tokens=[row.tokens for row in corpus.rows],
+        group_by_length=stage.group_by_length,
         grad_accum=stage.grad_accum,
         sources=[row.table for row in corpus.rows],
         weights=[source.weight for source in sources],

@@ -184,6 +184,7 @@ class StreamingSet(IterableDataset):
         schedule = BatchSchedule(
             [item.pop("seconds") for item in buffer],
             tokens=[item.pop("tokens") for item in buffer],
+            group_by_length=self.stage.group_by_length,
             epochs=1,
             seed=self.recipe.seed + 31 * epoch + batches,
             **size,

@@ -112,9 +112,10 @@ class AudioPhiTrainer(Trainer):
         """Takes off the model what this stage put around it, so that the next one finds it as a resumed run would."""
         if self.stage.gradient_checkpointing:
             switch_checkpointing(self.model, "disable")
-        # autocast; accelerate's own unwrap_model takes off can_return_tuple, too
-        vars(self.model).pop("forward", None)
-        vars(self.model).pop("_original_forward", None)
+        # Autocast, and accelerate's note that it is there already. Its unwrap_model leaves the note, and takes off
+        # can_return_tuple, too.
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+            vars(self.model).pop(name, None)
 
     # ---- data --------------------------------------------------------------------------------------------------------
 
