@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from .configuration_audiophi import AudioPhiAdapterConfig, AudioPhiConfig
 from .encoders import change_settings, encoder_class
+from .family_audiophi import look_up
 from .lengths_audiophi import output_length
 from .lora_audiophi import is_lora_key, with_base_layers
 from .spelling_audiophi import spell
@@ -207,8 +208,8 @@ def check_context(config):
 
 
 def read_text_weights(path, dtype):
-    """State dict of a causal LM under AudioPhi's names, its missing keys, the name of its embedding table, and what its
-    embedding module multiplies that by."""
+    """State dict of a causal LM under AudioPhi's names, its missing keys, the name of its embedding table, and what
+    that is multiplied by before its layers read it (`look_up`)."""
     sees = type(AutoConfig.from_pretrained(path)) in MODEL_FOR_MULTIMODAL_LM_MAPPING
     auto = AutoModelForMultimodalLM if sees else AutoModelForCausalLM
     model, info = auto.from_pretrained(path, dtype=dtype, output_loading_info=True)
@@ -219,7 +220,8 @@ def read_text_weights(path, dtype):
     embed = base.get_input_embeddings()
     table = next(name for name, module in base.named_modules() if module is embed)
     rows = embed.weight[:1024].detach()
-    scale = embed(torch.arange(len(rows))).detach().float().norm() / rows.float().norm()
+    read = look_up(embed, torch.arange(len(rows)), base.config).detach()
+    scale = read.float().norm() / rows.float().norm()
     return state, list(info["missing_keys"]), f"{TEXT_PREFIX}{table}.weight", float(scale)
 
 

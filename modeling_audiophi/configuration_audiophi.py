@@ -66,7 +66,7 @@ class AudioPhiConfig(PreTrainedConfig):
         clip_tokens: tokens of each clip as a whole that the LLM reads before the readout's; 0: none.
         align_vocab_size: tokens of the alignment head, the blank not counted; 0 means no head.
         align_spelling: sizes of the head's `Spelling` (entries, buckets, size); None: it knows embeddings only.
-        embedding_scale: what the LLM's embedding module multiplies its table by (Gemma).
+        embedding_scale: what the LLM's embeddings are multiplied by (Gemma).
         window_frames: longest encoder window in feature frames; None takes the encoder's own limit (30 s).
         base_components: {"audio": {"id", "revision"}, "text": {...}}: where frozen weights come from.
         tuned: {"audio": ..., "text": ...}: "frozen", "lora" or "full"; what a slim checkpoint has to keep.

@@ -31,12 +31,11 @@ class HFAudioEncoder(nn.Module):
             )
         self.config = config
         self.layer_choice = LayerChoice(config.num_hidden_layers + 1, layer)
-        cut = self.layer_choice.cut_config(config)
-        if self.layer_choice.index is not None:
-            cut.use_intermediate_ffn_before_adapter = False  # w2v-BERT's, behind the last block
-        self.model = AutoModel.from_config(cut)
-        if self.layer_choice.index is not None and getattr(config, "do_stable_layer_norm", False):
-            self.model.encoder.layer_norm = nn.Identity()  # likewise; without the option it is in front of the first
+        self.model = AutoModel.from_config(self.layer_choice.cut_config(config))
+        if self.layer_choice.index is not None:  # what is behind the last block
+            self.model.intermediate_ffn = None  # w2v-BERT's
+            if getattr(config, "do_stable_layer_norm", False):  # without it the norm is in front of the first
+                self.model.encoder.layer_norm = nn.Identity()
 
     @staticmethod
     def length_rule(config):

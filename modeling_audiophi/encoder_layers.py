@@ -31,10 +31,12 @@ class LayerChoice(nn.Module):
         return self.layer == "mix" or self.index == 0
 
     def cut_config(self, config, name="num_hidden_layers"):
-        """A copy of an encoder's config with as many blocks (value `name`) as the layer needs, one at least."""
+        """An encoder's config; of a layer by index a copy with as many blocks (value `name`) as it needs, one at
+        least."""
+        if self.index is None:
+            return config
         config = copy.deepcopy(config)
-        if self.index is not None:
-            setattr(config, name, max(1, self.index))
+        setattr(config, name, max(1, self.index))
         return config
 
     def forward(self, last, hidden_states):

@@ -73,7 +73,7 @@ class WhisperAudioEncoder(nn.Module):
         out_mask = length_mask(output_length(lengths, self.length_rule(self.config)), hidden.shape[1])
         hidden = hidden + encoder.embed_positions.weight[: hidden.shape[1]].to(hidden.dtype)
         hidden = nn.functional.dropout(hidden, p=encoder.dropout, training=self.training)
-        attention_mask = create_bidirectional_mask(config=self.config, inputs_embeds=hidden, attention_mask=out_mask)
+        attention_mask = create_bidirectional_mask(config=encoder.config, inputs_embeds=hidden, attention_mask=out_mask)
         states = [hidden]
         for block in encoder.layers:
             if not (self.training and encoder.layerdrop > 0 and torch.rand([]) < encoder.layerdrop):

@@ -64,9 +64,9 @@ class HearingMixin:
         return sum_windows(lengths, torch.ones_like(lengths) if windows is None else windows.to(lengths.device))
 
     def word_table(self):
-        """The LLM's embeddings (V', D) of the alignment's vocabulary, as the LLM reads them: its embedding module may
-        scale the table (Gemma), and lie on another device."""
-        return self.get_input_embeddings()(self.alignment.vocab_ids).to(self.alignment.blank.device)
+        """The LLM's embeddings (V', D) of the alignment's vocabulary, as the LLM reads them: scaled (Gemma), and maybe
+        from another device."""
+        return self.embed(self.alignment.vocab_ids).to(self.alignment.blank.device)
 
     def align(self, tokens, table):
         """Adapter tokens (C, T, D) and the `word_table` -> the alignment's logits (C, T, V' + 1)."""

@@ -20,8 +20,8 @@ from .components_audiophi import ComponentsMixin
 from .configuration_audiophi import AudioPhiConfig
 from .distillation_audiophi import as_teacher, kl_divergence
 from .encoders import encoder_class
+from .family_audiophi import FamilyHead, look_up
 from .generation_audiophi import AudioPhiGenerationMixin
-from .head_audiophi import FamilyHead
 from .heard_audiophi import hear_simulated
 from .hearing_audiophi import HearingMixin
 from .kv_cache_audiophi import CACHE_NAME
@@ -44,6 +44,12 @@ class AudioPhiPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
     _no_split_modules = None
+
+    @classmethod
+    def is_custom_code(cls):
+        """False for transformers' loading: what `_init_weights` writes, here as in transformers, knows what is loaded.
+        Parts without weights of their own, Falcon-H1's model, would be left with buffers that nobody has filled."""
+        return False
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -96,6 +102,10 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
     def set_input_embeddings(self, value):
         self.language_model.set_input_embeddings(value)
 
+    def embed(self, ids):
+        """Token ids -> embeddings as the LLM's layers read them, see `look_up`."""
+        return look_up(self.get_input_embeddings(), ids, self.config.text_config)
+
     def train(self, mode=True):
         """A frozen encoder stays in eval mode: its dropout and masking would make cached features differ from live
         ones."""
@@ -119,10 +129,9 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
     @torch.no_grad()
     def start_at_embeddings(self, part):
         """Fit a new readout, or clip tokens, to the root mean square of the LLM's embeddings."""
-        embed = self.get_input_embeddings()
         ids = torch.arange(self.config.text_config.vocab_size, device=self.device)
         # Some at a time: the table of a small LLM with many words takes a gigabyte in float32.
-        part.start_at(torch.cat([embed(some).float().square().mean(1) for some in ids.split(8192)]).mean().sqrt())
+        part.start_at(torch.cat([self.embed(some).float().square().mean(1) for some in ids.split(8192)]).mean().sqrt())
 
     @can_return_tuple
     def forward(
@@ -196,7 +205,7 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
                 )
             if heard_ids is not None:
                 heard = (heard_ids, heard_weights, heard_lengths, heard_clips)
-                audio = hear_simulated(*heard, self.get_input_embeddings(), audio)
+                audio = hear_simulated(*heard, self.embed, audio)
             audio_embeds = audio.pooler_output
             prompt = self.expand_prompt(input_ids, attention_mask, audio.counts, past_length)
             input_ids, attention_mask = prompt.input_ids, prompt.attention_mask
@@ -255,7 +264,7 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
     def fill_in(self, input_ids, audio_embeds=None, past_length=0):
         """Embeddings (B, L, D) of ids, with `audio_embeds` (N, D) in the place of placeholders. ValueError when these
         differ in number."""
-        embeds = self.get_input_embeddings()(input_ids)
+        embeds = self.embed(input_ids)
         if audio_embeds is None and past_length:
             return embeds
         places = (input_ids == self.config.audio_token_id)[..., None].to(embeds.device)

@@ -60,7 +60,7 @@ def family(tmp_path_factory, make_tiny_model, tiny_llm_dir):
         tokenizer = AutoTokenizer.from_pretrained(tiny_llm_dir)
         llm = AutoModelForCausalLM.from_config(text_config(*FAMILIES[name], tokenizer))
         path = save_llm(tmp_path_factory.mktemp(name), llm, tokenizer)
-        return *make_tiny_model(text=path, **kwargs), llm.eval()
+        return *make_tiny_model(text=path, seed=1, **kwargs), llm.eval()  # another than of the weights
 
     return make
 
@@ -102,19 +102,19 @@ def test_family(family, waveform, tmp_path, name):
     model.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path)
     with torch.no_grad():
-        assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+        assert torch.allclose(loaded(**batch).logits, model(**batch).logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma", "gemma2", "gemma3", "minicpm3"])
+@pytest.mark.parametrize("name", ["llama", "gemma", "gemma2", "gemma3", "minicpm3", "falcon_h1"])
 @torch.no_grad()
 def test_audio_words_are_as_large_as_words(family, waveform, name):
-    """Gemma and MiniCPM3 scale embeddings in the module, so what replaces embeddings has to be scaled, too."""
+    """Gemma and MiniCPM3 scale embeddings in the module, Falcon-H1 behind it: what replaces them has to be scaled."""
     model, processor, _ = family(name, readout="mixed", clip_tokens=2)
     model.model.alignment.scale.fill_(1e6)  # sure of one word for each frame
     model.model.alignment.bias[0] -= 1e6
     inputs = {key: value for key, value in prompts(processor, [[waveform(1.0)]]).items() if "input_f" in key}
     audio = model.get_audio_features(**inputs, with_alignment=True)
-    embed = model.get_input_embeddings()
+    embed = model.model.embed
     words = embed(torch.tensor(model.read_alignment(**inputs)[0]))
     torch.testing.assert_close(audio.embeds[0][audio.keep[0]], words, rtol=1e-3, atol=1e-3)
     size = embed(torch.arange(400)).square().mean().sqrt()
@@ -125,7 +125,9 @@ def test_audio_words_are_as_large_as_words(family, waveform, name):
     # A new head is as unsure with them as with any other.
     tokens = torch.randn(1, 50, 32)
     scores = family(name)[0].model.align(tokens, model.model.word_table())[..., 1:]
-    torch.testing.assert_close(scores.std(), (tokens @ embed.weight[10:310].T).std(), rtol=0.05, atol=0)
+    torch.testing.assert_close(
+        scores.std(), (tokens @ model.get_input_embeddings().weight[10:310].T).std(), rtol=0.05, atol=0
+    )
 
 
 WRAPPED = {

@@ -85,7 +85,7 @@ def test_released_lengths():
 def test_a_clip_does_not_depend_on_its_batch(layer, dtype):
     reference = tiny()
     encoder = encoder_class(reference.config)(reference.config, layer)
-    encoder.model.load_state_dict(reference.model().state_dict())
+    encoder.model.load_state_dict(reference.model().state_dict(), strict=layer in ("last", "mix"))
     encoder = encoder.eval().to(dtype)
     # Garbage in the padding, and more of it than the longest clip needs.
     speech = torch.nn.functional.pad(reference.speech, (0, 777))
