@@ -26,13 +26,12 @@ def as_teacher(language_model):
             module.training = True
 
 
-def kl_divergence(heard, read, temperature=1.0, num_items=None):
+def kl_divergence(heard, read, temperature=1.0):
     """KL(read || heard) of the next token, times temperature squared, which keeps gradients as large as those of labels
-    (Hinton et al. 2015, https://arxiv.org/abs/1503.02531): a mean over tokens, or the sum divided by `num_items`.
+    (Hinton et al. 2015, https://arxiv.org/abs/1503.02531), summed over tokens.
 
     `heard`, `read`: logits (tokens, vocabulary) of student and teacher; computed in float32.
     """
     heard = (heard.float() / temperature).log_softmax(-1)
     read = (read.float() / temperature).log_softmax(-1)
-    total = nn.functional.kl_div(heard, read, reduction="sum", log_target=True) * temperature**2
-    return total / (len(heard) if num_items is None else num_items)
+    return nn.functional.kl_div(heard, read, reduction="sum", log_target=True) * temperature**2

@@ -26,10 +26,10 @@ class FamilyHead:
         self.causal_lm.base_model.forward = pass_on
 
     def __call__(self, lm_head, hidden):
-        """`lm_head` the output layer, `hidden` (..., L, D) -> logits (..., L, V)."""
+        """`lm_head` the output layer, `hidden` (L, D) or (B, L, D) -> logits (L, V) or (B, L, V)."""
         self.causal_lm.set_output_embeddings(lm_head)
-        rows = hidden if hidden.dim() == 3 else hidden[None]
-        return self.causal_lm(inputs_embeds=rows, use_cache=False).logits.view(*hidden.shape[:-1], -1)
+        logits = self.causal_lm(inputs_embeds=hidden if hidden.dim() == 3 else hidden[None], use_cache=False).logits
+        return logits if hidden.dim() == 3 else logits[0]
 
 
 class HiddenStates(BaseModelOutput):

@@ -32,6 +32,7 @@ from .placeholders_audiophi import check_context, check_placeholders, expand_pla
 from .readout_mixed import SoundWords
 from .readouts import build_readout
 from .spelling_audiophi import Spelling
+from .token_losses_audiophi import sum_of_tokens
 from .tuning_audiophi import TuningMixin
 
 
@@ -331,7 +332,7 @@ class AudioPhiForConditionalGeneration(
         return self.model.alignment.greedy(audio.align_logits, audio.tokens_mask)
 
     def compute_logits(self, hidden):
-        """Hidden states (..., L, D) -> vocabulary logits (..., L, V), see `FamilyHead`."""
+        """Hidden states (L, D) or (B, L, D) -> vocabulary logits (..., L, V), see `FamilyHead`."""
         return self.family_head(self.lm_head, hidden)
 
     @can_return_tuple
@@ -441,17 +442,17 @@ class AudioPhiForConditionalGeneration(
             if labels is not None:
                 targets = next_tokens(labels).to(hidden.device)
                 labelled = targets != -100
-                logits = self.compute_logits(hidden[labelled])  # once, for both losses
                 if not distill_only:
                     weights = label_weights
                     if weights is not None:
-                        weights = nn.functional.pad(weights, (0, 1))[:, 1:].to(logits.device)[labelled]
-                    output.lm_loss = self._lm_loss(logits, targets[labelled], num_items_in_batch, weights)
+                        weights = nn.functional.pad(weights, (0, 1))[:, 1:].to(hidden.device)[labelled]
+                    answers = (hidden[labelled], targets[labelled])
+                    output.lm_loss = self._lm_loss(*answers, num_items_in_batch, weights)
                     output.loss = output.lm_loss
                 if teacher_input_ids is not None:
                     read = next_tokens(teacher_labels).to(targets.device)
                     teacher = (teacher_input_ids, teacher_attention_mask, read)
-                    found = self._distill_loss(logits, targets, *teacher, distill_temperature, distill_items_in_batch)
+                    found = self._distill_loss(hidden, targets, *teacher, distill_temperature, distill_items_in_batch)
                     output.distill_loss, weighted = found, distill_weight * found
                     output.loss = weighted if output.loss is None else output.loss + weighted
                 if clip_labels is not None and audio is not None:
@@ -490,37 +491,41 @@ class AudioPhiForConditionalGeneration(
         loss = self.model.clip_tokens.description_loss(audio.clips, clip_labels, table)
         return loss / ((clip_labels >= 0).any(1).sum().clamp(min=1) if num_items is None else num_items)
 
-    def _lm_loss(self, logits, targets, num_items_in_batch, weights=None):
-        """Cross-entropy of the labelled tokens: `logits` (tokens, vocabulary), `targets`, `weights` (tokens,)."""
-        if not len(targets):
-            return logits.sum() * 0.0
-        if weights is not None:
-            losses = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-            return (losses * weights).sum() / (weights.sum() if num_items_in_batch is None else num_items_in_batch)
-        return self.loss_function(
-            logits=logits,
-            labels=None,
-            shift_labels=targets,
-            vocab_size=self.config.text_config.vocab_size,
-            num_items_in_batch=num_items_in_batch,
-        )
+    def _lm_loss(self, hidden, targets, num_items=None, weights=None):
+        """Cross-entropy of the labelled tokens, a mean by their weights, or the sum divided by `num_items`: `hidden`
+        (tokens, D), `targets`, `weights` (tokens,), each 1 by default."""
+        weights = torch.ones_like(targets, dtype=torch.float32) if weights is None else weights
 
-    def _distill_loss(self, logits, targets, input_ids, attention_mask, read, temperature, num_items):
-        """`kl_divergence` of the labelled tokens of rows that have a teacher. `logits` (tokens, vocabulary) where
-        `targets` (B, L) are not -100, of the student; `read` (B, L'): the teacher's `targets`."""
+        def cross_entropy(hidden, targets, weights):
+            logits = self.compute_logits(hidden).float()
+            return (nn.functional.cross_entropy(logits, targets, reduction="none") * weights).sum()
+
+        total = sum_of_tokens(cross_entropy, self.config.text_config.vocab_size, hidden, targets, weights)
+        return total / (weights.sum().clamp(min=1e-6) if num_items is None else num_items)
+
+    def _distill_loss(self, hidden, targets, input_ids, attention_mask, read, temperature, num_items=None):
+        """`kl_divergence` of the labelled tokens of rows that have a teacher, a mean over them or the sum divided by
+        `num_items`. `hidden` (B, L, D) of the student, labelled where `targets` (B, L) are not -100; `read` (B, L'): the
+        teacher's `targets`."""
         rows = (read != -100).any(1)
         counted = (targets != -100) & rows[:, None]
         if not torch.equal(targets[counted], read[read != -100]):
             raise ValueError("teacher_labels have other tokens than the labels of the same rows")
         if not bool(rows.any()):
-            return logits.sum() * 0.0
+            return self.compute_logits(hidden[:0, 0]).sum()
         with as_teacher(self.model.language_model):
             there = rows.to(input_ids.device)
             mask = None if attention_mask is None else attention_mask[there]
             prompts = {"input_ids": input_ids[there], "attention_mask": mask}
-            hidden = self.model(**prompts, use_cache=False, return_dict=True).last_hidden_state
-            teacher = self.compute_logits(hidden[read[rows] != -100])
-        return kl_divergence(logits[counted[targets != -100]], teacher, temperature, num_items)
+            known = self.model(**prompts, use_cache=False, return_dict=True).last_hidden_state[read[rows] != -100]
+
+        def divergence(heard, known):
+            with torch.no_grad():
+                teacher = self.compute_logits(known)
+            return kl_divergence(self.compute_logits(heard), teacher, temperature)
+
+        total = sum_of_tokens(divergence, self.config.text_config.vocab_size, hidden[counted], known)
+        return total / (len(known) if num_items is None else num_items)
 
 
 def next_tokens(labels):

@@ -214,8 +214,7 @@ def test_the_divergence_is_torchs_own(temperature):
     heard, read = torch.randn(2, 7, 11).unbind()
     p, q = (torch.distributions.Categorical(logits=x / temperature) for x in (read, heard))
     expected = torch.distributions.kl_divergence(p, q) * temperature**2
-    torch.testing.assert_close(kl_divergence(heard, read, temperature), expected.mean())
-    torch.testing.assert_close(kl_divergence(heard, read, temperature, 3), expected.sum() / 3)
+    torch.testing.assert_close(kl_divergence(heard, read, temperature), expected.sum())
     assert kl_divergence(heard.bfloat16(), read.bfloat16()).dtype == torch.float32
 
 

@@ -14,6 +14,7 @@ import torch
 from modeling_audiophi.clip_tokens import BOTTLENECK, HEADS
 from modeling_audiophi.encoders import encoder_class
 from modeling_audiophi.lengths_audiophi import output_length
+from modeling_audiophi.token_losses_audiophi import most_tokens
 
 from .recipe import Stage
 
@@ -209,7 +210,7 @@ def training_memory(model, stage: Stage, load: Load, value_bytes: int = 2) -> Me
     logits = 2 * value_bytes + LM_LOGIT_COPIES * 4 * (stage.loss != "distill")
     if stage.distills:  # the teacher's logits; of both its float32 copies
         logits += value_bytes + DISTILL_LOGIT_COPIES * 4
-    logits *= clips * load.words * text.vocab_size
+    logits *= min(clips * load.words, most_tokens(text.vocab_size)) * text.vocab_size
     return replace(parts, llm=llm, logits=logits)
 
 
