@@ -6,6 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+import jiwer
+
 from audiophi.tasks.base import plain
 
 from .metrics import count_errors, word_error_rate
@@ -79,6 +81,17 @@ def verbatim(answer, references, choices=()):
     return float(any(answer.strip() == reference.strip() for reference in references)), True
 
 
+def written(answer, references, choices=()):
+    """The share of the words that are right as they are written, with case and marks: 1 - word error rate, at least 0; of
+    the best reference. For long answers in a form, of which one misheard word should not cost all."""
+
+    def of(reference):
+        wanted = reference.split()
+        return max(0.0, 1 - jiwer.wer(reference, answer)) if wanted else float(not answer.split())
+
+    return max(map(of, references), default=0.0), True
+
+
 def number_in(text: str) -> float | None:
     """The one number that a text has, in digits or in English words."""
     text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
@@ -121,6 +134,7 @@ METRICS: dict[str, Callable] = {
     "choice": choice,
     "exact": exact,
     "verbatim": verbatim,
+    "written": written,
     "number": number,
     "yes_no": yes_no,
     "contains": contains,

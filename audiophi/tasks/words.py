@@ -75,7 +75,7 @@ CAPITALS = Kind(
         "WRITE WHAT IS SAID, ALL IN CAPITAL LETTERS.",
     ),
     ("Type out the speech using only capital letters.", "Give me the words, all upper case."),
-    "verbatim",
+    "written",
 )
 AS_JSON = Kind(
     "json",
@@ -85,7 +85,7 @@ AS_JSON = Kind(
         'Give what is said as a JSON object with one key, "words".',
     ),
     ('Write down what you hear as JSON, under the key "words".',),
-    "verbatim",
+    "written",
 )
 LISTED = Kind(
     "list",
@@ -95,7 +95,7 @@ LISTED = Kind(
         "Give the words as a list, with commas.",
     ),
     ("Separate the words that you hear by commas.",),
-    "verbatim",
+    "written",
 )
 SPEAKS = Kind(
     "is_speech",
