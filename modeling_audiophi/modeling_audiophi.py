@@ -505,8 +505,8 @@ class AudioPhiForConditionalGeneration(
 
     def _distill_loss(self, hidden, targets, input_ids, attention_mask, read, temperature, num_items=None):
         """`kl_divergence` of the labelled tokens of rows that have a teacher, a mean over them or the sum divided by
-        `num_items`. `hidden` (B, L, D) of the student, labelled where `targets` (B, L) are not -100; `read` (B, L'): the
-        teacher's `targets`."""
+        `num_items`. `hidden` (B, L, D) of the student, labelled where `targets` (B, L) are not -100; `read` (B, L'):
+        the teacher's `targets`."""
         rows = (read != -100).any(1)
         counted = (targets != -100) & rows[:, None]
         if not torch.equal(targets[counted], read[read != -100]):

@@ -11,6 +11,7 @@ import torch
 import against_peer
 import cost_vs_work
 import measuring
+import packing
 import profile_step
 import run_all
 import stopwatch
@@ -176,6 +177,17 @@ def test_profiles_name_all_parts(tmp_path):
     decoding = {"LLM on the prompt", "CTC's share in the scores", "LLM without audio"}
     assert decoding <= set(alone) and {*decoding, "LLM, token by token"} <= set(together)
     assert "| all |" in profile_step.table(section)
+
+
+def test_packing_is_measured_beside_padding(tmp_path):
+    path = tmp_path / "results.json"
+    assert packing.main(["--weights", "tiny", "--quick", "--output", str(path)]) == 0
+    results = json.loads(path.read_text())
+    section = results["packing"]
+    assert results["packing_ratio"] > 0 and 0.2 < section["share_of_padding"] < 0.8
+    kept = section["kept_bytes"]
+    assert kept["packed"] < 0.8 * kept["padded"]
+    assert "| padded |" in packing.table(section)
 
 
 # ---- cost against work -----------------------------------------------------------------------------------------------

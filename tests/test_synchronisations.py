@@ -1,5 +1,5 @@
-"""How often a training step makes the CPU wait for the device: counted on the CPU, where each such operation is known by
-name. On a GPU a small LLM's step is bounded by them."""
+"""How often a training step makes the CPU wait for the device: counted on the CPU, where each such operation is known
+by name. On a GPU a small LLM's step is bounded by them."""
 
 import traceback
 from collections import Counter

@@ -82,8 +82,8 @@ def verbatim(answer, references, choices=()):
 
 
 def written(answer, references, choices=()):
-    """The share of the words that are right as they are written, with case and marks: 1 - word error rate, at least 0; of
-    the best reference. For long answers in a form, of which one misheard word should not cost all."""
+    """The share of the words that are right as they are written, with case and marks: 1 - word error rate, at least 0,
+    of the best reference. For long answers in a form, of which one misheard word should not cost all."""
 
     def of(reference):
         wanted = reference.split()

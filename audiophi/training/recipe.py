@@ -165,7 +165,7 @@ class Stage:
     batch_size: int | None = None  # clips per device and micro-batch; or
     batch_seconds: float | None = None  # padded seconds of audio per device and micro-batch
     batch_tokens: int | None = None  # beside either: padded tokens of text per device and micro-batch
-    # False: a step has clips of all lengths, so of all sources; more is padded, but for the LLM, which gets rows packed.
+    # False: a step has clips of all lengths, so of all sources; more is padded, but not for the LLM (packing_audiophi).
     group_by_length: bool = True
     grad_accum: int = 1
     learning_rate: float = 1e-3  # adapter, alignment head, readout, clip tokens, layer mix
