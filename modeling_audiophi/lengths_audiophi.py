@@ -34,10 +34,12 @@ def length_mask(lengths, size=None):
 
 
 def sum_windows(lengths, num_windows):
-    """`lengths` (W,) of windows, `num_windows` (C,) how many each clip has -> (C,) lengths of clips.
+    """`lengths` (W,) of windows, `num_windows` (C,) how many each clip has, one at least -> (C,) lengths of clips.
 
     Raises ValueError when the counts do not add up to W.
     """
+    if len(num_windows) == len(lengths):  # one each: nothing to compute, and nothing to wait for
+        return lengths.to(num_windows.dtype)
     if int(num_windows.sum()) != len(lengths):
         raise ValueError(
             f"audio_num_windows adds up to {int(num_windows.sum())} windows, but the audio input has {len(lengths)} "
@@ -50,14 +52,16 @@ def sum_windows(lengths, num_windows):
 def join_windows(tokens, mask, num_windows=None):
     """Put the windows of a clip one after the other.
 
-    `tokens` (W, T, D) and `mask` (W, T) bool hold one row per encoder window, in clip order; `num_windows` (C,) says
-    how many rows each clip has (None: one each). Returns tokens (C, T', D) and mask (C, T') with each clip's valid
+    `tokens` (W, T, D) and `mask` (W, T) bool hold one row per encoder window, in clip order, valid tokens first;
+    `num_windows` (C,) says how many rows each clip has, one at least (None: one each). Returns tokens (C, T', D) and mask (C, T') with each clip's valid
     tokens first. Raises ValueError when the counts do not add up to W.
     """
-    if num_windows is None:
-        num_windows = torch.ones(len(tokens), dtype=torch.long, device=tokens.device)
-    lengths = sum_windows(mask.sum(1), num_windows.to(tokens.device))
+    lengths = mask.sum(1)
+    if num_windows is not None:
+        lengths = sum_windows(lengths, num_windows.to(tokens.device))
     clip_mask = length_mask(lengths, max(1, int(lengths.max()) if len(lengths) else 1))
+    if len(lengths) == len(tokens):
+        return tokens[:, : clip_mask.shape[1]] * clip_mask[..., None], clip_mask
     joined = tokens.new_zeros(*clip_mask.shape, tokens.shape[-1])
     joined[clip_mask] = tokens[mask]
     return joined, clip_mask

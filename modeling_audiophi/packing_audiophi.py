@@ -8,6 +8,7 @@ al. 2021, "Efficient Sequence Packing without Cross-contamination" (https://arxi
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 # Rows are filled up to the longest prompt, or this many tokens: attention's cost grows with the square.
@@ -48,8 +49,8 @@ def pack_rows(attention_mask, language_model):
     if not can_pack(language_model):
         return None
     one_row = "flash" in (language_model.config._attn_implementation or "")  # as it wants it
-    lengths = attention_mask.sum(1).tolist()
-    batch, width = attention_mask.shape
+    mask = attention_mask.bool().cpu().numpy()  # waits for the device once
+    lengths, (batch, width) = mask.sum(1).tolist(), mask.shape
     room = sum(lengths) if one_row else min(sum(lengths), max(ROOM, *lengths))
     rows, free = [], []
     for number in sorted(range(batch), key=lambda number: -lengths[number]):
@@ -62,17 +63,17 @@ def pack_rows(attention_mask, language_model):
     size = room - min(free, default=0)
     if len(rows) * size > (1 - WORTH) * batch * width:
         return None
-    device = attention_mask.device
-    columns = [real.nonzero()[:, 0] + number * width for number, real in enumerate(attention_mask.cpu().bool())]
-    source, positions = torch.zeros(len(rows), size, dtype=torch.long), torch.zeros(len(rows), size, dtype=torch.long)
-    place = torch.zeros(batch * width, dtype=torch.long)
+    columns = [np.flatnonzero(real) + number * width for number, real in enumerate(mask)]
+    source, positions = np.zeros((len(rows), size), np.int64), np.zeros((len(rows), size), np.int64)
+    place = np.zeros(batch * width, np.int64)
     for row, numbers in enumerate(rows):
         start = 0
         for number in numbers:
             end = start + lengths[number]
-            source[row, start:end], positions[row, start:end] = columns[number], torch.arange(lengths[number])
-            place[columns[number]] = torch.arange(row * size + start, row * size + end)
+            source[row, start:end], positions[row, start:end] = columns[number], np.arange(lengths[number])
+            place[columns[number]] = np.arange(row * size + start, row * size + end)
             start = end
         # What is left over is a prompt of its own, which nobody reads.
-        positions[row, start:] = torch.arange(size - start)
-    return Packed(source.to(device), positions.to(device), place.view(batch, width).to(device))
+        positions[row, start:] = np.arange(size - start)
+    made = (source, positions, place.reshape(batch, width))
+    return Packed(*(torch.from_numpy(values).to(attention_mask.device) for values in made))

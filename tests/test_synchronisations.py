@@ -16,7 +16,7 @@ WAITING = {
     *("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.masked_select", "aten.is_nonzero"),
     *("aten._unique2", "aten.unique_consecutive", "aten.unique_dim", "aten.repeat_interleave.Tensor"),
 }
-MOST = {"lm": 14, "align": 12}
+MOST = {"lm": 27, "align": 6}
 
 
 class Waits(TorchDispatchMode):
@@ -28,7 +28,10 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = str(func)
-        if name in WAITING or name.rsplit(".", 1)[0] in WAITING:
+        by_mask = name.startswith(("aten.index.", "aten.index_put")) and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if by_mask or name in WAITING or name.rsplit(".", 1)[0] in WAITING:
             own = [frame for frame in traceback.extract_stack() if "modeling_audiophi" in frame.filename]
             place = own[-1] if own else None
             self.places[f"{place.filename.rsplit('/', 1)[-1]}:{place.lineno} {name}" if place else name] += 1
