@@ -55,6 +55,18 @@ def test_ungrouped_steps_have_clips_of_all_lengths():
     assert mixed[True] <= 1 and mixed[False] > 20
 
 
+@pytest.mark.parametrize("grouped", [True, False])
+def test_a_few_batches_stand_for_all(grouped):
+    """Four drawn at random told a training of 60 minutes that it would take 44."""
+    rng = np.random.default_rng(1)
+    seconds, tokens = list(rng.lognormal(1.5, 0.7, 4000)), list(rng.integers(20, 400, 4000))
+    schedule = BatchSchedule(seconds, tokens=tokens, epochs=1, batch_size=8, group_by_length=grouped)
+    work = [sum(schedule.work(draw) for draw in batch) for batch in schedule]
+    few = [sum(schedule.work(draw) for draw in batch) for batch in schedule.sample()]
+    assert len(few) == 8 and np.mean(few) == pytest.approx(np.mean(work), rel=0.05)
+    assert len(BatchSchedule([1.0], steps=3, batch_size=1).sample()) == 1
+
+
 def test_accumulation_splits_the_same_steps():
     rows = SECONDS[:200]
     whole = list(BatchSchedule(rows, steps=40, batch_size=8))
