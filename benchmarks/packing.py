@@ -20,7 +20,7 @@ QUESTION = "Is the word garden said in what you have heard? Answer yes or no."
 
 
 def chats(processor) -> dict[str, torch.Tensor]:
-    """A batch of CHATS chats, padded on the right; what the assistant says is labelled."""
+    """A batch of CHATS chats, padded on the right; the answers are labelled."""
     texts = []
     for number in range(CHATS):
         turns = []
@@ -28,8 +28,8 @@ def chats(processor) -> dict[str, torch.Tensor]:
             turns += [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "yes"}]
         texts.append(processor.apply_chat_template(turns, tokenize=False))
     batch = processor.tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    return {"input_ids": ids, "attention_mask": mask, "labels": torch.where(mask.bool(), ids, -100)}
+    answers = batch["input_ids"] == processor.tokenizer.encode("yes", add_special_tokens=False)[0]
+    return {**batch, "labels": batch["input_ids"].masked_fill(~answers, -100)}
 
 
 def step(model, batch, kept: list | None = None) -> float:

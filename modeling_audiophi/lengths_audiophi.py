@@ -53,8 +53,8 @@ def join_windows(tokens, mask, num_windows=None):
     """Put the windows of a clip one after the other.
 
     `tokens` (W, T, D) and `mask` (W, T) bool hold one row per encoder window, in clip order, valid tokens first;
-    `num_windows` (C,) says how many rows each clip has, one at least (None: one each). Returns tokens (C, T', D) and mask (C, T') with each clip's valid
-    tokens first. Raises ValueError when the counts do not add up to W.
+    `num_windows` (C,) says how many rows each clip has, one at least (None: one each). Returns tokens (C, T', D) and
+    mask (C, T') with each clip's valid tokens first. Raises ValueError when the counts do not add up to W.
     """
     lengths = mask.sum(1)
     if num_windows is not None:
