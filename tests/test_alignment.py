@@ -16,6 +16,7 @@ from tests.conftest import prompts, random_like_trained
 
 VOCAB_IDS = torch.tensor([3, 7, 8, 20])
 TABLE = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
+WORDS = TABLE[VOCAB_IDS]
 
 
 def build_head():
@@ -35,10 +36,11 @@ def test_logits_are_scores_against_the_embedding_table():
     head.scale.data.fill_(2.0)
     head.bias.data[3] = 0.5
     tokens = torch.randn(1, 2, 6)
-    logits = head.logits(tokens, TABLE)
+    logits = head.logits(tokens, WORDS)
     assert logits.shape == (1, 2, 5)
     assert torch.allclose(logits[0, 1, 3], 2 * tokens[0, 1] @ TABLE[8] + 0.5, atol=1e-5)
     assert torch.allclose(logits[0, 0, 0], 2 * tokens[0, 0] @ head.blank, atol=1e-5)
+    assert torch.allclose(head.logits(tokens, 7 * WORDS, 7.0), logits, atol=1e-5)  # an LLM that scales its embeddings
 
 
 def brute_force_ctc(log_probs, target):

@@ -260,6 +260,13 @@ def test_the_projects_own_recipes(published, checkpoint, tmp_path):
     assert known["espnet/xeus"] == "cc-by-nc-sa-4.0" and component_licence("microsoft/wavlm-large").id == "cc-by-sa-3.0"
 
 
+def test_tasks_that_ask_alike_are_named_once(published):
+    """Five tasks make questions, and each was an answer of its own in the card."""
+    text = card_of(published, recipes=[RECIPES / "instructions.yaml"]).text
+    assert text.count("answers to questions about audio") == 1 and text.count("an answer to any question") == 1
+    assert "| at most 1,400 steps, in 60 minutes |" in text
+
+
 def test_what_the_author_states(published, tmp_path):
     recipe = yaml.safe_load((RECIPES / "quickstart.yaml").read_text())
     recipe["data"]["train"] = [{"path": "recordings/mine"}, {"path": "copy/of_libri"}]

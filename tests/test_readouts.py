@@ -12,7 +12,7 @@ from modeling_audiophi.readout_collapse import SHARPNESS, CollapseReadout
 from modeling_audiophi.readout_mixed import SOUND_FRAMES, MixedReadout, clip_statistics
 from modeling_audiophi.readouts import READOUTS
 from tests.conftest import prompts
-from tests.test_alignment import TABLE, VOCAB_IDS, build_head, path_logits
+from tests.test_alignment import WORDS, build_head, path_logits
 
 
 def zero_readout():
@@ -29,7 +29,7 @@ def test_collapse_keeps_the_greedy_words_at_the_first_frame_of_each_run(path, pa
     logits = path_logits(path + [3] * padding)
     mask = length_mask(torch.tensor([len(path)]), len(path) + padding)
     tokens = torch.randn(1, len(path) + padding, 6)
-    embeds, keep = zero_readout()(tokens, mask, head, logits, TABLE)
+    embeds, keep = zero_readout()(tokens, mask, logits, WORDS)
     words = head.greedy(logits, mask)[0]
     expected = [t for t, symbol in enumerate(path) if symbol and (t == 0 or path[t - 1] != symbol)]
     assert keep[0].nonzero()[:, 0].tolist() == expected
@@ -38,28 +38,27 @@ def test_collapse_keeps_the_greedy_words_at_the_first_frame_of_each_run(path, pa
 
 
 def test_collapse_is_a_mean_over_the_run_and_carries_the_acoustic_state():
-    head = build_head()
     logits = torch.full((1, 3, 5), -30.0)
     logits[0, :, 2] = torch.tensor([1.0, 2.0, -30.0])
     logits[0, :, 1] = torch.tensor([0.0, 0.5, -30.0])
     logits[0, 2, 0] = 5.0
     tokens = torch.randn(1, 3, 6)
     readout = CollapseReadout(6, 8)
-    embeds, keep = readout(tokens, torch.ones(1, 3, dtype=torch.bool), head, logits, TABLE)
+    embeds, keep = readout(tokens, torch.ones(1, 3, dtype=torch.bool), logits, WORDS)
     weights = (SHARPNESS * logits[0, :2, 1:]).softmax(-1)
-    expected = (weights @ TABLE[VOCAB_IDS]).mean(0) + readout.proj(readout.norm(tokens[0, :2].mean(0)))
+    expected = (weights @ WORDS).mean(0) + readout.proj(readout.norm(tokens[0, :2].mean(0)))
     assert keep.tolist() == [[True, False, False]]
     assert torch.allclose(embeds[0, 0], expected, atol=1e-5)
 
 
 def test_collapse_is_the_same_alone_and_in_a_batch():
-    head, readout = build_head(), CollapseReadout(6, 8)
+    readout = CollapseReadout(6, 8)
     lengths = [9, 4, 1]
     tokens, logits = torch.randn(3, 9, 6), 3 * torch.randn(3, 9, 5)
-    embeds, keep = readout(tokens, length_mask(torch.tensor(lengths)), head, logits, TABLE)
+    embeds, keep = readout(tokens, length_mask(torch.tensor(lengths)), logits, WORDS)
     for row, length in enumerate(lengths):
         mask = torch.ones(1, length, dtype=torch.bool)
-        alone = readout(tokens[row : row + 1, :length], mask, head, logits[row : row + 1, :length], TABLE)
+        alone = readout(tokens[row : row + 1, :length], mask, logits[row : row + 1, :length], WORDS)
         assert torch.allclose(embeds[row, :length], alone[0][0], atol=1e-6)
         assert torch.equal(keep[row, :length], alone[1][0]) and not keep[row, length:].any()
 
@@ -67,8 +66,8 @@ def test_collapse_is_the_same_alone_and_in_a_batch():
 def test_gradient_flows_through_the_posteriors_and_the_residual():
     head, readout = build_head(), CollapseReadout(6, 8)
     tokens = torch.randn(2, 8, 6, requires_grad=True)
-    logits = head.logits(tokens, TABLE)
-    embeds, keep = readout(tokens, torch.ones(2, 8, dtype=torch.bool), head, logits, TABLE)
+    logits = head.logits(tokens, WORDS)
+    embeds, keep = readout(tokens, torch.ones(2, 8, dtype=torch.bool), logits, WORDS)
     assert keep.any()
     embeds.square().sum().backward()
     for parameter in (tokens, head.scale, readout.proj.weight):
@@ -78,12 +77,12 @@ def test_gradient_flows_through_the_posteriors_and_the_residual():
 @given(path=st.lists(st.sampled_from([0, 0, 0, 0, 0, 1, 2]), min_size=1, max_size=60), padding=st.integers(0, 9))
 @settings(max_examples=200, deadline=None)
 def test_mixed_keeps_the_words_and_every_whole_piece_without_words(path, padding):
-    head, readout = build_head(), MixedReadout(6, 8).eval()
+    readout = MixedReadout(6, 8).eval()
     logits = path_logits(path + [0] * padding)
     mask = length_mask(torch.tensor([len(path)]), len(path) + padding)
     tokens = torch.randn(1, len(path) + padding, 6)
     encoded = (torch.randn(1, 3, 8), torch.ones(1, 3, dtype=torch.bool))
-    embeds, keep = readout(tokens, mask, head, logits, TABLE, encoded)
+    embeds, keep = readout(tokens, mask, logits, WORDS, encoded)
     clip = readout.clip_norm(clip_statistics(*encoded))[0]
     expected, start = [], 0
     while start < len(path):
@@ -107,16 +106,16 @@ def test_mixed_keeps_the_words_and_every_whole_piece_without_words(path, padding
 
 
 def test_mixed_is_the_same_alone_and_in_a_batch():
-    head, readout = build_head(), MixedReadout(6, 8).eval()
+    readout = MixedReadout(6, 8).eval()
     lengths, frames = [30, 14, 3], [61, 28, 7]
     tokens, logits, hidden = torch.randn(3, 30, 6), 3 * torch.randn(3, 30, 5), torch.randn(3, 61, 8)
     logits[..., 0] += 5
     encoded = (hidden, length_mask(torch.tensor(frames)))
-    embeds, keep = readout(tokens, length_mask(torch.tensor(lengths), 30), head, logits, TABLE, encoded)
+    embeds, keep = readout(tokens, length_mask(torch.tensor(lengths), 30), logits, WORDS, encoded)
     for row, length in enumerate(lengths):
         mask, one = torch.ones(1, length, dtype=torch.bool), slice(row, row + 1)
         encoded = (hidden[one, : frames[row]], torch.ones(1, frames[row], dtype=torch.bool))
-        alone = readout(tokens[one, :length], mask, head, logits[one, :length], TABLE, encoded)
+        alone = readout(tokens[one, :length], mask, logits[one, :length], WORDS, encoded)
         assert torch.allclose(embeds[row, :length], alone[0][0], atol=1e-5)
         assert torch.equal(keep[row, :length], alone[1][0]) and not keep[row, length:].any()
 
@@ -138,8 +137,8 @@ def test_clip_statistics_know_only_real_frames(frames, padding):
 
 def sound_readout():
     """A readout and what it is called with for a batch of two silent clips of 24 tokens."""
-    head, readout = build_head(), MixedReadout(6, 8).eval()
-    arguments = (torch.randn(2, 24, 6), torch.ones(2, 24).bool(), head, path_logits([0] * 24).repeat(2, 1, 1), TABLE)
+    readout = MixedReadout(6, 8).eval()
+    arguments = (torch.randn(2, 24, 6), torch.ones(2, 24).bool(), path_logits([0] * 24).repeat(2, 1, 1), WORDS)
     return readout, (*arguments, (torch.randn(2, 5, 8), torch.ones(2, 5).bool()))
 
 
@@ -154,7 +153,7 @@ def test_sounds_come_to_lie_near_the_words_that_describe_them():
     torch.manual_seed(1)
     readout, arguments = sound_readout()
     labels = torch.tensor([[0, 2, 2], [1, -1, -1]])
-    table = TABLE[VOCAB_IDS]
+    table = WORDS
     optimizer = torch.optim.Adam(readout.parameters(), 0.02)
     losses = []
     for _ in range(60):
@@ -173,7 +172,7 @@ def test_sounds_come_to_lie_near_the_words_that_describe_them():
 def test_the_sound_loss_is_a_sum_over_described_clips():
     readout, arguments = sound_readout()
     embeds, keep = readout(*arguments)
-    table, nothing = TABLE[VOCAB_IDS], torch.tensor([[-1], [-1]])
+    table, nothing = WORDS, torch.tensor([[-1], [-1]])
     both, first, second = (
         readout.sound_loss(embeds, keep, torch.tensor(labels), table)
         for labels in ([[0, 2], [1, -1]], [[0, 2], [-1, -1]], [[-1, -1], [1, -1]])

@@ -123,6 +123,7 @@ def test_the_hub_comes_first_and_its_download_is_atomic(tmp_path, monkeypatch):
         (Path(local_dir) / "model.safetensors").touch()
         if component_id == "acme/broken":
             raise OSError("connection reset")
+        return str(local_dir)
 
     monkeypatch.setattr(components_audiophi, "snapshot_download", snapshot)
     path = get_components.get_component("acme/model", tmp_path)

@@ -39,7 +39,8 @@ def make_card(folder: str | Path, inputs: Inputs) -> ModelCard:
     evaluations = [(metrics, check_metrics(metrics, path, folder)) for path, metrics in inputs.metrics.items()]
     sources = described_sources(recipes, about, inputs.answers)
     licences = part_licences(config, recipes, sources, about, inputs.answers)
-    tasks = [TASKS[name] for name in tasks_of(recipes, saved_tasks(folder))] or [default_task()]
+    names = [TASKS[name].asked_as or name for name in tasks_of(recipes, saved_tasks(folder))]
+    tasks = [TASKS[name] for name in dict.fromkeys(names)] or [default_task()]
 
     card = ModelCard(template_path().read_text(encoding="utf-8"))
     header = card.data
@@ -198,6 +199,7 @@ def stages_table(recipe: Recipe) -> str:
     for stage in recipe.stages:
         tuned = [f"{part} ({how})" for part, how in asdict(stage.tune).items() if how not in (None, "frozen")]
         length = f"{stage.steps:,} steps" if stage.steps else f"{stage.epochs:g} epochs"
+        length = f"at most {length}, in {stage.minutes:g} minutes" if stage.minutes else length
         rows.append(f"| {stage.name} | {stage.losses} | {', '.join(tuned)} | {length} |")
     return "\n".join(rows)
 
