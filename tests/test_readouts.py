@@ -12,7 +12,7 @@ from modeling_audiophi.readout_collapse import SHARPNESS, CollapseReadout
 from modeling_audiophi.readout_mixed import SOUND_FRAMES, MixedReadout, clip_statistics
 from modeling_audiophi.readouts import READOUTS
 from tests.conftest import prompts
-from tests.test_alignment import WORDS, build_head, path_logits
+from tests.test_alignment import TABLE, WORDS, build_head, path_logits
 
 
 def zero_readout():
