@@ -145,7 +145,7 @@ class BatchSchedule(Sampler[list[Draw]]):
             draws.append([Draw(rows[i], epoch, speeds[i]) for i in step])
         return draws
 
-    def _steps(self, epoch: int) -> "Steps":
+    def _steps(self, epoch: int) -> Steps:
         """The same before their order is drawn: which draws of the pass make up each."""
         rng = np.random.default_rng([self.seed, epoch])
         rows = self._rows(rng)
