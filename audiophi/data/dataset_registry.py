@@ -6,7 +6,7 @@ To add one: a small file with these three, and a line here. Rows have the names 
 
 from pathlib import Path
 
-from . import dataset_audiocaps, dataset_clotho
+from . import dataset_audiocaps, dataset_clotho, dataset_noise
 from .dataset_files import metadata_file
 from .dataset_questions import AIR_BENCH, CLOTHO_AQA, MMAU, SPEECH_IFEVAL, VOICEBENCH
 from .dataset_sounds import ESC50, URBANSOUND8K
@@ -14,9 +14,10 @@ from .dataset_sounds import ESC50, URBANSOUND8K
 KINDS = {
     "clotho": dataset_clotho, "audiocaps": dataset_audiocaps, "esc50": ESC50, "urbansound8k": URBANSOUND8K,
     "clotho_aqa": CLOTHO_AQA, "mmau": MMAU, "air_bench": AIR_BENCH, "voicebench": VOICEBENCH,
-    "speech_ifeval": SPEECH_IFEVAL,
+    "speech_ifeval": SPEECH_IFEVAL, "noise": dataset_noise,
 }  # fmt: skip
-ONLY_BY_PREFIX = {"voicebench"}  # its columns could be anybody's
+MADE = {"noise"}  # of no files: what follows the prefix is a number of clips
+ONLY_BY_PREFIX = {"voicebench", *MADE}  # its columns could be anybody's
 
 
 def split_kind(path: str) -> tuple[str | None, str]:
@@ -29,6 +30,10 @@ def split_kind(path: str) -> tuple[str | None, str]:
     prefix, colon, rest = path.partition(":")
     if colon and prefix in KINDS:
         place = Path(rest).expanduser()
+        if prefix in MADE:
+            if not KINDS[prefix].matches(place):
+                raise ValueError(f"{path}: give a number of clips, as {prefix}:300.")
+            return prefix, path
         if not place.exists():
             raise FileNotFoundError(f"{path}: no such file or folder {rest!r}.")
         if not KINDS[prefix].matches(place):

@@ -4,6 +4,7 @@
     "LibriSpeech", split="dev-clean"             the official archive's directory tree (*.trans.txt)
     "my_folder"                                  audiofolder: metadata.{jsonl,csv,parquet}, or label folders of files
     "manifest.jsonl", audio_column="wav"         JSONL, CSV, TSV or Parquet, paths relative to the file
+    "noise:300"                                  as many clips in which nobody speaks (dataset_noise.py)
     "clotho:FOLDER", "audiocaps:FOLDER", ...     releases with a layout of their own (dataset_registry.py); without the
                                                  prefix they are recognised by their files
 
@@ -39,7 +40,7 @@ from .dataset_files import (
     rows_of_folders,
 )
 from .dataset_paths import Reach, reach_of_folder, reach_of_hub
-from .dataset_registry import KINDS, split_kind
+from .dataset_registry import KINDS, MADE, split_kind
 from .example import Example, RowError, drawing, posed
 
 SPEC_KEYS = (
@@ -276,6 +277,9 @@ def natural_task(columns: Columns) -> Task:
 def _open(entry: dict, streaming: bool):
     """(rows, names of the columns or None, folder that paths are relative to, reach, class columns)."""
     path = Path(entry["path"]).expanduser()
+    if entry["kind"] in MADE:
+        count = Path(entry["path"].partition(":")[2])
+        return KINDS[entry["kind"]].rows(count, entry["split"]), None, None, reach_of_folder(entry, Path()), {}
     if not path.exists():
         if path.suffix in MANIFEST_SUFFIXES or path.is_absolute() or entry["path"].startswith((".", "~")):
             raise FileNotFoundError(f"{entry['path']}: no such file or folder.")
