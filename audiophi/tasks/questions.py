@@ -23,12 +23,13 @@ class Kind:
         wordings, test_wordings: with {slots} for what the question is about. No wordings: kept out of training, to see
             what a model makes of a kind of question that it was never asked (tools/make_questions.py).
         metric: see `audiophi/evaluation/answer_metrics.py`.
-        forms: what the form of the answer is asked with, one after the other put behind each wording.
+        forms: what the form of the answer is asked with, one after the other put behind each wording; in training also
+            nothing, as people ask.
     """
 
     def __init__(self, name, wordings, test_wordings, metric="exact", forms=("",)):
         self.name, self.metric = name, metric
-        self.wordings = tuple(wording + form for wording in wordings for form in forms)
+        self.wordings = tuple(wording + form for wording in wordings for form in dict.fromkeys((*forms, "")))
         self.test_wordings = tuple(wording + form for wording in test_wordings for form in forms)
 
     def ask(self, *answers: str, choices=(), **slots: str) -> Question:
