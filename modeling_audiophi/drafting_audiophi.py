@@ -91,22 +91,30 @@ class DraftedPrior(LanguageModelPrior):
         return self.found[tuple(words)][None]
 
 
+def is_plain(model, generation_config, kwargs):
+    """Whether `generate` with these settings writes one sequence per prompt, greedily, and returns nothing else."""
+    config = copy.deepcopy(model.generation_config if generation_config is None else generation_config)
+    config.update(**{name: value for name, value in kwargs.items() if value is not None})
+    return (
+        config.get_generation_mode() == GenerationMode.GREEDY_SEARCH
+        and (config.num_return_sequences or 1) == 1
+        and not config.return_dict_in_generate
+        and not any(kwargs.get(name) for name in NOT_WITH_A_DRAFT)
+        and not any(getattr(config, name, None) for name in CONFIG_NOT_WITH_A_DRAFT)
+    )
+
+
 def may_draft(model, generation_config, kwargs, batch_size):
     """Whether `generate` with these settings writes the same words with a draft as without: one sequence, greedily,
     with a cache that forgets rejected words, and nothing beside the LLM's scores that depends on earlier calls."""
-    config = copy.deepcopy(model.generation_config if generation_config is None else generation_config)
-    config.update(**{name: value for name, value in kwargs.items() if value is not None})
-    cache = kwargs.get(CACHE_NAME)
+    config, cache = model.generation_config if generation_config is None else generation_config, kwargs.get(CACHE_NAME)
     return (
         batch_size == 1
-        and config.get_generation_mode() == GenerationMode.GREEDY_SEARCH
-        and (config.num_return_sequences or 1) == 1
-        and config.use_cache is not False
+        and is_plain(model, generation_config, {**kwargs, "return_dict_in_generate": False})
+        and kwargs.get("use_cache", config.use_cache) is not False
         # transformers' loop reads the whole prompt first: not what a cache of earlier turns holds already.
         and (cache is None or (type(cache) is DynamicCache and not cache.get_seq_length()))
         and can_forget(model.model.language_model)
-        and not any(kwargs.get(name) for name in NOT_WITH_A_DRAFT)
-        and not any(getattr(config, name, None) for name in CONFIG_NOT_WITH_A_DRAFT)
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationMixin
 
 from .ctc_scoring_audiophi import CTCPrefixScorer, alignment_per_prompt, last_clips
-from .drafting_audiophi import DraftedPrior, HeardDraft, may_draft
+from .drafting_audiophi import DraftedPrior, HeardDraft, is_plain, may_draft
 from .kv_cache_audiophi import CACHE_NAME
 from .lm_prior_audiophi import LanguageModelPrior
 from .lora_audiophi import without_lora
@@ -52,7 +52,8 @@ class AudioPhiGenerationMixin(GenerationMixin):
         Where a transcript is wanted, the alignment head can have a share in the scores. It expects the words of the
         clips of the last user turn (without `asked`: of the last clip), and nothing where that turn has none. These are
         arguments, or attributes of the generation config:
-            ctc_weight (0): its share, between 0 and 1, see `CTCPrefixScorer`.
+            ctc_weight (0): its share, between 0 and 1, see `CTCPrefixScorer`. At 1, decoded greedily and without
+                prior, its own reading is the transcript: the LLM is not run, and no other setting but a length counts.
             ctc_temperature (1): of its posteriors; CTC is surer of itself than it should be, more makes it less so.
             lm_prior_weight (0): see `LanguageModelPrior`; without effect where ctc_weight is 0.
             lm_prior_start_id (the LLM's bos): token that begins a text for that prior.
@@ -94,6 +95,9 @@ class AudioPhiGenerationMixin(GenerationMixin):
             # Scores come to where the prompt is, wherever the parts of the model lie.
             heard = logits.to(prompt.device), audio.tokens_mask.to(prompt.device)
             log_probs, lengths = alignment_per_prompt(*heard, clips, fusion["ctc_temperature"])
+            alone = fusion["ctc_weight"] == 1 and not fusion["lm_prior_weight"] and bool((lengths > 0).all())
+            if alone and is_plain(self, generation_config, kwargs):
+                return self._as_heard(prompt, log_probs, lengths, generation_config, kwargs)
             draft = None
             if drafting and may_draft(self, generation_config, kwargs, len(prompt)):
                 draft = self._draft(log_probs, lengths, length, fusion, generation_config, kwargs)
@@ -158,10 +162,32 @@ class AudioPhiGenerationMixin(GenerationMixin):
             raise ValueError(f"unknown task {task!r}; this model knows: {', '.join(tasks) or 'none'}")
         return tasks.get(task) or {}
 
+    def _as_heard(self, prompt, log_probs, lengths, generation_config, kwargs):
+        """Prompts (B, L) with the alignment's own reading behind each, (B, L + n)."""
+        config = self.generation_config if generation_config is None else generation_config
+        pad, ends = kwargs.get("pad_token_id", config.pad_token_id), self._end_ids(generation_config, kwargs)
+        heard = self._greedy(log_probs, lengths)
+        most = kwargs.get("max_new_tokens", config.max_new_tokens)
+        if most is None:
+            most = max(0, (kwargs.get("max_length", config.max_length) or len(log_probs[0])) - prompt.shape[1])
+        rows = [torch.tensor([*words, *ends[:1]][:most], dtype=torch.long) for words in heard]
+        pad = pad if pad is not None else ends[0] if ends else 0
+        written = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad).to(prompt)
+        if (streamer := kwargs.get("streamer")) is not None:
+            streamer.put(prompt.cpu())
+            for token in written[0]:
+                streamer.put(token[None].cpu())
+            streamer.end()
+        return torch.cat([prompt, written], 1)
+
+    def _greedy(self, log_probs, lengths):
+        """LLM token ids of what the alignment hears, a list per row."""
+        mask = torch.arange(log_probs.shape[1], device=lengths.device) < lengths[:, None]
+        return self.model.alignment.greedy(log_probs, mask) if mask.any() else [[] for _ in lengths]
+
     def _draft(self, log_probs, lengths, prompt_length, fusion, generation_config, kwargs):
         """The alignment's transcript as a draft; None where it heard nothing."""
-        mask = torch.arange(log_probs.shape[1], device=lengths.device) < lengths[:, None]
-        heard = self.model.alignment.greedy(log_probs, mask)[0] if mask.any() else []
+        heard = self._greedy(log_probs, lengths)[0]
         ends = self._end_ids(generation_config, kwargs)
         return HeardDraft([*heard, *ends[:1]], prompt_length, fusion["draft_tokens"]) if heard else None
 

@@ -2,6 +2,7 @@
 file."""
 
 import contextlib
+import copy
 import itertools
 import json
 import random
@@ -86,6 +87,14 @@ class Development:
         self._hidden: dict[int, list[dict]] | None = None
         state = PartialState()
         self.mine = range(state.process_index, len(self.rows), state.num_processes)
+        self.shared = state.num_processes > 1
+
+    def of_task(self, name: str) -> "Development":
+        """The rows of one task, all of them for this process alone."""
+        one = copy.copy(self)
+        one.rows = [row for row in self.rows if row[0].task == name]
+        one.mine, one.shared, one._hidden = range(len(one.rows)), False, None
+        return one
 
     @torch.inference_mode()
     def prepare(self, model, frozen_encoder: bool) -> None:
@@ -126,7 +135,7 @@ class Development:
                 mine = [number for number in numbers if number in self.mine]
                 for start in range(0, len(mine), self.batch_size):
                     predictions += self._answered(engine, name, mine[start : start + self.batch_size], clips, with_lm)
-        if PartialState().num_processes > 1:
+        if self.shared:
             predictions = gather_object(predictions)
         predictions.sort(key=lambda prediction: order[prediction["row"]])
         scores = {}

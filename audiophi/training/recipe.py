@@ -107,6 +107,8 @@ class Evaluation:
     clips: int = 64
     batch_size: int = 16
     max_new_tokens: int = 96
+    # At the end the weights of decoding that `generation` does not give are chosen on these clips (decoding_fit.py).
+    fit_decoding: bool = True
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Runs a recipe: data, components, cache, then stage after stage, each resumable, and the finished model.
 
-In `output_dir`: `recipe.yaml` (resolved), `bad_rows.jsonl`, `history.jsonl`, `curves.png`, one folder per stage
-(checkpoints while it trains, then a slim model and `stage.json`), and `final/` with model, processor and model card.
+In `output_dir`: `recipe.yaml` (resolved), `bad_rows.jsonl`, `history.jsonl`, `curves.png`, `decoding.json`, one folder per
+stage (checkpoints while it trains, then a slim model and `stage.json`), and `final/` with model, processor and model card.
 Running the same command again skips finished stages and resumes the one that was cut short.
 """
 
@@ -21,6 +21,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainingArguments, s
 from audiophi.data.datasets import stream_examples
 from audiophi.data.example import RowError
 from audiophi.tasks import default_task
+from audiophi.tasks.transcribe import Transcribe
 
 from .build import (
     apply_tuning,
@@ -36,6 +37,7 @@ from .checkpoints import DamagedModel, checksums, damage, resumable_checkpoint, 
 from .continuing import DONE_NAME, check_same_recipe, remember_recipe
 from .corpus import BadRows, Corpus, source_spec
 from .curves import draw_curves
+from .decoding_fit import fit_decoding
 from .guards import LossGuard
 from .plan import describe_stage, measure_step, steps_in_time
 from .precision import fast_precision, training_device
@@ -116,8 +118,12 @@ def run_stages(recipe: Recipe, signals: StopSignals) -> Path:
 
 
 def finish(run: Run) -> None:
-    """Saves `final/` and the curves, and uploads the model if it is not on the Hub yet."""
+    """Chooses how to decode, saves `final/` and the curves, and uploads the model if it is not on the Hub yet."""
     final = run.folder / "final"
+    if run.recipe.evaluation.fit_decoding and run.development is not None:
+        run.model.to(training_device())
+        given = {**run.recipe.generation, **run.recipe.generation.get(Transcribe.name, {})}
+        fit_decoding(run.model, run.development, given, run.folder, run.say)
     draw_curves(run.history.read(), run.folder / "curves.png", run.recipe.name)
     save_model(run, final, getattr(torch, run.recipe.save_dtype), with_card=True)
     size = sum(file.stat().st_size for file in final.glob("*.safetensors"))
