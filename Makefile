@@ -18,14 +18,21 @@ quickstart: .venv/installed
 	$(BIN)/python tools/get_components.py
 	$(BIN)/python train.py recipes/quickstart.yaml --output_dir $(RUN)
 	$(BIN)/python eval.py --model $(RUN)/final --data data/synthetic_speech --split dev --limit 40 --output_dir $(RUN)/eval --show 8
-	$(BIN)/audiophi card $(RUN)/final --metrics $(RUN)/eval/metrics.json
+	$(BIN)/python tools/make_questions.py recipes/quickstart.yaml $(RUN)/questions.jsonl --per_kind 4
+	$(BIN)/python eval.py --model $(RUN)/final --data $(RUN)/questions.jsonl --task answer --max_new_tokens 40 \
+		--output_dir $(RUN)/eval-answers --show 8
+	$(BIN)/audiophi card $(RUN)/final --metrics $(RUN)/eval/metrics.json $(RUN)/eval-answers/metrics.json
 ifneq ($(LIBRISPEECH),)
 	$(BIN)/python eval.py --model $(RUN)/final --data $(LIBRISPEECH) --limit $(LIMIT) \
 		--output_dir $(RUN)/eval-librispeech --show 8
-	$(BIN)/audiophi card $(RUN)/final --metrics $(RUN)/eval/metrics.json $(RUN)/eval-librispeech/metrics.json
+	$(BIN)/audiophi card $(RUN)/final --metrics $(RUN)/eval/metrics.json $(RUN)/eval-answers/metrics.json \
+		$(RUN)/eval-librispeech/metrics.json
 endif
 	@echo "model and model card: $(RUN)/final   curves: $(RUN)/curves.png   transcripts: $(RUN)/eval/predictions.jsonl"
-	@echo "your own file: $(BIN)/audiophi transcribe FILE --model $(RUN)/final"
+	@echo "your own file:  $(BIN)/audiophi transcribe FILE --model $(RUN)/final"
+	@echo "a question:     $(BIN)/audiophi ask 'What is the last word?' FILE --model $(RUN)/final"
+	@echo "in a browser:   $(BIN)/audiophi demo --model $(RUN)/final"
+	@echo "your own data:  $(BIN)/python train.py recipes/quickstart.yaml --name mine --data.train '[{path: FOLDER}]' --stages.1.data null"
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --durations=10

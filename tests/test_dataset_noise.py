@@ -26,7 +26,8 @@ def test_a_clip_is_the_same_every_time_and_in_every_number_of_clips():
 
 
 def test_it_can_be_streamed_and_divided():
-    ids = [row.id for part in range(2) for row in stream_examples([{"path": "noise:5", "task": "no_speech"}], part=(part, 2))]
+    source = [{"path": "noise:5", "task": "no_speech"}]
+    ids = [row.id for part in range(2) for row in stream_examples(source, part=(part, 2))]
     assert sorted(ids) == sorted(row.id for row in load_examples({"path": "noise:5", "task": "no_speech"}))
 
 

@@ -3,7 +3,9 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import soundfile
@@ -227,6 +229,21 @@ def test_the_questions_of_a_recipe_are_written_down(settings, speech, sounds, tm
     again = tmp_path / "again.jsonl"
     make_questions.main([str(tmp_path / "recipe.yaml"), str(again), "--per_kind", "6"])
     assert again.read_text() == out.read_text()
+
+
+def test_questions_about_clips_that_a_data_set_holds_itself_have_files(speech, settings, tmp_path):
+    import yaml
+
+    from tools import make_questions
+
+    clip = (speech / "0.wav").read_bytes()
+    table = datasets.Dataset.from_list([{"audio": {"bytes": clip, "path": "0.wav"}, "text": "the quick brown fox"}])
+    table.to_parquet(tmp_path / "held.parquet")
+    data = {"train": [{"path": str(speech)}], "eval": [{"path": str(tmp_path / "held.parquet"), "task": "words"}]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(settings(LM, data=data)))
+    assert make_questions.main([str(tmp_path / "recipe.yaml"), str(tmp_path / "questions.jsonl")]) == 0
+    rows = load_examples({"path": str(tmp_path / "questions.jsonl")})
+    assert len(rows) > 3 and Path(rows[0].clips[0].audio["path"]).read_bytes() == clip
 
 
 def test_speech_is_laid_over_sounds(speech, sounds, tmp_path):

@@ -1,4 +1,4 @@
-"""Write the sentences of `data/sentences.txt`: plain everyday English, of the templates and word lists beside this file.
+"""Write the sentences of `data/sentences.txt`: plain everyday English, from templates and word lists.
 
     python tools/make_everyday_sentences.py data/sentences.txt [--sentences 4000] [--seed 0]
 

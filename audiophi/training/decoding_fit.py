@@ -43,7 +43,7 @@ def fit_decoding(model, development: Development, given: dict, folder: Path, say
         tasks[Transcribe.name] = {**own, **settings}
         scores, _ = rows.evaluate(model, with_lm=True)
         tried.append((scores[scores["main_score"]], settings))
-        say("  " + "  ".join(f"{name} {value:g}" for name, value in settings.items()) + f": {tried[-1][0]:.4g} % errors")
+        say(f"  {shown(settings)}: {tried[-1][0]:.4g} % errors")
         return tried[-1][0]
 
     if {*ALONE} <= {*free}:
@@ -61,4 +61,8 @@ def fit_decoding(model, development: Development, given: dict, folder: Path, say
     tasks[Transcribe.name] = {**own, **best}
     told = [{**settings, "error_rate": found} for found, settings in tried]
     write_atomically(folder / NAME, json.dumps({"clips": len(rows.rows), "chosen": best, "tried": told}, indent=1))
-    say("decoding: " + ", ".join(f"{name} {value:g}" for name, value in best.items()) + f" ({least:.4g} % errors)")
+    say(f"decoding: {shown(best)}, with {least:.4g} % errors")
+
+
+def shown(settings: dict) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in settings.items())
