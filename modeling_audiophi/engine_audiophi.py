@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin
 
 from .generation_audiophi import AUDIO_INPUTS, GENERATION_SETTINGS
+from .word_times_audiophi import word_times
 
 MAX_NEW_TOKENS = 512  # where neither the call nor the model's generation config says
 GENERATE_ARGUMENTS = {*inspect.signature(GenerationMixin.generate).parameters} - {"self", "inputs", "kwargs"}
@@ -24,11 +25,13 @@ UNSAVED = {"_from_model_config", "_commit_hash", "transformers_version"}
 class Answer:
     """To one prompt. texts: as many as num_return_sequences; stopped: whether the first of them has come to its end;
     none and None where the language model was not run. heard: what the alignment alone hears in each clip of the
-    prompt, None where it was not asked."""
+    prompt, None where it was not asked. words: of the first text, (word, start, end in seconds of its one clip), None
+    where they were not asked for."""
 
     texts: list[str]
     stopped: bool | None = None
     heard: list[str] | None = None
+    words: list[tuple[str, float, float]] | None = None
 
 
 class Engine:
@@ -38,7 +41,9 @@ class Engine:
         self.model, self.processor = model, processor
 
     @torch.inference_mode()
-    def __call__(self, prompts, task=None, continued=False, with_alignment=False, with_lm=True, **settings):
+    def __call__(
+        self, prompts, task=None, continued=False, with_alignment=False, with_lm=True, with_times=False, **settings
+    ):
         """A batch of prompts → a list of `Answer`s. The audio is encoded once.
 
         Args:
@@ -46,9 +51,10 @@ class Engine:
             task: how to decode, see `generate`; None: as the prompts ask, where they all ask for the same.
             continued: go on with the last turn's words, instead of answering it.
             with_alignment, with_lm: which of the two hear: the alignment head alone, and the language model.
+            with_times: find out when the words of each answer are said; for prompts of one clip each.
             settings: of `generate`.
         Raises TypeError for settings that nobody knows; ValueError for what is out of range, chats that cannot be
-        read, an unknown task, and `with_alignment` without an alignment head.
+        read, an unknown task, and `with_alignment` or `with_times` without an alignment head.
         """
         inputs = self.processor.apply_chat_template(
             prompts,
@@ -64,15 +70,20 @@ class Engine:
         self.model.eval()
         try:
             heard = [None] * len(prompts)
-            if with_alignment:
+            if with_alignment or with_times:
                 audio = {name: inputs.pop(name) for name in AUDIO_INPUTS if name in inputs}
                 if audio:
                     how = {"with_alignment": True, "with_readout": with_lm, "return_dict": True}
                     inputs["audio_features"] = self.model.get_audio_features(**audio, **how)
+            if with_alignment:
                 heard = self._heard(inputs)
             if not with_lm:
                 return [Answer([], None, clips) for clips in heard]
-            return self._written(inputs, heard, task, continued, settings)
+            answers = self._written(inputs, heard, task, continued, settings)
+            if with_times:
+                for answer, times in zip(answers, self._times(answers, inputs["audio_features"]), strict=True):
+                    answer.words = times
+            return answers
         finally:
             self.model.train(was_training)
 
@@ -84,6 +95,20 @@ class Engine:
             texts = iter([self.decode(words).strip() for words in transcripts])
         counts = (inputs["input_ids"] == self.processor.audio_token_id).sum(1).tolist()
         return [[next(texts) for _ in range(count)] for count in counts]
+
+    def _times(self, answers, audio):
+        """Per answer its words with their times."""
+        seconds = 1 / self.model.config.audio_tokens_per_second
+        for answer, logits, mask in zip(answers, audio.align_logits, audio.tokens_mask, strict=True):
+            words = answer.texts[0].split()
+            times = word_times(words, logits[mask].float().log_softmax(-1), self._pieces, seconds)
+            yield [(word, round(start, 3), round(end, 3)) for word, (start, end) in zip(words, times, strict=True)]
+
+    @cached_property
+    def _pieces(self):
+        """Text of each token of the alignment → its class."""
+        ids = self.model.model.alignment.vocab_ids.tolist()
+        return {self.decode([index]): number for number, index in enumerate(ids, 1)}
 
     def _written(self, inputs, heard, task, continued, settings):
         asked = inputs.pop("asked")

@@ -41,7 +41,7 @@ class AudioTextToTextPipeline(Pipeline):
         chunk_length_s: a longer recording is worked on in pieces of at most so many seconds, cut at pauses, where the
             task allows it (`in_pieces`); default: the encoder's window (30 s), 0: never.
         return_timestamps: add "chunks" where the task allows pieces: [{"timestamp": (start, end) in seconds, "text"},
-            …].
+            …], of each piece (True), or of each word ("word"; with an alignment head, see word_times_audiophi.py).
         sampling_rate: Hz, of bare arrays.
         batch_size (1), num_workers (0): rows decoded at a time; processes that read and prepare them.
         everything else, or `generate_kwargs={…}`: for `generate`, say max_new_tokens (512), num_beams,
@@ -87,9 +87,11 @@ class AudioTextToTextPipeline(Pipeline):
                 raise ValueError("a streamer takes one input at a time")
             batch_size = (batch_size or self._batch_size or 1) if streamer is None else 1
             rows = [inputs] if alone else undecoded(inputs)
+            how = {"generate_kwargs": settings, "batch_size": batch_size}
+            how["with_times"] = postprocess.get("return_timestamps") == "word"
             results = Results(
                 loader(rows, reader, batch_size, num_workers or self._num_workers),
-                lambda batch: self.forward(batch, generate_kwargs=settings, batch_size=batch_size),
+                lambda batch: self.forward(batch, **how),
                 lambda row: self.postprocess(row, **postprocess),
                 rows,
             )
@@ -118,8 +120,10 @@ class AudioTextToTextPipeline(Pipeline):
             isinstance(chunk_length_s, Real) and (not chunk_length_s or chunk_length_s >= 1)
         ):
             raise ValueError(f"chunk_length_s={chunk_length_s!r}: expected 0 (never cut) or at least 1 second")
-        if return_timestamps not in (None, True, False):
-            raise ValueError(f"return_timestamps={return_timestamps!r}: expected True (of pieces) or False")
+        if return_timestamps not in (None, True, False, "word"):
+            raise ValueError(f'return_timestamps={return_timestamps!r}: expected "word", True (of pieces) or False')
+        if return_timestamps == "word" and self.model.model.alignment is None:
+            raise ValueError('return_timestamps="word" needs an alignment head, which this model does not have')
         preprocess = {"task": task, "instruction": instruction, "chunk_length_s": chunk_length_s}
         preprocess = {**preprocess, "sampling_rate": sampling_rate}
         if task is not None or instruction is not None:
@@ -147,41 +151,43 @@ class AudioTextToTextPipeline(Pipeline):
         """See `RowReader.read`."""
         return RowReader(self.processor, **arguments).read(row)
 
-    def _forward(self, rows, generate_kwargs=None, batch_size=1):
-        """Rows of `preprocess`, or {"error"} → per row {"texts": a list of answers per prompt, "seconds"} or
-        {"error"}."""
+    def _forward(self, rows, generate_kwargs=None, batch_size=1, with_times=False):
+        """Rows of `preprocess`, or {"error"} → per row {"answers": one per prompt, "seconds"} or {"error"}.
+        `with_times`: of the words, where a row is a recording in pieces."""
         settings, answers, groups = generate_kwargs or {}, {}, {}
         for number, row in enumerate(rows):
             for piece in range(len(row.get("prompts", ()))):
-                groups.setdefault((row["task"], row["continued"]), []).append((number, piece))
+                timed = with_times and row["seconds"] is not None
+                groups.setdefault((row["task"], row["continued"], timed), []).append((number, piece))
         total, stream = sum(map(len, groups.values())), None
         if settings.get("streamer") is not None and total > 1:
             space = self.tokenizer.encode(" ", add_special_tokens=False)
             ends = self.engine.arguments(**settings)["generation_config"].eos_token_id
             stream = OneStreamOfSeveral(settings["streamer"], space, ends)
             settings = {**settings, "streamer": stream}
-        for (task, continued), places in groups.items():
+        for (task, continued, timed), places in groups.items():
             for start in range(0, len(places), batch_size):
                 batch = places[start : start + batch_size]
                 if stream is not None:
                     stream.last = len(answers) + len(batch) == total
                 prompts = [rows[number]["prompts"][piece] for number, piece in batch]
-                answers.update(zip(batch, self._answers(prompts, task, continued, settings), strict=True))
+                asked = {"task": task, "continued": continued, "with_times": timed, **settings}
+                answers.update(zip(batch, self._answers(prompts, asked), strict=True))
         results = []
         for number, row in enumerate(rows):
-            texts = [answers[number, piece] for piece in range(len(row.get("prompts", ())))]
-            errors = [row["error"]] if "error" in row else [text for text in texts if isinstance(text, Exception)]
-            results.append({"error": errors[0]} if errors else {"texts": texts, "seconds": row["seconds"]})
+            own = [answers[number, piece] for piece in range(len(row.get("prompts", ())))]
+            errors = [row["error"]] if "error" in row else [answer for answer in own if isinstance(answer, Exception)]
+            results.append({"error": errors[0]} if errors else {"answers": own, "seconds": row["seconds"]})
         return results
 
-    def _answers(self, prompts, task, continued, settings):
-        """Per prompt a list of texts, or the error it causes (say it is longer than the LLM's context)."""
+    def _answers(self, prompts, asked):
+        """Per prompt an `Answer`, or the error it causes (say it is longer than the LLM's context)."""
         try:
-            return [answer.texts for answer in self.engine(prompts, task, continued, **settings)]
+            return self.engine(prompts, **asked)
         except ROW_ERRORS as error:
             if len(prompts) == 1:
                 return [error]
-            return [self._answers([one], task, continued, settings)[0] for one in prompts]
+            return [self._answers([one], asked)[0] for one in prompts]
 
     # ---- words -> result ---------------------------------------------------------------------------------------------
 
@@ -189,12 +195,21 @@ class AudioTextToTextPipeline(Pipeline):
         """A row of `_forward` → the caller's result; see the class."""
         if "error" in row:
             return {"generated_text": None, "error": str(row["error"])}
-        texts = [text[0] for text in row["texts"]]
+        answers = row["answers"]
+        texts = [answer.texts[0] for answer in answers]
         result = {"generated_text": texts[0] if len(texts) == 1 else " ".join(filter(None, texts))}
-        if len(texts) == 1 and len(row["texts"][0]) > 1:
-            result["alternatives"] = row["texts"][0]
+        if len(texts) == 1 and len(answers[0].texts) > 1:
+            result["alternatives"] = answers[0].texts
         if return_timestamps and row["seconds"] is not None:
             pairs = zip(row["seconds"], texts, strict=True)
+            if return_timestamps == "word":
+                pieces = zip(row["seconds"], answers, strict=True)
+                # The last frame of a piece may reach beyond its end.
+                pairs = [
+                    ((round(min(begin + a, end), 3), round(min(begin + b, end), 3)), word)
+                    for (begin, end), answer in pieces
+                    for word, a, b in answer.words
+                ]
             result["chunks"] = [{"timestamp": seconds, "text": text} for seconds, text in pairs]
         return result
 

@@ -73,6 +73,10 @@ def test_json_and_subtitles_of_a_long_recording_agree(audiophi, clips, capsys):
         h1, m1, s1, ms1, h2, m2, s2, ms2 = map(int, re.fullmatch(f"{TIME} --> {TIME}", times).groups())
         assert (int(head), text) == (number, chunk["text"]) and (h1, m1, h2, m2) == (0, 0, 0, 0)
         assert [s1 + ms1 / 1000, s2 + ms2 / 1000] == pytest.approx([chunk["start"], chunk["end"]])
+    assert audiophi("transcribe", clips / "z.wav", "--format", "vtt", "--timestamps", "word") == 0
+    head, *cues = capsys.readouterr().out.removesuffix("\n\n").split("\n\n")
+    assert head == "WEBVTT" and [cue.split("\n", 2)[2] for cue in cues] == result["text"].split()
+    assert all(re.fullmatch(r"00:00:0\d\.\d{3} --> 00:00:0\d\.\d{3}", cue.split("\n")[1]) for cue in cues)
     assert clock(3661.0014) == "01:01:01,001" and clock(59.9996) == "00:01:00,000"
 
 

@@ -183,7 +183,7 @@ def test_what_is_no_rows_fault(pipe, files):
         ({"instruction": 3}, "instruction must be"),
         ({"chunk_length_s": "30"}, "chunk_length_s='30'"),
         ({"chunk_length_s": 0.1}, "chunk_length_s"),
-        ({"return_timestamps": "word"}, "return_timestamps='word'"),
+        ({"return_timestamps": "words"}, "return_timestamps='words'"),
     ):
         with pytest.raises(ValueError, match=message):
             pipe(files, **wrong)

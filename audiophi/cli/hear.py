@@ -8,6 +8,7 @@ from pathlib import Path
 from .results import ResultFile, when_changed
 
 STDIN = "-"
+SUBTITLES = {"srt": ("", ","), "vtt": ("WEBVTT\n\n", ".")}  # what begins the file, and the point of seconds
 DEFAULT_MODEL = Path(__file__).resolve().parents[2] / "checkpoints" / "audiophi-tiny"
 
 
@@ -70,20 +71,21 @@ def load_pipeline(args: argparse.Namespace):
     return pipeline("audio-text-to-text", model=model, processor=processor, device=args.device)
 
 
-def hear(args: argparse.Namespace, question: dict[str, str], form: str) -> int:
-    """Ask `question` ({"task": name} or {"instruction": words}) about every file, print or write the answers in `form`
-    → exit code. OSError, ValueError where no file can be heard at all."""
+def hear(args: argparse.Namespace, question: dict[str, str], form: str, timestamps: str = "piece") -> int:
+    """Ask `question` ({"task": name} or {"instruction": words}) about every file, print or write the answers in `form`,
+    with times of each piece or word → exit code. OSError, ValueError where no file can be heard at all."""
     from tqdm import tqdm
 
     for name in ("batch_size", "max_new_tokens", "num_beams"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             args.error(f"--{name} must be at least 1")
     files = find_files(args.files)
-    if form == "srt" and (len(files) > 1 or args.output):
-        args.error("--format srt is for one file, printed; with --output the times of many are in the JSON lines")
+    if form in SUBTITLES and (len(files) > 1 or args.output):
+        args.error(f"--format {form} is for one file, printed; with --output the times of many are in the JSON lines")
     failed = 0
     made_with = {name: getattr(args, name) for name in ("max_new_tokens", "num_beams", "dtype")}
     made_with["model"] = newest_change(args.model)
+    made_with |= {"timestamps": timestamps} if timestamps == "word" else {}
     with ResultFile(args.output, {"model": str(args.model), **question, "made_with": made_with}) as results:
         todo = [file for file in files if file not in results.done or file == STDIN]
         if len(todo) < len(files):
@@ -95,9 +97,8 @@ def hear(args: argparse.Namespace, question: dict[str, str], form: str) -> int:
         if args.num_beams:
             settings["num_beams"] = args.num_beams
         # A generator, because a list would be answered only when all of it is done.
-        answers = pipe(
-            (sys.stdin.buffer if file == STDIN else file for file in todo), return_timestamps=True, **settings
-        )
+        settings["return_timestamps"] = "word" if timestamps == "word" else True
+        answers = pipe((sys.stdin.buffer if file == STDIN else file for file in todo), **settings)
         # Silent where nobody watches (disable=None) and for a single file.
         with tqdm(
             zip(todo, answers, strict=True), total=len(todo), unit="file", disable=None if todo[1:] else True
@@ -109,7 +110,8 @@ def hear(args: argparse.Namespace, question: dict[str, str], form: str) -> int:
                     failed += 1
                     bar.write(f"audiophi: {file}: {result['error']}", file=sys.stderr)
                 elif not args.output:
-                    bar.write(printed(result, form, len(files) > 1), file=sys.stdout, end="" if form == "srt" else "\n")
+                    end = "" if form in SUBTITLES else "\n"
+                    bar.write(printed(result, form, len(files) > 1), file=sys.stdout, end=end)
                     sys.stdout.flush()
     if failed:
         print(f"audiophi: {failed} of {len(todo)} files failed", file=sys.stderr)
@@ -139,23 +141,24 @@ def printed(result: dict, form: str, several: bool) -> str:
     """A result as it is printed; with `several` files, text says which it belongs to."""
     if form == "json":
         return json.dumps(result, ensure_ascii=False)
-    if form == "srt":
-        return subtitles(result["chunks"])
+    if form in SUBTITLES:
+        return subtitles(result["chunks"], form)
     return f"{result['file']}: {result['text']}" if several else result["text"]
 
 
-def subtitles(chunks: list[dict]) -> str:
-    """Chunks of a transcript as SubRip: a number, the times, the words, an empty line. Chunks without words are left
-    out."""
+def subtitles(chunks: list[dict], form: str = "srt") -> str:
+    """Chunks of a transcript as SubRip ("srt") or WebVTT ("vtt"): a number, the times, the words, an empty line. Chunks
+    without words are left out."""
+    head, point = SUBTITLES[form]
     spoken = [chunk for chunk in chunks if chunk["text"]]
-    return "".join(
-        f"{number}\n{clock(chunk['start'])} --> {clock(chunk['end'])}\n{chunk['text']}\n\n"
+    return head + "".join(
+        f"{number}\n{clock(chunk['start'], point)} --> {clock(chunk['end'], point)}\n{chunk['text']}\n\n"
         for number, chunk in enumerate(spoken, start=1)
     )
 
 
-def clock(seconds: float) -> str:
+def clock(seconds: float, point: str = ",") -> str:
     """Seconds → 01:02:03,004"""
     milliseconds = round(seconds * 1000)
     minutes, milliseconds = divmod(milliseconds, 60_000)
-    return f"{minutes // 60:02}:{minutes % 60:02}:{milliseconds // 1000:02},{milliseconds % 1000:03}"
+    return f"{minutes // 60:02}:{minutes % 60:02}:{milliseconds // 1000:02}{point}{milliseconds % 1000:03}"

@@ -18,8 +18,10 @@ class Perform:
         add_hearing_arguments(parser)
         formats, about = ("txt", "json"), "of what is printed"
         if self.task.in_pieces:
-            formats, about = (*formats, "srt"), f"{about}: text, JSON lines with times, or subtitles (one file only)"
+            formats = (*formats, "srt", "vtt")
+            about = f"{about}: text, JSON lines with times, or subtitles as SubRip or WebVTT (one file only)"
+            parser.add_argument("--timestamps", choices=("piece", "word"), default="piece", help="what has times")
         parser.add_argument("--format", choices=formats, default="txt", help=about)
 
     def run(self, args) -> int:
-        return hear(args, {"task": self.task.name}, args.format)
+        return hear(args, {"task": self.task.name}, args.format, getattr(args, "timestamps", "piece"))

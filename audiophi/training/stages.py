@@ -1,8 +1,8 @@
 """Runs a recipe: data, components, cache, then stage after stage, each resumable, and the finished model.
 
 In `output_dir`: `recipe.yaml` (resolved), `bad_rows.jsonl`, `history.jsonl`, `curves.png`, `decoding.json`, a folder
-per stage (checkpoints while it trains, then a slim model and `stage.json`), and `final/` with model, processor and model
-card.
+per stage (checkpoints while it trains, then a slim model and `stage.json`), and `final/` with model, processor and
+model card.
 Running the same command again skips finished stages and resumes the one that was cut short.
 """
 
