@@ -1,5 +1,6 @@
 """When each word is said: forced alignment of what is written, across windows, and against a synthesiser's truth."""
 
+import difflib
 import shutil
 import subprocess
 from pathlib import Path
@@ -119,8 +120,10 @@ def test_words_are_within_80_ms_of_when_the_synthesiser_says_them(tmp_path):
         ends, truth = [float(row[0]) for row in rows], [row[2] for row in rows]
         samples, rate = soundfile.read(tmp_path / f"{number}.wav", dtype="float32")
         chunks = pipe((samples, rate), return_timestamps="word")["chunks"]
-        if [chunk["text"] for chunk in chunks] != truth:  # another word has no time in the truth
-            continue
-        errors += [abs(chunk["timestamp"][0] - end) for chunk, end in zip(chunks[1:], ends[:-1], strict=True)]
+        # Words that were heard wrongly have no time in the truth.
+        written = [chunk["text"] for chunk in chunks]
+        for place, own, size in difflib.SequenceMatcher(None, truth, written, autojunk=False).get_matching_blocks():
+            for step in range(0 if place else 1, size):
+                errors.append(abs(chunks[own + step]["timestamp"][0] - ends[place + step - 1]))
     print(f"{len(errors)} words: median {np.median(errors):.3f} s, 90 % within {np.quantile(errors, 0.9):.3f} s")
     assert len(errors) > 20 and np.median(errors) < 0.08
