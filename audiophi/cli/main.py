@@ -3,6 +3,7 @@
     audiophi TASK FILE… [--format txt|json] [--output results.jsonl]      one of the tasks below
     audiophi ask "question" FILE…
     audiophi demo [--model DIR_OR_ID]
+    audiophi serve DIR_OR_ID [--port 8000]
     audiophi info DIR_OR_ID
     audiophi train RECIPE [--key value…]
     audiophi eval --model DIR_OR_ID --data SPEC --output_dir OUT [--task TASK]
@@ -33,6 +34,7 @@ PROGRAMS = {
     "train": "Train from a recipe; the same as train.py.",
     "eval": "Measure a checkpoint on a data set; the same as eval.py.",
     "demo": "Show a checkpoint in the browser.",
+    "serve": "Answer OpenAI's HTTP requests with a checkpoint.",
 }
 
 
