@@ -53,6 +53,13 @@ def test_what_the_recipe_says_is_kept(trained):
     assert all("ctc_weight" not in trial and "lm_prior_weight" in trial for trial in told["tried"])
 
 
+def test_an_llm_that_has_learned_nothing_has_no_say(settings, speech):
+    data = {"train": [{"path": str(speech)}], "eval": [{"path": str(speech), "limit": 6}]}
+    final = run_recipe(recipe_from_dict(settings(ALIGN, data=data)))
+    model = AudioPhiForConditionalGeneration.from_pretrained(final)
+    assert ALONE.items() <= model.generation_config.tasks["transcribe"].items()
+
+
 def test_it_can_be_left_out(trained):
     told, model, _ = trained(evaluation={"clips": 4, "max_new_tokens": 5, "fit_decoding": False})
     assert told is None and "ctc_weight" not in model.generation_config.tasks["transcribe"]

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from audiophi.data.dataset_registry import MADE
 from audiophi.evaluation.text_normalization import AS_WRITTEN, language_code
 from audiophi.tasks import TASKS, task_of_source
 from audiophi.training.recipe import Recipe, Source
@@ -116,6 +117,8 @@ def last_part(path: str) -> str:
 
 def known_dataset(path: str) -> DataSet | None:
     """The known data set that a path or Hub id names in one of its parts, the last one first."""
+    if path.partition(":")[0] in MADE:
+        return DataSet("clips in which nobody speaks", Licence(None, "permissive", "made by AudioPhi"), languages=())
     for part in reversed(re.split(r"[/:\\]", path)):
         name = re.sub("[^a-z0-9]", "", part.lower())
         for key, dataset in DATASETS.items():

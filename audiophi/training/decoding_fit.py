@@ -23,17 +23,24 @@ ENOUGH = 2  # values of a setting in a row that are worse, after which the other
 NAME = "decoding.json"
 
 
-def fit_decoding(model, development: Development, given: dict, folder: Path, say: Callable[[str], None]) -> None:
+def fit_decoding(
+    model, development: Development, given: dict, folder: Path, say: Callable[[str], None], llm_learned: bool = True
+) -> None:
     """Sets the decoding of transcripts in `model.generation_config.tasks` to the best that was tried, one setting after
     the other, by real decoding of all development clips that are to be transcribed.
 
     given: what the recipe says of it, which is left as it is. folder: gets `decoding.json`, all that was tried and the
-    error rates. Does nothing without such clips, without an alignment head, and where the recipe says all itself.
+    error rates. llm_learned: without, the alignment alone is chosen, untried. Does nothing without such clips, without
+    an alignment head, and where the recipe says all itself.
     """
     free = {name: value for name, value in START.items() if name not in given}
+    alone = {*ALONE} <= {*free}
     rows = development.of_task(Transcribe.name)
     tasks = getattr(model.generation_config, "tasks", None) or {}
     if not free or not rows.rows or model.model.alignment is None or Transcribe.name not in tasks:
+        return
+    if alone and not llm_learned:
+        tasks[Transcribe.name] = {**tasks[Transcribe.name], **ALONE}
         return
     say(f"decoding: which weights write the fewest errors on {len(rows.rows)} development clips?")
     rows.prepare(model, frozen_encoder=True)
@@ -42,11 +49,12 @@ def fit_decoding(model, development: Development, given: dict, folder: Path, say
     def error(settings: dict) -> float:
         tasks[Transcribe.name] = {**own, **settings}
         scores, _ = rows.evaluate(model, with_lm=True)
-        tried.append((scores[scores["main_score"]], settings))
+        found = scores[scores["main_score"]]
+        tried.append((float("inf") if found is None else found, settings))
         say(f"  {shown(settings)}: {tried[-1][0]:.4g} % errors")
         return tried[-1][0]
 
-    if {*ALONE} <= {*free}:
+    if alone:
         error(ALONE)
     around, lowest = free, error(free)
     for name in free:

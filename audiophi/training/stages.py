@@ -124,7 +124,8 @@ def finish(run: Run) -> None:
     if run.recipe.evaluation.fit_decoding and run.development is not None:
         run.model.to(training_device())
         given = {**run.recipe.generation, **run.recipe.generation.get(Transcribe.name, {})}
-        fit_decoding(run.model, run.development, given, run.folder, run.say)
+        learned = run.recipe.init_from is not None or any(stage.loss != "align" for stage in run.recipe.stages)
+        fit_decoding(run.model, run.development, given, run.folder, run.say, llm_learned=learned)
     draw_curves(run.history.read(), run.folder / "curves.png", run.recipe.name)
     save_model(run, final, getattr(torch, run.recipe.save_dtype), with_card=True)
     size = sum(file.stat().st_size for file in final.glob("*.safetensors"))
