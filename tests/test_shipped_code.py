@@ -17,6 +17,7 @@ from modeling_audiophi import AudioPhiForConditionalGeneration
 from modeling_audiophi.configuration_audiophi import AUTO_MAP
 from processing import AudioPhiProcessor
 from tests.conftest import prompts
+from tests.stranger import run_stranger
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_SHIPPED = {"__init__.py"}
@@ -111,3 +112,25 @@ def test_classes_are_named_anew_whatever_was_loaded(make_tiny_model, tmp_path):
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
     assert type(AutoModel.from_pretrained(tmp_path)) is AudioPhiForConditionalGeneration
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "checkpoints").glob("*/config.json")), ids=lambda p: p.parent.name)
+def test_checkpoints_of_this_repository_have_links_to_their_code(folder):
+    """`python tools/link_code.py` makes them."""
+    links = {file.name: file for file in folder.parent.glob("*.py")}
+    assert links.keys() == {file.name for file in shipped()}
+    assert all(links[file.name].is_symlink() and links[file.name].resolve() == file for file in shipped())
+    assert json.loads(folder.read_text())["auto_map"] == AUTO_MAP
+
+
+def test_a_stranger_reads_a_released_checkpoint(tmp_path):
+    code = """
+from transformers import AutoConfig, AutoProcessor
+folder = {folder!r}
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+print(type(config).__name__, type(processor).__name__, next(iter(processor.tasks)))
+"""
+    folder = str(ROOT / "checkpoints" / "audiophi-tiny")
+    told = run_stranger(code.format(folder=folder), tmp_path).split()
+    assert told[-3:] == ["AudioPhiConfig", "AudioPhiProcessor", "transcribe"]
