@@ -239,3 +239,48 @@ def test_what_bitsandbytes_says_about_a_kernel_is_not_shown_but_all_else_is(capl
     logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "no kernels")
     logger.warning("something else")
     assert [record.getMessage() for record in caplog.records] == ["something else"]
+
+
+class Pipe(io.BytesIO):
+    """Standard input that hands out a little at a time, and says how much was taken when."""
+
+    def read1(self, size=-1):
+        return self.read(min(size, 1111))
+
+
+def sent(monkeypatch, data):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Pipe(data)))
+
+
+def test_what_comes_through_a_pipe_is_transcribed_window_by_window(audiophi, clips, waveform, capsys, monkeypatch):
+    raw = (waveform(5.0, seed=2) * 32_767).astype("<i2").tobytes()
+    sent(monkeypatch, raw)
+    assert audiophi("transcribe", "-", "--stream", "1.5", "--format", "json") == 0
+    pieces = lines_of(capsys.readouterr().out)
+    assert len(pieces) > 3 and pieces[0]["start"] == 0 and pieces[-1]["end"] == 5.0
+    assert all(one["end"] == two["start"] for one, two in zip(pieces, pieces[1:], strict=False))
+    assert all(0 < piece["end"] - piece["start"] <= 1.5 for piece in pieces) and any(piece["text"] for piece in pieces)
+    sent(monkeypatch, raw)
+    assert audiophi("transcribe", "-", "--stream", "1.5") == 0
+    assert capsys.readouterr().out.splitlines() == [piece["text"] for piece in pieces if piece["text"]]
+    two = np.frombuffer(raw, "<i2").repeat(2).reshape(-1, 2)  # the same in both channels, with a header
+    sf.write(wav := io.BytesIO(), two, 16_000, format="WAV", subtype="PCM_16")
+    sent(monkeypatch, wav.getvalue())
+    assert audiophi("transcribe", "-", "--stream", "1.5", "--format", "json") == 0
+    assert lines_of(capsys.readouterr().out) == pieces
+    sf.write(wav := io.BytesIO(), two, 16_000, format="WAV", subtype="FLOAT")
+    sent(monkeypatch, wav.getvalue())
+    assert audiophi("transcribe", "-", "--stream", "1.5") == 1 and "16-bit" in capsys.readouterr().err
+    sent(monkeypatch, b"")
+    assert audiophi("transcribe", "-", "--stream") == 0 and capsys.readouterr().out == ""
+    for wrong in ([clips / "a.wav", "--stream"], ["-", "--stream", "0.1"], ["-", "--stream", "--format", "srt"]):
+        with pytest.raises(SystemExit):
+            audiophi("transcribe", *wrong)
+    assert "--stream" in capsys.readouterr().err
+
+
+def test_a_file_comes_through_standard_input(audiophi, clips, capsys, monkeypatch):
+    assert audiophi("transcribe", clips / "a.wav") == 0
+    expected = capsys.readouterr().out
+    sent(monkeypatch, (clips / "a.wav").read_bytes())
+    assert audiophi("transcribe", "-") == 0 and capsys.readouterr().out == expected != ""

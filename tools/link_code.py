@@ -22,7 +22,8 @@ ENTRIES = ("modeling_audiophi/modeling_audiophi.py", "processing/processing_audi
 
 def shipped() -> list[Path]:
     """The files that a checkpoint takes along."""
-    return sorted({Path(file) for entry in ENTRIES for file in (ROOT / entry, *get_relative_import_files(ROOT / entry))})
+    files = ((ROOT / entry, *get_relative_import_files(ROOT / entry)) for entry in ENTRIES)
+    return sorted({Path(file) for own in files for file in own})
 
 
 def link_code(folder: Path) -> None:

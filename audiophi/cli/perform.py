@@ -2,7 +2,8 @@
 
 from audiophi.tasks.base import Task
 
-from .hear import add_hearing_arguments, hear
+from .hear import STDIN, add_hearing_arguments, hear, load_pipeline
+from .stream import SECONDS, stream
 
 
 class Perform:
@@ -20,8 +21,21 @@ class Perform:
         if self.task.in_pieces:
             formats = (*formats, "srt", "vtt")
             about = f"{about}: text, JSON lines with times, or subtitles as SubRip or WebVTT (one file only)"
+            parser.add_argument("--stream", type=float, nargs="?", const=6.0, metavar="SECONDS",
+                                help="of -: write what is said in every 6 (or so many) seconds as it is heard")  # fmt: skip
             parser.add_argument("--timestamps", choices=("piece", "word"), default="piece", help="what has times")
         parser.add_argument("--format", choices=formats, default="txt", help=about)
 
     def run(self, args) -> int:
+        if getattr(args, "stream", None) is not None:
+            return self.stream(args)
         return hear(args, {"task": self.task.name}, args.format, getattr(args, "timestamps", "piece"))
+
+    def stream(self, args) -> int:
+        shortest, longest = SECONDS
+        if args.files != [STDIN] or args.output or args.timestamps != "piece" or args.format not in ("txt", "json"):
+            args.error("--stream is for standard input alone (audiophi transcribe - --stream), as txt or json")
+        if not shortest <= args.stream <= longest:
+            args.error(f"--stream takes {shortest:g} to {longest:g} seconds")
+        settings = {"max_new_tokens": args.max_new_tokens, **({"num_beams": args.num_beams} if args.num_beams else {})}
+        return stream(load_pipeline(args), {"task": self.task.name}, args.stream, args.format, **settings)
