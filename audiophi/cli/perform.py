@@ -22,7 +22,7 @@ class Perform:
             formats = (*formats, "srt", "vtt")
             about = f"{about}: text, JSON lines with times, or subtitles as SubRip or WebVTT (one file only)"
             parser.add_argument("--stream", type=float, nargs="?", const=6.0, metavar="SECONDS",
-                                help="of -: write what is said in every 6 (or so many) seconds as it is heard")  # fmt: skip
+                                help="of -: write what is said in every 6, or so many, seconds")  # fmt: skip
             parser.add_argument("--timestamps", choices=("piece", "word"), default="piece", help="what has times")
         parser.add_argument("--format", choices=formats, default="txt", help=about)
 
