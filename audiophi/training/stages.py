@@ -165,7 +165,8 @@ def prepare(recipe: Recipe, folder: Path, signals: StopSignals, sharded: bool = 
         sounds = learns_sounds(recipe)
         texts = (text for corpus in corpora.values() for text in corpus.texts(recipe.text_case, sounds))
         vocab = align_tokenizer.vocab(texts)
-    model = build_model(recipe, processor, vocab, trained_tasks(recipe, corpora.values()))
+    questions = [question for corpus in corpora.values() for question in corpus.questions.values()]
+    model = build_model(recipe, processor, vocab, trained_tasks(recipe, corpora.values()), questions)
     if recipe.data.eval:
         eval_bad = BadRows(folder / "bad_rows_eval.jsonl", 1.0)
         development = Development(
