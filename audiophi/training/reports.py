@@ -29,12 +29,14 @@ def check_trackers(names: list[str]) -> None:
         if name not in {*INTEGRATION_TO_CALLBACK, "all", "none"}:
             raise RecipeError(f"report_to: {name!r} is not one of {', '.join(INTEGRATION_TO_CALLBACK)}, all, none")
         if name not in {*get_available_reporting_integrations(), "flyte", "all", "none"}:
-            raise RecipeError(f"report_to: {name} is not installed or switched off: pip install {name}, or leave it out")
+            raise RecipeError(
+                f"report_to: {name} is not installed or switched off: pip install {name}, or leave it out"
+            )
 
 
 @contextmanager
 def own_wandb_run(names: list[str]) -> Iterator[None]:
-    """Ends the run that the Trainer starts at W&B and, unlike those of other trackers, leaves open: the next stage would
+    """Ends the run that the Trainer starts at W&B and, unlike other trackers' runs, leaves open: the next stage would
     go on in it from step 0. One that was open before is its owner's."""
     wandb = importlib.import_module("wandb") if "wandb" in names else None
     started = wandb is not None and wandb.run is None
