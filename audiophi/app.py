@@ -2,11 +2,12 @@
 
     audiophi demo --model checkpoints/audiophi-tiny
 
-`audiophi push DIR org/name --space` publishes this very file as a Space. Nothing else of this repository is there: the
-model's code comes from the Hub with the model, whose id is in $AUDIOPHI_MODEL.
+`audiophi push DIR org/name --space` publishes this very file and samples/ as a Space. Nothing else of this repository
+is there: the model's code comes from the Hub with the model, whose id is in $AUDIOPHI_MODEL.
 """
 
 import argparse
+import difflib
 import os
 import threading
 import time
@@ -29,6 +30,7 @@ except ImportError:  # a Space
     pass
 
 IN_CLONE = Path(__file__).resolve().parents[1] / "checkpoints" / "audiophi-tiny"
+SAMPLES = sorted(map(str, Path(__file__).resolve().parent.glob("samples/*.ogg")))  # tools/make_samples.py
 MAX_SECONDS = 600
 MAX_FILE_SIZE = "100mb"
 KEEP_SECONDS = 3600  # recordings on the server
@@ -115,8 +117,10 @@ def beams(pipe, instruction):
 
 
 def wordings(pipe):
-    """Every instruction that the checkpoint was trained on."""
-    return list(dict.fromkeys(words for task in pipe.processor.tasks.values() for words in task["instructions"]))
+    """Every instruction that the checkpoint was trained on, of free questions one of each kind. Checkpoints that do not
+    say so were trained on most of those that they recognise."""
+    asked = (task.get("trained", task["instructions"]) for task in pipe.processor.tasks.values())
+    return list(dict.fromkeys(words for instructions in asked for words in instructions))
 
 
 def answer(pipe, waveform, instruction, search=True):
@@ -156,6 +160,26 @@ def answer(pipe, waveform, instruction, search=True):
             stopped.set()  # leaving `with` waits for the thread
     status = f"Done ({how}): {seconds:.1f} s of audio in {time.monotonic() - began:.1f} s."
     yield text, status if text else f"{status} The model wrote nothing: it heard no words."
+
+
+def reading(pipe, waveform, instruction):
+    """What the alignment head hears by itself, cut as for the answer. None for a model without one."""
+    if pipe.model.model.alignment is None:
+        return None
+    row = pipe.preprocess((waveform, pipe.processor.sampling_rate), instruction=instruction.strip())
+    heard = (pipe.engine([prompt], with_alignment=True, with_lm=False)[0].heard for prompt in row["prompts"])
+    return " ".join(filter(None, (text for clips in heard for text in clips)))
+
+
+def compared(heard, answered):
+    """The alignment's reading and an answer → words of both in order, as `gr.HighlightedText` takes them: (words, whose
+    alone they are; None: both have them)."""
+    words = (heard.split(), answered.split())
+    parts = []
+    for how, start, end, other_start, other_end in difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes():
+        mine, its = " ".join(words[0][start:end]), " ".join(words[1][other_start:other_end])
+        parts += [(mine, None)] if how == "equal" else [(mine, "alignment alone"), (its, "answer alone")]
+    return [part for part in parts if part[0]]
 
 
 @contextmanager
@@ -211,7 +235,11 @@ def build(pipe, name, longest=MAX_SECONDS):
 
     def ask(path, instruction, search):
         with readable():
-            yield from answer(pipe, read(pipe, path, longest), instruction, search)
+            waveform, text = read(pipe, path, longest), ""
+            for text, said in answer(pipe, waveform, instruction, search):
+                yield text, said, None
+            heard = reading(pipe, waveform, instruction)
+            yield text, said, None if heard is None else compared(heard, text)
 
     with gr.Blocks(title=f"AudioPhi: {name}", delete_cache=(KEEP_SECONDS, KEEP_SECONDS)) as page:
         gr.Markdown(f"# AudioPhi\nA small language model that listens. Checkpoint: `{name}`", elem_id="heading")
@@ -219,12 +247,15 @@ def build(pipe, name, longest=MAX_SECONDS):
             with gr.Column():
                 audio = gr.Audio(sources=["upload", "microphone"], type="filepath", label="Audio", elem_id="audio",
                                  buttons=["download"])  # fmt: skip
+                if SAMPLES:
+                    gr.Examples([[path] for path in SAMPLES], audio, label="Sample clips: synthetic",
+                                example_labels=[Path(path).stem for path in SAMPLES])  # fmt: skip
                 instruction = gr.Textbox(
                     known[0] if known else "", label="Instruction", lines=1, max_lines=4, elem_id="instruction",
                 )  # fmt: skip
                 if known:
-                    label = "Instructions it was trained on (others can be tried)"
-                    gr.Examples([[words] for words in known], instruction, label=label)
+                    label = "Instructions it was trained on, of questions one of each kind (others can be tried)"
+                    gr.Examples([[words] for words in known], instruction, label=label, examples_per_page=50)
                 search = gr.Checkbox(True, label=f"After the draft, search with {most} beams", visible=most > 1)
                 with gr.Row():
                     stop = gr.Button("Stop", elem_id="stop")
@@ -233,10 +264,15 @@ def build(pipe, name, longest=MAX_SECONDS):
                 words = gr.Textbox(label="Answer", lines=4, interactive=False, buttons=["copy"], elem_id="answer")
                 status = gr.Markdown(elem_id="status")
                 plot = gr.Plot(label="Waveform and spectrogram", show_label=False, elem_id="plot")
-        with gr.Accordion("How it answers", open=False):
+        with gr.Accordion("How it answers", open=False, elem_id="how"):
+            heard = gr.HighlightedText(
+                label="What the alignment head reads by itself, before the language model, against the answer",
+                color_map={"alignment alone": "orange", "answer alone": "blue"}, show_legend=True, elem_id="heard",
+                visible=pipe.model.model.alignment is not None,
+            )  # fmt: skip
             gr.Markdown(explanation(pipe, longest))
         audio.change(show, audio, plot, show_progress="hidden")
-        asked = gr.on([go.click, instruction.submit], ask, [audio, instruction, search], [words, status],
+        asked = gr.on([go.click, instruction.submit], ask, [audio, instruction, search], [words, status, heard],
                       api_name="ask", show_progress="hidden")  # fmt: skip
         stop.click(lambda: "Stopped.", None, status, cancels=[asked], queue=False)
     return page

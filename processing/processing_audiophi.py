@@ -47,9 +47,10 @@ class AudioPhiProcessor(ProcessorMixin):
         window_frames: feature frames that the encoder takes at once; longer clips are cut into windows of equal length.
             None = no limit.
         shortest_frames: feature frames that a window has at least, so that it makes a token: shorter ones are padded.
-        tasks: {name: {"instructions": wordings, "in_pieces": bool}}, what the model was trained for: the wordings by
-            which a request is recognised (the first is how one asks), and whether a long clip may be worked on in
-            pieces. The first task is what the pipeline does unasked.
+        tasks: {name: {"instructions": wordings, "trained": wordings, "in_pieces": bool}}, what the model was trained
+            for: the wordings by which a request is recognised (the first is how one asks), those of training (of free
+            questions one of each kind), and whether a long clip may be worked on in pieces. The first task is what the
+            pipeline does unasked.
         array_rate: Hz of bare arrays whose rate nobody says, for servers that resample first (vLLM); None refuses them.
 
     Output of a call: `input_ids` and `attention_mask` (batch, length); `input_features` or `input_values` with their

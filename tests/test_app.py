@@ -10,9 +10,10 @@ import gradio as gr
 import numpy as np
 import pytest
 import soundfile as sf
-from transformers import pipeline
+from transformers import AutoProcessor, pipeline
 
 from audiophi import app
+from audiophi.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 RATE = 16_000
@@ -159,15 +160,61 @@ def test_the_page_says_how_it_answers(pipe, make_tiny_model):
 
 
 def test_the_page_offers_the_known_instructions(pipe):
-    offered = [
-        sample[0]
-        for block in app.build(pipe, "tiny").blocks.values()
-        if isinstance(block, gr.components.Dataset)
-        for sample in block.samples
-    ]
-    assert {ASK, "Describe the sound."} <= {*offered}
-    assert {*offered} == {words for task in pipe.processor.tasks.values() for words in task["instructions"]}
+    assert offered(app.build(pipe, "tiny")) == {
+        words for task in pipe.processor.tasks.values() for words in task["instructions"]
+    }
     assert app.beams(pipe, "transcribe the speech") == 2 and app.beams(pipe, "Who speaks?") == 1
+
+
+def offered(page):
+    """The instructions that a page has to be clicked at."""
+    _, instructions = [block for block in page.blocks.values() if isinstance(block, gr.components.Dataset)]
+    return {sample[0] for sample in instructions.samples}
+
+
+@pytest.mark.parametrize("name", ["audiophi-tiny", "audiophi-tiny-instruct"])
+def test_a_released_checkpoint_offers_what_it_was_trained_on(name, pipe):
+    """In no words that are recognised but were kept for tests, and every kind of question about one clip."""
+    processor = AutoProcessor.from_pretrained(ROOT / "checkpoints" / name)
+    found = offered(app.build(With(pipe, processor=processor), name))
+    assert found >= {*TASKS["transcribe"].wordings} and not found & {*TASKS["transcribe"].test_wordings}
+    questions = {"What is the last word?", "Is the speaker a man or a woman?", "Is this dog bark or chainsaw?"}
+    assert found & questions == (questions if name.endswith("instruct") else set())
+
+
+class With:
+    """A pipeline with something else in it."""
+
+    def __init__(self, pipe, **others):
+        self.pipe = pipe
+        vars(self).update(others)
+
+    def __getattr__(self, name):
+        return getattr(self.pipe, name)
+
+
+def test_the_samples_can_be_heard(pipe):
+    """In the page, and by the model; there is speech and there are sounds."""
+    assert {Path(path).stem for path in app.SAMPLES} >= {"man", "woman", "clock", "rain"}
+    assert sum(Path(path).stat().st_size for path in app.SAMPLES) < 200_000
+    for path in app.SAMPLES:
+        assert np.abs(app.read(pipe, path)).max() > 0.1
+
+
+def test_the_alignments_own_reading_is_beside_the_answer(page, pipe, waveform, tmp_path):
+    """Whatever it hears, cut into the same pieces; of a model without a head nothing."""
+    path = tmp_path / "long.wav"
+    sf.write(path, waveform(2.9), RATE)  # two pieces
+    heard = app.reading(pipe, app.read(pipe, path), ASK)
+    prompts = pipe.preprocess(str(path), instruction=ASK)["prompts"]
+    assert len(prompts) == 2 and heard
+    for prompt in prompts:
+        assert pipe.engine([prompt], with_alignment=True)[0].heard[0] in heard
+    *steps, last = page[0](str(path), ASK, True)
+    assert last[2] == app.compared(heard, last[0]) and {parts for *_, parts in steps} == {None}
+    assert app.compared("the cat sat", "a cat sat down") == [
+        ("the", "alignment alone"), ("a", "answer alone"), ("cat sat", None), ("down", "answer alone"),
+    ]  # fmt: skip
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path):

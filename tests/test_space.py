@@ -32,6 +32,7 @@ app.gr.Blocks.launch = lambda page, **settings: made.update(page=page, **setting
 app.main([])
 ask = next(fn.fn for fn in made["page"].fns.values() if fn.api_name == "ask")
 steps = list(ask("clip.wav", "Transcribe the speech.", True))
+assert app.SAMPLES and all(path.startswith(os.path.abspath("space/samples")) for path in app.SAMPLES)
 print("FOUND" + json.dumps([made["page"].title, steps[-1]]))
 """
 
@@ -95,14 +96,14 @@ def test_the_space_runs_without_this_package(pushed, tmp_path):
     """From the files in the Space, the model and its code from the Hub: the same words as the package's."""
     hub, folder, _, heard = pushed
     for name, content in hub.files("spaces/acme/audio-phi").items():
-        (tmp_path / "space").mkdir(exist_ok=True)
+        (tmp_path / "space" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "space" / name).write_bytes(content)
     (tmp_path / "clip.wav").write_bytes((folder / "clip.wav").read_bytes())
     model = hub.repositories["spaces/acme/audio-phi"].variables
     said = run_stranger(
         RUN, tmp_path, preamble=preamble_hiding(HIDDEN_IN_A_SPACE), HF_ENDPOINT=hub.url, **model
     )  # fmt: skip
-    title, (words, status) = json.loads(said.rpartition("FOUND")[2])
+    title, (words, status, _) = json.loads(said.rpartition("FOUND")[2])
     assert title == "AudioPhi: acme/audio-phi" and words == heard and status.startswith("Done (greedy)")
     assert len(heard) > 3
 

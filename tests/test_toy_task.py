@@ -64,7 +64,8 @@ def test_one_class_is_a_task(vowels, settings, speech, tmp_path, waveform, capsy
     assert "right" in capsys.readouterr().out  # development scores
     processor = AudioPhiProcessor.from_pretrained(final)
     model = AudioPhiForConditionalGeneration.from_pretrained(final)
-    assert processor.tasks == {Vowel.name: {"instructions": list(Vowel.wordings), "in_pieces": False}}
+    words = list(Vowel.wordings)
+    assert processor.tasks == {Vowel.name: {"instructions": words, "trained": words, "in_pieces": False}}
     assert model.generation_config.tasks == {Vowel.name: Vowel.decoding}
 
     pipe = pipeline("audio-text-to-text", model=model, processor=processor)

@@ -228,6 +228,8 @@ def test_a_checkpoints_tasks_and_decoding_are_kept(settings, speech, chats, tmp_
     processor = AudioPhiProcessor.from_pretrained(then)
     assert list(processor.tasks) == ["transcribe", "answer"], "what is done unasked comes first"
     assert processor.tasks["transcribe"]["instructions"][0] == "Write it."
+    trained = {name: task["trained"] for name, task in processor.tasks.items()}
+    assert trained == {"transcribe": ["Write it."], "answer": ["What is it?"]}, "what a demo offers, about one clip"
     again = settings({**LM, "steps": 1}, output_dir=str(tmp_path / "again"), init_from=str(then),
                      alignment={"merges": None})  # fmt: skip
     decoding = AudioPhiForConditionalGeneration.from_pretrained(run_recipe(recipe_from_dict(again))).generation_config

@@ -1,5 +1,5 @@
-"""A Space that shows a published model: `audiophi/app.py`, which needs no other file of AudioPhi, and what the Hub must
-know to run it."""
+"""A Space that shows a published model: `audiophi/app.py`, which needs no other file of AudioPhi, its sample clips, and
+what the Hub must know to run it."""
 
 from pathlib import Path
 
@@ -32,7 +32,9 @@ def space_files(model: str) -> dict[str, bytes]:
         app_file=APP.name, models=[model], short_description="A small language model that listens",
     )  # fmt: skip
     readme = f"---\n{about.to_yaml()}\n---\n{TEXT.format(model=model)}"
-    return {"README.md": readme.encode(), "requirements.txt": REQUIREMENTS.encode(), APP.name: APP.read_bytes()}
+    samples = {f"samples/{file.name}": file.read_bytes() for file in sorted(APP.parent.glob("samples/*.ogg"))}
+    made = {"README.md": readme.encode(), "requirements.txt": REQUIREMENTS.encode()}
+    return {**made, APP.name: APP.read_bytes(), **samples}
 
 
 def publish_space(model: str, space: str, private: bool = False) -> str:

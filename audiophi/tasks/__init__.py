@@ -54,9 +54,12 @@ def wordings(name: str, given: dict[str, list[str]] | None = None) -> list[str]:
     return list((given or {}).get(name) or TASKS[name].wordings)
 
 
-def saved_tasks(names: Iterable[str], given: dict[str, list[str]] | None = None) -> dict[str, dict]:
-    """`AudioPhiProcessor.tasks` of a model that was trained on these tasks: first the wordings of training, then others
-    that mean the same."""
+def saved_tasks(
+    names: Iterable[str], given: dict[str, list[str]] | None = None, questions: Iterable[str] = ()
+) -> dict[str, dict]:
+    """`AudioPhiProcessor.tasks` of a model that was trained on these tasks. instructions: first the wordings of
+    training, then others that mean the same; trained: those of training alone, for the task `answer` its `questions`,
+    one of each kind."""
     known = {TASKS[name].asked_as or name for name in names}
     tasks = sorted((TASKS[name] for name in known), key=lambda task: task.order)
     return {
@@ -64,6 +67,7 @@ def saved_tasks(names: Iterable[str], given: dict[str, list[str]] | None = None)
             "instructions": list(
                 dict.fromkeys([*wordings(task.name, given), *task.wordings, *task.test_wordings])
             ),
+            "trained": list(questions) if task.name == Answer.name else wordings(task.name, given),
             "in_pieces": task.in_pieces,
         }
         for task in tasks

@@ -53,10 +53,14 @@ def build_align_tokenizer(recipe: Recipe, processor: AudioPhiProcessor) -> Align
 
 
 def build_model(
-    recipe: Recipe, processor: AudioPhiProcessor, align_vocab_ids: list[int] | None, tasks: Iterable[str] = ()
+    recipe: Recipe,
+    processor: AudioPhiProcessor,
+    align_vocab_ids: list[int] | None,
+    tasks: Iterable[str] = (),
+    questions: Iterable[str] = (),
 ) -> AudioPhiForConditionalGeneration:
-    """An untrained model of the recipe's components, or the checkpoint `init_from`, which is trained on `tasks`; the
-    processor learns its windows and what it is asked.
+    """An untrained model of the recipe's components, or the checkpoint `init_from`, which is trained on `tasks`, of
+    whose free `questions` there is one of each kind; the processor learns its windows and what it is asked.
 
     Raises RecipeError for adapter settings that do not exist, ValueError for components that do not fit.
     """
@@ -96,7 +100,10 @@ def build_model(
     make_ready(model, recipe, tasks)
     processor.match_model(model.config)
     # The pipeline asks as the model was asked; other usual wordings are known to mean the same.
-    known = {**processor.tasks, **saved_tasks(tasks, recipe.instructions)}
+    known = {**processor.tasks}
+    for name, task in saved_tasks(tasks, recipe.instructions, questions).items():
+        before = processor.tasks.get(name, {}).get("trained", [])
+        known[name] = {**task, "trained": list(dict.fromkeys([*task["trained"], *before]))}
     order = [name for name in sorted(TASKS, key=lambda name: TASKS[name].order) if name in known]
     processor.tasks = {name: known[name] for name in [*order, *(name for name in known if name not in order)]}
     return model

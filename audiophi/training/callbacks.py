@@ -22,6 +22,7 @@ from processing.audio_io import AudioError
 
 from .checkpoints import write_atomically
 from .corpus import Corpus
+from .reports import report_transcripts
 from .uploads import HubUpload
 
 LOSSES = ("loss", "lm_loss", "align_loss", "sound_loss", "clip_loss", "distill_loss")
@@ -189,7 +190,7 @@ class StageCallback(TrainerCallback):
     """Prints progress, keeps the clock and the history, and evaluates every `eval_steps` and at the end.
 
     Args:
-        trainer: whose `log` reaches TensorBoard. history: gets every log and evaluation.
+        trainer: whose `log` reaches `report_to`. history: gets every log and evaluation.
         development: None for no evaluation. offset: seconds that earlier stages took.
         upload: to the Hub, looked after between steps.
     """
@@ -269,6 +270,7 @@ class StageCallback(TrainerCallback):
             return
         self.history.append(stage=self.stage.name, step=state.global_step, seconds=self._seconds(), **shown)
         self.trainer.log({f"eval_{name}": value for name, value in shown.items()})
+        report_transcripts(self.trainer, predictions)
         if not predictions:  # no task that the alignment head reads, and a stage without the LLM
             return
         sample = predictions[len(predictions) // 2]

@@ -23,7 +23,7 @@ from audiophi.data.augment import speed_perturb, stretch_time
 from audiophi.data.collator import training_item
 from audiophi.data.dataset_registry import missing_audio_is_normal
 from audiophi.data.datasets import load_examples
-from audiophi.data.example import Clip, Example, RowError, drawing, longest, posed
+from audiophi.data.example import Clip, Example, RowError, by_kind, drawing, longest, posed
 from audiophi.tasks import TASKS, wordings
 from processing.audio_io import MAX_SECONDS, AudioError, check_file
 
@@ -86,6 +86,8 @@ class Corpus:
         self.sources, self.bad, self.rows, self.text_case = sources, bad, [], text_case
         self._hashes: dict[tuple[int, int, int], str] = {}
         self._said, self._sounds = {}, {}  # texts for the alignment's vocabulary, as keys
+        # The first question about one clip of each kind, of each source where it names no kinds: what a demo offers.
+        self.questions: dict[tuple, str] = {}
         paths = dict.fromkeys(source.path for source in sources)
         self._indexes = {path: AudioIndex(cache_dir, path, together) for path in paths}
         bad.total = 0
@@ -136,9 +138,19 @@ class Corpus:
             if source.heard != "simulated":
                 self._said |= dict.fromkeys(said)
                 self._sounds |= dict.fromkeys(sounds)
+            if len(example.clips) == 1:
+                self._note_questions(number, example)
             files = tuple(file_of(clip) for clip in example.clips)
             turns = len(asked.messages)
             self.rows.append(Row(number, index, lengths, files, size, turns, bool(said), bool(sounds)))
+
+    def _note_questions(self, number: int, example: Example) -> None:
+        for kind, questions in by_kind(example).items():
+            self.questions.setdefault((example.task, kind), questions[0].wordings[0])
+        if [message["role"] for message in example.messages] == ["user"]:
+            content = example.messages[0]["content"]
+            texts = [content] if isinstance(content, str) else [item.get("text", "") for item in content]
+            self.questions.setdefault((number, example.kind), " ".join(filter(None, texts)))
 
     def _measure(self, source: Source, clip: Clip, name: str) -> float:
         measure, file = partial(measure_seconds, clip, name), file_of(clip)

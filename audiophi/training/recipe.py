@@ -246,6 +246,7 @@ class Recipe:
     seed: int = 0
     logging_steps: int = 10
     num_workers: int = 0
+    # Of the Trainer's trackers: tensorboard, wandb, mlflow, trackio, …; evaluations' transcripts go there as a table.
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
 
     def __post_init__(self):

@@ -43,6 +43,7 @@ from .guards import LossGuard
 from .plan import describe_stage, measure_step, steps_in_time
 from .precision import fast_precision, training_device
 from .recipe import Recipe, RecipeError, Source, Stage
+from .reports import check_trackers, own_wandb_run
 from .sharding import check_recipe, describe_sharding, sharded_copy, take_over
 from .signals import StopSignals
 from .stage_data import StageCollator, data_key, stage_augment, stage_data
@@ -90,6 +91,7 @@ def run_stages(recipe: Recipe, signals: StopSignals) -> Path:
         # Several processes on CPUs only become a group when asked to.
         PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     main = PartialState().is_main_process
+    check_trackers(recipe.report_to)
     if sharded := take_over():
         check_recipe(recipe)
     folder = Path(recipe.output_dir)
@@ -173,7 +175,8 @@ def prepare(recipe: Recipe, folder: Path, signals: StopSignals, sharded: bool = 
         sounds = learns_sounds(recipe)
         texts = (text for corpus in corpora.values() for text in corpus.texts(recipe.text_case, sounds))
         vocab = align_tokenizer.vocab(texts)
-    model = build_model(recipe, processor, vocab, trained_tasks(recipe, corpora.values()))
+    questions = [question for corpus in corpora.values() for question in corpus.questions.values()]
+    model = build_model(recipe, processor, vocab, trained_tasks(recipe, corpora.values()), questions)
     if recipe.data.eval:
         eval_bad = BadRows(folder / "bad_rows_eval.jsonl", 1.0)
         development = Development(
@@ -250,7 +253,7 @@ def train_stage(run: Run, number: int) -> None:
     run.say(describe_stage(stage.name, stage.losses, run.model, steps, rate, cost))
     if checkpoint is not None:
         run.say(f"  resuming at step {checkpoint.name.rpartition('-')[2]}")
-    with run.signals.deferred():
+    with run.signals.deferred(), own_wandb_run(training_args.report_to):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.release()
         if trainer.state.global_step >= trainer.state.max_steps:
@@ -291,6 +294,7 @@ def training_arguments(recipe: Recipe, stage: Stage, number: int, folder: Path) 
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=recipe.report_to,
+        run_name=f"{recipe.name} {stage.name}",
         seed=recipe.seed + number,
         logging_nan_inf_filter=False,  # a NaN must be seen
     )
