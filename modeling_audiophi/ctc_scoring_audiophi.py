@@ -12,6 +12,9 @@ import torch
 from transformers import LogitsProcessor
 
 NEVER = -1e3  # log probability of a token that a frame certainly is not
+# Probability of the blank from which a frame is silent. Of such frames in a row the first is enough to part a word from
+# its repetition; the rest would, each with the little that a temperature leaves to words, add up to some.
+SILENT = 0.98
 
 
 class CTCPrefixScorer(LogitsProcessor):
@@ -160,12 +163,18 @@ def alignment_per_prompt(align_logits, tokens_mask, clips, temperature=1.0):
     """Alignment of what each prompt is about, clip after clip.
 
     `align_logits` (C, T, V' + 1), `tokens_mask` (C, T), `clips` per prompt the numbers of its clips, in order. Returns
-    log_probs (B, T', V' + 1) float32 and lengths (B,).
+    log_probs (B, T', V' + 1) float32 and lengths (B,), of a silence (`SILENT`) one frame. Where no word is the best
+    class of any frame, what is left is a certain blank: nobody speaks, and no LLM shall say otherwise.
     """
     rows = []
     for numbers in clips:
         numbers = torch.tensor(list(numbers), dtype=torch.long, device=align_logits.device)
-        frames = align_logits[numbers][tokens_mask[numbers]]
-        rows.append((frames.float() / temperature).log_softmax(-1))
+        frames = align_logits[numbers][tokens_mask[numbers]].float()
+        silent = frames.softmax(-1)[:, 0] > SILENT
+        frames = frames[~(silent & torch.nn.functional.pad(silent[:-1], (1, 0)))]
+        if not bool(frames.argmax(-1).any()):
+            frames = torch.full_like(frames[:1], NEVER)
+            frames[:, 0] = 0
+        rows.append((frames / temperature).log_softmax(-1))
     lengths = torch.tensor([len(row) for row in rows], device=align_logits.device)
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths

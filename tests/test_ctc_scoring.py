@@ -107,6 +107,7 @@ def test_beams_find_their_parents_after_reordering():
 
 def test_clips_that_a_prompt_is_about_are_read_one_after_the_other():
     logits = torch.randn(4, 4, 5)
+    logits[..., 1] += 5  # a word is heard everywhere
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 0]]).bool()
     log_probs, lengths = alignment_per_prompt(logits, mask, [range(0, 2), range(0), range(3, 4)])
     assert lengths.tolist() == [6, 0, 1]
@@ -332,3 +333,24 @@ def test_words_may_be_taken_back():
         again = scorer(torch.tensor([prefix]), torch.zeros(1, 10))[0]
         alone = CTCPrefixScorer(log_probs, torch.tensor([6]), VOCAB_IDS, [END], 0, 1.0)
         assert torch.allclose(again, run_scorer(alone, prefix, prompt=()), atol=1e-4)
+
+
+def test_a_long_silence_weighs_no_more_than_a_short_one():
+    """Beside a word that is heard; what a temperature leaves to words would add up over its frames."""
+    word = torch.tensor([[0.0, 9.0, 0.0, 0.0]])
+    blank = torch.tensor([[9.0, 0.0, 0.0, 0.0]])
+    for count in (1, 40):
+        logits = torch.cat([word, *[blank] * count, word, *[blank] * count])[None]
+        mask = torch.ones(logits.shape[:2], dtype=torch.bool)
+        log_probs, lengths = alignment_per_prompt(logits, mask, [range(1)], temperature=3.0)
+        assert lengths.tolist() == [4] and log_probs.shape == (1, 4, 4)
+        assert log_probs[0].argmax(-1).tolist() == [1, 0, 1, 0]
+
+
+def test_where_no_word_is_heard_none_can_be_written():
+    logits = torch.tensor([[[0.6, 0.5, 0.4, 0.0]] * 5])
+    log_probs, lengths = alignment_per_prompt(logits, torch.ones(1, 5, dtype=torch.bool), [range(1)], temperature=2.0)
+    scorer = CTCPrefixScorer(log_probs, lengths, torch.tensor([3, 5, 8]), [9], prompt_length=1, weight=0.3)
+    scores = torch.zeros(1, 10)
+    scores[0, 3] = 30.0  # the LLM is sure that something is said
+    assert scorer(torch.tensor([[2]]), scores).argmax(-1).tolist() == [9]
