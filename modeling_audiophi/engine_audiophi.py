@@ -63,16 +63,21 @@ class Engine:
         was_training = self.model.training
         self.model.eval()
         try:
-            heard = [None] * len(prompts)
+            heard, arguments = [None] * len(prompts), {}
+            if with_lm:
+                arguments = self.arguments(task, inputs["asked"], **settings)
+                arguments["generation_config"].verbatim &= not continued
             if with_alignment:
                 audio = {name: inputs.pop(name) for name in AUDIO_INPUTS if name in inputs}
                 if audio:
-                    how = {"with_alignment": True, "with_readout": with_lm, "return_dict": True}
-                    inputs["audio_features"] = self.model.get_audio_features(**audio, **how)
+                    config = arguments.get("generation_config")
+                    ears = (config.hear_with, config.hear_beams) if with_lm else ()
+                    how = {"with_alignment": True, "with_readout": with_lm}
+                    inputs["audio_features"] = self.model.hear(audio, *ears, **how)
                 heard = self._heard(inputs)
             if not with_lm:
                 return [Answer([], None, clips) for clips in heard]
-            return self._written(inputs, heard, task, continued, settings)
+            return self._written(inputs, heard, continued, arguments)
         finally:
             self.model.train(was_training)
 
@@ -85,9 +90,8 @@ class Engine:
         counts = (inputs["input_ids"] == self.processor.audio_token_id).sum(1).tolist()
         return [[next(texts) for _ in range(count)] for count in counts]
 
-    def _written(self, inputs, heard, task, continued, settings):
+    def _written(self, inputs, heard, continued, arguments):
         asked = inputs.pop("asked")
-        arguments = self.arguments(task, asked, **settings)
         ends = arguments["generation_config"].eos_token_id
         # The task's settings are among the arguments; how many clips a turn has is still to be told.
         output = self.model.generate(**inputs, asked=asked * torch.tensor([0, 1], device=asked.device), **arguments)
