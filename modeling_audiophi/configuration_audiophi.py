@@ -66,9 +66,7 @@ def check_ears(config, hear_with):
     if not hasattr(encoder_class(config.audio_config), "decoder"):
         raise ValueError(f"hear_with {hear_with!r}: the {family} encoder has no decoder of words; use 'alignment'")
     if hear_with == "both" and config.align_vocab_size < 1:
-        raise ValueError(
-            "hear_with 'both' needs an alignment head: set align_vocab_size (align_vocab_ids), or 'decoder'"
-        )
+        raise ValueError("hear_with 'both' needs an alignment head (align_vocab_ids); use 'decoder' without one")
 
 
 class AudioPhiConfig(PreTrainedConfig):

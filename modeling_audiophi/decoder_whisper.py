@@ -54,7 +54,7 @@ class WhisperDecoder:
 
     def _padded(self, features, mask):
         """Windows at their full length (W, mel bins, frames) and which of them hold any sound (W,). What the feature
-        extractor makes of silence is 8 dB... below the loudest frame of the clip (2 in its units), or -1.5."""
+        extractor makes of silence is 2 (80 dB) below the loudest of the clip, or -1.5."""
         size = 2 * self.model.config.max_source_positions
         peak = features.float().masked_fill(~mask[:, None], -torch.inf).amax((1, 2))
         low = features.float().masked_fill(~mask[:, None], torch.inf).amin((1, 2))

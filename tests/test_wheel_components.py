@@ -233,7 +233,7 @@ def test_another_ctranslate2_model_is_refused(tmp_path):
 
 
 def test_whisper_of_many_languages_in_parts(tmp_path):
-    """Sizes and ids follow from the weights, which lie in two files; base has one id more than tiny.en before its own."""
+    """Sizes and ids follow from the weights, which lie in two files; base has one id more than tiny.en."""
     config = WhisperConfig(
         vocab_size=51865, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=1,
         decoder_attention_heads=1, encoder_ffn_dim=256, decoder_ffn_dim=256, num_mel_bins=80,

@@ -61,9 +61,7 @@ def saved_tasks(names: Iterable[str], given: dict[str, list[str]] | None = None)
     tasks = sorted((TASKS[name] for name in known), key=lambda task: task.order)
     return {
         task.name: {
-            "instructions": list(
-                dict.fromkeys([*wordings(task.name, given), *task.wordings, *task.test_wordings])
-            ),
+            "instructions": list(dict.fromkeys([*wordings(task.name, given), *task.wordings, *task.test_wordings])),
             "in_pieces": task.in_pieces,
         }
         for task in tasks
