@@ -167,3 +167,21 @@ def test_silence_has_no_words(cascade):
     assert pipe(np.zeros(16_000, np.float32), sampling_rate=16_000)["generated_text"] == ""
     chat = message([np.zeros(16_000, np.float32)], "What is said?")
     assert isinstance(pipe(chat, max_new_tokens=2)["generated_text"], str)
+
+
+def test_a_recipe_says_how_its_model_hears(whisper_dir, tiny_llm_dir, tiny_wavlm_dir):
+    from audiophi.training.build import build_model, build_processor
+    from audiophi.training.recipe import RecipeError, recipe_from_dict
+
+    def built(audio, hear_with):
+        stage = {"name": "lm", "loss": "lm", "steps": 1, "batch_size": 1}
+        recipe = recipe_from_dict(
+            {"name": "ears", "components": {"audio": audio, "text": tiny_llm_dir}, "data": {"train": [{"path": "x"}]},
+             "stages": [stage], "hear_with": hear_with}
+        )  # fmt: skip
+        return build_model(recipe, build_processor(recipe), None)
+
+    assert built(whisper_dir, "decoder").config.hear_with == "decoder"
+    assert built(whisper_dir, None).config.hear_with == "alignment"
+    with pytest.raises(RecipeError, match="wavlm"):
+        built(tiny_wavlm_dir, "decoder")
