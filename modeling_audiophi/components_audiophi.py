@@ -246,6 +246,7 @@ class ComponentsMixin:
         adapter="conv_mlp",
         audio_token_id=None,
         readout="frames",
+        hear_with="alignment",
         clip_tokens=0,
         encoder_layer="last",
         align_vocab_ids=None,
@@ -265,6 +266,7 @@ class ComponentsMixin:
             adapter: registry key, dict of `AudioPhiAdapterConfig` arguments, or such a config.
             audio_token_id: the processor's placeholder id; None adds a row to the embedding table. An id beyond the
                 table adds rows.
+            hear_with: see `AudioPhiConfig`; "decoder" needs no training.
             clip_tokens: how many tokens of a clip as a whole the LLM reads beside the readout's.
             align_vocab_ids: LLM token ids of the alignment head; None builds none.
             align_spelling: {"texts": text of each of those tokens, "buckets", "size"} to score their spelling too.
@@ -301,6 +303,7 @@ class ComponentsMixin:
             adapter_config=adapter,
             audio_token_id=audio_token_id,
             readout=readout,
+            hear_with=hear_with,
             clip_tokens=clip_tokens,
             encoder_layer=encoder_layer,
             align_vocab_size=len(vocab_ids or ()),
@@ -325,6 +328,8 @@ class ComponentsMixin:
         model.name_or_path = model.config.name_or_path = ""
         model.model.match_embeddings(vocab_ids, spellings)
         model.generation_config = text_generation_config(paths["text"], text_config, audio_token_id)
+        if hear_with != "alignment":
+            model.generation_config.tasks = {"transcribe": {}}
         for part, arguments in (lora or {}).items():
             model.add_lora(part, arguments)
         return model

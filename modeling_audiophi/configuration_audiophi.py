@@ -53,6 +53,22 @@ class AudioPhiAdapterConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
+EARS = ("alignment", "decoder", "both")
+
+
+def check_ears(config, hear_with):
+    """ValueError for a value of `hear_with` that there is not, or that a model of `config` cannot have."""
+    if hear_with not in EARS:
+        raise ValueError(f"hear_with {hear_with!r}: expected one of {', '.join(EARS)}")
+    if hear_with == "alignment":
+        return
+    family = config.audio_config.model_type
+    if not hasattr(encoder_class(config.audio_config), "decoder"):
+        raise ValueError(f"hear_with {hear_with!r}: the {family} encoder has no decoder of words; use 'alignment'")
+    if hear_with == "both" and config.align_vocab_size < 1:
+        raise ValueError("hear_with 'both' needs an alignment head (align_vocab_ids); use 'decoder' without one")
+
+
 class AudioPhiConfig(PreTrainedConfig):
     """Everything that shapes an AudioPhi model.
 
@@ -63,6 +79,8 @@ class AudioPhiConfig(PreTrainedConfig):
         encoder_layer: "last", an index into the encoder's hidden states, or "mix" (learned softmax mix).
         readout: "frames" (every adapter token goes to the LLM), "collapse" (blanks dropped, repeats merged) or "mixed"
             (collapsed words, and a token per second without words).
+        hear_with: "alignment" (adapter and readout), "decoder" (the words of the encoder's own decoder, where its
+            family has one) or "both" (its candidates, chosen from with the alignment): what `generate` hears with.
         clip_tokens: tokens of each clip as a whole that the LLM reads before the readout's; 0: none.
         align_vocab_size: tokens of the alignment head, the blank not counted; 0 means no head.
         align_spelling: sizes of the head's `Spelling` (entries, buckets, size); None: it knows embeddings only.
@@ -97,6 +115,7 @@ class AudioPhiConfig(PreTrainedConfig):
     audio_token_id: int = 0
     encoder_layer: str | int = "last"
     readout: str = "frames"
+    hear_with: str = "alignment"
     clip_tokens: int = 0
     align_vocab_size: int = 0
     align_spelling: dict | None = None
@@ -132,6 +151,7 @@ class AudioPhiConfig(PreTrainedConfig):
             raise ValueError(
                 f"readout {self.readout!r} needs an alignment head: set align_vocab_size (align_vocab_ids)"
             )
+        check_ears(self, self.hear_with)
         if self.clip_tokens < 0:
             raise ValueError(f"clip_tokens must be 0 or more, got {self.clip_tokens}")
         if self.audio_token_id >= self.text_config.vocab_size:

@@ -11,6 +11,7 @@ from transformers import WhisperModel
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from .decoder_whisper import WhisperDecoder
 from .encoder_layers import LayerChoice
 from .lengths_audiophi import length_mask, output_length
 
@@ -20,6 +21,7 @@ class WhisperAudioEncoder(nn.Module):
 
     feature_key = "input_features"
     time_axis = 2
+    decoder = WhisperDecoder
 
     def __init__(self, config, layer="last"):
         super().__init__()

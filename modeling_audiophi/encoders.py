@@ -5,7 +5,8 @@ To add one: write `encoder_<name>.py` with a class that has the interface of `Wh
     relative import is also what makes the file ship to the Hub. A `model_type` that transformers does not know must
     be registered with AutoConfig by that file. Optional: sampling_rate (16,000 if not given), settings (names of config
     values that a recipe may change), fixed_window (see `encoder_windows.py`), takes_float32 (features, whatever the
-    weights are in), weights_licence (for weights that a full checkpoint contains only if asked to).
+    weights are in), weights_licence (for weights that a full checkpoint contains only if asked to), decoder (a class
+    like `WhisperDecoder`, for `hear_with`).
 """
 
 from transformers.utils import logging

@@ -69,17 +69,22 @@ class Engine:
         was_training = self.model.training
         self.model.eval()
         try:
-            heard = [None] * len(prompts)
+            heard, arguments = [None] * len(prompts), {}
+            if with_lm:
+                arguments = self.arguments(task, inputs["asked"], **settings)
+                arguments["generation_config"].verbatim &= not continued
             if with_alignment or with_times:
                 audio = {name: inputs.pop(name) for name in AUDIO_INPUTS if name in inputs}
                 if audio:
-                    how = {"with_alignment": True, "with_readout": with_lm, "return_dict": True}
-                    inputs["audio_features"] = self.model.get_audio_features(**audio, **how)
+                    config = arguments.get("generation_config")
+                    ears = (config.hear_with, config.hear_beams) if with_lm else ()
+                    how = {"with_alignment": True, "with_readout": with_lm}
+                    inputs["audio_features"] = self.model.hear(audio, *ears, **how)
             if with_alignment:
                 heard = self._heard(inputs)
             if not with_lm:
                 return [Answer([], None, clips) for clips in heard]
-            answers = self._written(inputs, heard, task, continued, settings)
+            answers = self._written(inputs, heard, continued, arguments)
             if with_times:
                 for answer, times in zip(answers, self._times(answers, inputs["audio_features"]), strict=True):
                     answer.words = times
@@ -110,9 +115,8 @@ class Engine:
         ids = self.model.model.alignment.vocab_ids.tolist()
         return {self.decode([index]): number for number, index in enumerate(ids, 1)}
 
-    def _written(self, inputs, heard, task, continued, settings):
+    def _written(self, inputs, heard, continued, arguments):
         asked = inputs.pop("asked")
-        arguments = self.arguments(task, asked, **settings)
         ends = arguments["generation_config"].eos_token_id
         # The task's settings are among the arguments; how many clips a turn has is still to be told.
         output = self.model.generate(**inputs, asked=asked * torch.tensor([0, 1], device=asked.device), **arguments)

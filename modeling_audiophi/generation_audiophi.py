@@ -5,7 +5,9 @@ import zlib
 
 import torch
 from transformers import GenerationMixin
+from transformers.generation import GenerateDecoderOnlyOutput
 
+from .configuration_audiophi import check_ears
 from .ctc_scoring_audiophi import CTCPrefixScorer, alignment_per_prompt, last_clips
 from .drafting_audiophi import DraftedPrior, HeardDraft, is_plain, may_draft
 from .kv_cache_audiophi import CACHE_NAME
@@ -29,6 +31,11 @@ GENERATION_SETTINGS = {
     "lm_prior_weight": 0.0,
     "lm_prior_start_id": None,
     "draft_tokens": 0,
+    "hear_with": None,
+    "hear_beams": None,
+    "hear_ctc_weight": 0.05,
+    "hear_lm_weight": 0.0,
+    "verbatim": None,
 }
 LENGTHS = (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens"))
 
@@ -59,6 +66,11 @@ class AudioPhiGenerationMixin(GenerationMixin):
             lm_prior_start_id (the LLM's bos): token that begins a text for that prior.
             draft_tokens (0): tokens of the alignment's transcript that the LLM checks at once where one sequence is
                 decoded greedily (`HeardDraft`): the same words, sooner. 0: one by one.
+            hear_with (the config's): "alignment", "decoder" or "both", see `AudioPhiConfig`.
+            hear_beams (1; both: 6): texts that the decoder proposes.
+            hear_ctc_weight (0.05), hear_lm_weight (0): shares of alignment and LLM in choosing from them with "both",
+                see `choose_words`.
+            verbatim (for the task transcribe): the answer is the decoder's text itself, without the LLM.
         Raises ValueError for an unknown task, values outside these ranges, and where there is no alignment head.
         """
         generation_config, kwargs, fusion = self.decoding_settings(generation_config, kwargs, task, asked)
@@ -80,9 +92,21 @@ class AudioPhiGenerationMixin(GenerationMixin):
             raise ValueError("generate takes audio inputs or audio_features, not both")
         mask, audio = kwargs.pop("attention_mask", None), audio_features
         if audio is None:
-            if self.config.readout == "frames":  # what is too long is known before the expensive work
+            if (
+                self.config.readout == "frames" and fusion["hear_with"] == "alignment"
+            ):  # what is too long is known before the expensive work
                 self.model.expand_prompt(prompt, mask, self.model.most_counts(audio_inputs), padding_side="left")
-            audio = self.get_audio_features(**audio_inputs, return_dict=True)
+            audio = self.hear(audio_inputs, fusion["hear_with"], fusion["hear_beams"])
+        if audio.words is not None:
+            audio = self.choose_words(audio, prompt, mask, fusion)
+            clips = last_clips(prompt, self.config.audio_token_id, asked)
+            if fusion["verbatim"] and all(clips):
+                sequences = self.written_words(prompt, clips, audio, generation_config, kwargs)
+                named = kwargs.get("return_dict_in_generate") or getattr(
+                    generation_config, "return_dict_in_generate", 0
+                )
+                return GenerateDecoderOnlyOutput(sequences=sequences) if named else sequences
+            audio = self.read_words(audio)
         expanded = self.model.expand_prompt(prompt, mask, audio.counts, padding_side="left")
         length = expanded.input_ids.shape[1]
         generation_config, kwargs = self._count_from(length - prompt.shape[1], generation_config, kwargs)
@@ -139,11 +163,16 @@ class AudioPhiGenerationMixin(GenerationMixin):
             places = (kwargs.pop(name, None), own.get(name), settings.pop(name, None))
             places = (*places, getattr(self.generation_config, name, None), default)
             fusion[name] = next((value for value in places if value is not None), None)
+        fusion["hear_with"] = fusion["hear_with"] or self.config.hear_with
+        check_ears(self.config, fusion["hear_with"])
+        if fusion["verbatim"] is None:
+            fusion["verbatim"] = self._task_named(task, asked, own) == "transcribe"
         weight = fusion["ctc_weight"]
         if not 0 <= weight <= 1:
             raise ValueError(f"ctc_weight={weight} is not between 0 and 1")
         for name, allowed in (("lm_prior_weight", fusion["lm_prior_weight"] >= 0),
                               ("draft_tokens", fusion["draft_tokens"] >= 0),
+                              ("hear_beams", (fusion["hear_beams"] or 1) >= 1),
                               ("ctc_temperature", fusion["ctc_temperature"] > 0)):  # fmt: skip
             if not allowed:
                 raise ValueError(f"{name}={fusion[name]} is too small")
@@ -152,15 +181,22 @@ class AudioPhiGenerationMixin(GenerationMixin):
         return *with_settings(generation_config, kwargs, settings), fusion
 
     def _task_settings(self, task, asked, own):
-        """What `generation_config.tasks` (in `own`, attributes of the caller's config, or the model's) says of `task`,
-        or of the one that all rows of `asked` name."""
-        tasks = own.get("tasks") or getattr(self.generation_config, "tasks", None) or {}
+        """What `generation_config.tasks` says of the task; see `_task_named`."""
+        return self._tasks(own).get(self._task_named(task, asked, own)) or {}
+
+    def _tasks(self, own):
+        """`generation_config.tasks`: in `own`, attributes of the caller's config, or the model's."""
+        return own.get("tasks") or getattr(self.generation_config, "tasks", None) or {}
+
+    def _task_named(self, task, asked, own):
+        """`task`, or the one that all rows of `asked` name, or None."""
+        tasks = self._tasks(own)
         if task is None:
             codes = set() if asked is None else set(asked[:, 0].tolist())
             task = next((name for name in tasks if codes == {task_code(name)}), None)
         elif task not in tasks:
             raise ValueError(f"unknown task {task!r}; this model knows: {', '.join(tasks) or 'none'}")
-        return tasks.get(task) or {}
+        return task
 
     def _as_heard(self, prompt, log_probs, lengths, generation_config, kwargs):
         """Prompts (B, L) with the alignment's own reading behind each, (B, L + n)."""

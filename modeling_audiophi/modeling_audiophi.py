@@ -19,6 +19,7 @@ from .clip_tokens import ClipTokens
 from .components_audiophi import ComponentsMixin
 from .configuration_audiophi import AudioPhiConfig
 from .distillation_audiophi import as_teacher, kl_divergence
+from .ears_audiophi import EarsMixin
 from .encoders import encoder_class
 from .family_audiophi import FamilyHead, look_up
 from .generation_audiophi import AudioPhiGenerationMixin
@@ -289,7 +290,7 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
 
 
 class AudioPhiForConditionalGeneration(
-    CheckpointsMixin, ComponentsMixin, TuningMixin, AudioPhiPreTrainedModel, AudioPhiGenerationMixin
+    CheckpointsMixin, ComponentsMixin, TuningMixin, EarsMixin, AudioPhiPreTrainedModel, AudioPhiGenerationMixin
 ):
     """The whole model: audio and text in, words out. Build with `from_components`, load with `from_pretrained`."""
 

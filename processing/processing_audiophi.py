@@ -130,6 +130,8 @@ class AudioPhiProcessor(ProcessorMixin):
                 f"({self.audio_token})."
             )
         self.window_frames, self.shortest_frames = config.window_frames, config.shortest_frames
+        if config.hear_with != "alignment" and not self.tasks:  # what the decoder does untrained
+            self.tasks = {"transcribe": {"instructions": ["Transcribe the speech."], "in_pieces": True}}
         return self
 
     def to_dict(self) -> dict:

@@ -22,7 +22,7 @@ def trained(settings, speech):
 
     def run(**keys):
         data = {"train": [{"path": str(speech)}], "eval": [{"path": str(speech), "limit": 6}]}
-        recipe = settings({**ALIGN, "steps": 30, "learning_rate": 5e-3}, LM, data=data, **keys)
+        recipe = settings({**ALIGN, "steps": 150, "learning_rate": 1e-2}, LM, data=data, **keys)
         final = run_recipe(recipe_from_dict(recipe))
         told = final.parent / "decoding.json"
         scores = [json.loads(line) for line in (final.parent / "history.jsonl").read_text().splitlines()]

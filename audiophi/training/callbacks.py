@@ -154,7 +154,8 @@ class Development:
             for number in batch
         ]
         aligned = task.reads_alignment and engine.model.model.alignment is not None
-        settings = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
+        # What is trained; cached states have no decoder either.
+        settings = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "hear_with": "alignment"}
         decoded_as = task.asked_as or name
         if decoded_as not in {*(getattr(engine.model.generation_config, "tasks", None) or {}), *self.processor.tasks}:
             decoded_as = None  # evaluated, but not trained

@@ -226,6 +226,7 @@ class Recipe:
     adapter: dict[str, Any] | None = None  # null: {type: mlp}, or what `init_from` has
     encoder_layer: str | int | None = None  # null: last, or what `init_from` has
     readout: Literal["frames", "collapse", "mixed"] | None = None  # null: frames, or what `init_from` has
+    hear_with: Literal["alignment", "decoder", "both"] | None = None  # null: alignment, or what `init_from` has
     clip_tokens: int | None = None  # tokens of a clip as a whole beside the readout's; null: 0, or what `init_from` has
     alignment: Alignment | None = None
     text_case: Literal["lower", "keep"] = "lower"

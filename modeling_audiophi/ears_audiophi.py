@@ -1,0 +1,196 @@
+"""Two ears: the words of the encoder's own decoder beside, or in the place of, what the alignment hears.
+
+The decoder's texts are candidates. Of the best one the language model reads the tokens where it would read what the
+readout keeps, and a transcript is that text itself: no word is written by the language model then.
+"""
+
+import dataclasses
+import math
+import unicodedata
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer
+
+from .components_audiophi import resolve_component
+from .encoders import encoder_class
+from .outputs_audiophi import AudioPhiAudioOutput
+
+BEAMS = 6  # of the decoder where its texts are chosen from
+
+
+class EarsMixin:
+    """For AudioPhiForConditionalGeneration."""
+
+    def words_decoder(self):
+        """The decoder of the audio component and the language model's tokenizer, loaded when they are first used."""
+        if "_decoder" not in self.__dict__:
+            base = {name: (part["id"], part["revision"]) for name, part in self.config.base_components.items()}
+            if not base:
+                raise ValueError("hear_with: this model names no base components, so its decoder's weights are unknown")
+            folder, tower = resolve_component(*base["audio"]), next(self.model.audio_tower.parameters())
+            decoder = encoder_class(self.config.audio_config).decoder(folder, tower.device, tower.dtype)
+            # Not an attribute of a module: not saved, not moved, not trained.
+            self.__dict__["_decoder"] = decoder, AutoTokenizer.from_pretrained(resolve_component(*base["text"]))
+        return self.__dict__["_decoder"]
+
+    def hear(self, audio_inputs, hear_with="alignment", hear_beams=None, **kwargs):
+        """`get_audio_features` of `audio_inputs`, with the decoder's texts per clip as `words`: (text, score) pairs,
+        the best first, none where nobody speaks. ValueError for cached encoder states, which no decoder reads."""
+        if hear_with == "alignment":
+            return self.get_audio_features(**audio_inputs, return_dict=True, **kwargs)
+        key = self.model.audio_tower.feature_key
+        features = audio_inputs.get(key)
+        if features is None:
+            raise ValueError(f"hear_with={hear_with!r} needs the audio itself ({key}); cached states have no decoder")
+        both = hear_with == "both"
+        mask = self.model._as_mask(features, audio_inputs.get(f"{key}_mask"))
+        windows = self.words_decoder()[0](features, mask, hear_beams or (BEAMS if both else 1))
+        counts = audio_inputs.get("audio_num_windows")
+        words, start = [], 0
+        for count in [1] * len(windows) if counts is None else counts.tolist():
+            words.append(of_clip(windows[start : start + count]))
+            start += count
+        if (
+            both
+            or kwargs.get("with_alignment")
+            or self.model.clip_tokens is not None
+            or self.model.readout.learns_sounds
+        ):
+            kwargs["with_alignment"] = both or kwargs.get("with_alignment", False)
+            audio = self.get_audio_features(**audio_inputs, return_dict=True, **kwargs)
+        else:  # the decoder's words are all that is read
+            audio = AudioPhiAudioOutput()
+        audio.words = words
+        return audio
+
+    def choose_words(self, audio, prompt, mask, fusion):
+        """`audio` of `hear` with each clip's candidates in their order by decoder, alignment and language model:
+        score + hear_ctc_weight * log p_CTC + hear_lm_weight * log p_LLM, all per token.
+
+        `prompt` (B, L), `mask` (B, L): the language model that hears reads each candidate behind it, in one pass a
+        prompt, where every prompt has one clip.
+        """
+        ctc, lm = fusion["hear_ctc_weight"], fusion["hear_lm_weight"]
+        if fusion["hear_with"] != "both":
+            return audio
+        if lm and (len(audio.words) != len(prompt) or audio.pooler_output is None):
+            raise ValueError("hear_lm_weight is for prompts with one clip each")
+        chosen, begin = [], 0
+        for number, pairs in enumerate(audio.words):
+            end = begin + int(audio.counts[number])
+            scores = torch.tensor([score for _, score in pairs])
+            ids = [self.words_as_tokens(text) for text, _ in pairs]
+            if len(pairs) > 1 and ctc:
+                logits = audio.align_logits[number][audio.tokens_mask[number]]
+                scores += ctc * ctc_scores(logits, ids, self.model.alignment.vocab_ids)
+            if len(pairs) > 1 and lm:
+                row, there = prompt[number : number + 1], mask if mask is None else mask[number : number + 1]
+                scores += lm * self._read_scores(row, there, audio.pooler_output[begin:end], ids)
+            order = scores.argsort(descending=True, stable=True).tolist()
+            chosen.append([pairs[place] for place in order])
+            begin = end
+        audio.words = chosen
+        return audio
+
+    def _read_scores(self, prompt, mask, embeds, ids):
+        """Mean log probability (n,) of each of `ids` behind one prompt (1, L) that hears `embeds` (N, D)."""
+        row = self.model.expand_prompt(prompt, mask, torch.tensor([len(embeds)]), padding_side="left").input_ids[0]
+        texts = nn.utils.rnn.pad_sequence(
+            [torch.cat([row, torch.tensor(text, device=row.device)]) for text in ids],
+            batch_first=True,
+            padding_value=-1,
+        )
+        real = texts >= 0
+        hidden = self.model(
+            input_ids=texts.clamp(min=0), attention_mask=real.long(), audio_embeds=embeds.repeat(len(ids), 1),
+            use_cache=False,
+        ).last_hidden_state[:, len(row) - 1 : -1]  # fmt: skip
+        scores = self.compute_logits(hidden).float().log_softmax(-1)
+        scores = scores.gather(-1, texts[:, len(row) :, None].clamp(min=0))[..., 0]
+        counted = real[:, len(row) :]
+        return ((scores * counted).sum(1) / counted.sum(1).clamp(min=1)).cpu()
+
+    def read_words(self, audio):
+        """`audio` of which the language model reads the best candidate's tokens instead of what the readout keeps; clip
+        tokens stay, and where nobody speaks the readout of sounds."""
+        sounds = self.model.readout.learns_sounds
+        rows, begin = [], 0
+        for number, pairs in enumerate(audio.words):
+            end = begin + (0 if audio.counts is None else int(audio.counts[number]))
+            own = (
+                audio.pooler_output[begin : end if sounds and not pairs else begin + self.config.clip_tokens]
+                if end
+                else None
+            )
+            ids = torch.tensor(self.words_as_tokens(pairs[0][0]) if pairs else [], dtype=torch.long, device=self.device)
+            words = self.model.embed(ids)
+            rows.append(words if own is None else torch.cat([own.to(words), words]))
+            begin = end
+        counts = torch.tensor([len(row) for row in rows], device=self.device)
+        return dataclasses.replace(audio, pooler_output=torch.cat(rows), counts=counts)
+
+    def words_as_tokens(self, text, verbatim=False):
+        """Token ids of a text: as written, or in the spelling of the alignment's vocabulary, which is what the language
+        model was trained to read: without capitals and punctuation where that has none."""
+        tokenizer = self.words_decoder()[1]
+        if not verbatim and self.model.alignment is not None:
+            if "_letters" not in self.__dict__:
+                self.__dict__["_letters"] = set(tokenizer.decode(self.model.alignment.vocab_ids.tolist()))
+            known = self._letters
+            text = text if any(letter.isupper() for letter in known) else text.lower()
+            text = "".join(c if c in known or unicodedata.category(c)[0] != "P" else " " for c in text)
+        text = " ".join(text.split())
+        return tokenizer.encode(" " * (not verbatim) + text, add_special_tokens=False) if text else []
+
+    def written_words(self, prompt, clips, audio, generation_config, kwargs):
+        """Sequences as of `generate` (B * n, L + new): the prompts and behind each the words of its `clips`, ended; of
+        `num_return_sequences` the n best."""
+        config = self.generation_config if generation_config is None else generation_config
+        count = kwargs.get("num_return_sequences") or config.num_return_sequences or 1
+        end = self._end_ids(generation_config, kwargs)[:1]
+        pad = config.pad_token_id if config.pad_token_id is not None else (end or [0])[0]
+        rows = []
+        for numbers in clips:
+            for place in range(count):
+                best = [
+                    audio.words[number][min(place, len(audio.words[number]) - 1)][0]
+                    for number in numbers
+                    if audio.words[number]
+                ]
+                rows.append(
+                    torch.tensor([*self.words_as_tokens(" ".join(best), verbatim=True), *end], dtype=torch.long)
+                )
+        new = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad).to(prompt.device)
+        sequences = torch.cat([prompt.repeat_interleave(count, 0), new], 1)
+        if (streamer := kwargs.get("streamer")) is not None:
+            streamer.put(prompt.cpu())
+            streamer.put(new[0].cpu())
+            streamer.end()
+        return sequences
+
+
+def of_clip(windows):
+    """Candidates of a clip: those of its window; of several windows the best of each, together."""
+    if len(windows) == 1:
+        return windows[0]
+    best = [window[0] for window in windows if window]
+    return [(" ".join(text for text, _ in best), sum(score for _, score in best) / len(best))] if best else []
+
+
+def ctc_scores(logits, texts, vocab_ids):
+    """log p_CTC per token (n,) of texts (lists of LLM token ids), `logits` (T, V' + 1) of one clip's frames. A token
+    that is no class is heard as one of average probability, as in `CTCPrefixScorer`."""
+    frames = logits.float().log_softmax(-1).cpu()
+    other = frames[:, 1:].logsumexp(-1, keepdim=True) - math.log(len(vocab_ids))
+    frames, vocab_ids, scores = torch.cat([frames, other], 1), vocab_ids.cpu(), []
+    for text in texts:
+        ids = torch.tensor(text, dtype=torch.long)
+        places = torch.searchsorted(vocab_ids, ids).clamp(max=len(vocab_ids) - 1)
+        classes = torch.where(vocab_ids[places] == ids, places + 1, len(vocab_ids) + 1)
+        known, targets = classes.unique(return_inverse=True)
+        picked = torch.cat([frames[:, :1], frames[:, known]], 1)[:, None]
+        sizes = torch.tensor([len(picked)]), torch.tensor([len(ids)])
+        loss = nn.functional.ctc_loss(picked, targets[None] + 1, *sizes, reduction="sum")
+        scores.append(-loss.clamp(max=1e4) / max(1, len(ids)))
+    return torch.stack(scores)

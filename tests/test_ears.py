@@ -1,0 +1,187 @@
+"""Two ears: the encoder's own decoder, and the alignment, which chooses among its texts."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration, pipeline
+
+from modeling_audiophi import AudioPhiForConditionalGeneration
+from modeling_audiophi.ears_audiophi import ctc_scores, of_clip
+from processing import AudioPhiProcessor
+from tests.conftest import CORPUS, message, prompts, random_like_trained, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def whisper_dir(tmp_path_factory):
+    """Whisper that writes words: as `tiny_whisper_dir`, with a tokenizer."""
+    path = tmp_path_factory.mktemp("whisper-with-words")
+    tokenizer = tiny_tokenizer()
+    config = WhisperConfig(
+        vocab_size=len(tokenizer), num_mel_bins=16, d_model=32, encoder_layers=2, decoder_layers=1,
+        encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64,
+        max_source_positions=100, max_target_positions=12, pad_token_id=2, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=1, suppress_tokens=None, begin_suppress_tokens=None,
+    )  # fmt: skip
+    model = random_like_trained(WhisperForConditionalGeneration(config))
+    model.generation_config.suppress_tokens = [*range(2), *range(3, 270)]  # words of several letters
+    model.save_pretrained(path)
+    WhisperFeatureExtractor(feature_size=16, chunk_length=2).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def cascade(whisper_dir, tiny_llm_dir):
+    """A model of components alone, and its processor."""
+    processor = AudioPhiProcessor.from_components(whisper_dir, tiny_llm_dir)
+    model = AudioPhiForConditionalGeneration.from_components(
+        audio=whisper_dir, text=tiny_llm_dir, hear_with="decoder", audio_token_id=processor.audio_token_id
+    )
+    return model.eval(), processor.match_model(model.config)
+
+
+def own_words(whisper_dir, wave, **settings):
+    whisper = WhisperForConditionalGeneration.from_pretrained(whisper_dir)
+    extractor = WhisperFeatureExtractor.from_pretrained(whisper_dir)
+    features = extractor(wave, sampling_rate=16_000, return_tensors="pt").input_features
+    written = whisper.generate(features, **settings)
+    return [text.strip() for text in tiny_tokenizer().batch_decode(written, skip_special_tokens=True)]
+
+
+def test_without_training_a_transcript_is_what_whisper_writes(cascade, whisper_dir, waveform, monkeypatch):
+    model, processor = cascade
+    waves = [waveform(0.7), waveform(1.9, 1)]
+    expected = [own_words(whisper_dir, wave)[0] for wave in waves]
+    assert expected[0] and expected[1]
+    pipe = pipeline("audio-text-to-text", model=model, processor=processor)
+    monkeypatch.setattr(model.model.language_model, "forward", None)  # no pass of the LLM
+    alone = [pipe(wave, sampling_rate=16_000)["generated_text"] for wave in waves]
+    assert alone == expected
+    together = pipe(waves, sampling_rate=16_000, batch_size=2)
+    assert [result["generated_text"] for result in together] == expected
+
+
+def test_questions_are_answered_by_the_llm_that_reads_the_words(cascade, whisper_dir, waveform):
+    model, processor = cascade
+    wave, question = waveform(0.7), "What is said?"
+    heard = prompts(processor, [[wave]])
+    written = model.generate(**heard, max_new_tokens=5, do_sample=False)[0, heard["input_ids"].shape[1] :]
+    ids = heard["input_ids"][0]
+    place = (ids == processor.audio_token_id).nonzero().item()
+    words = processor.tokenizer.encode(" " + own_words(whisper_dir, wave)[0], return_tensors="pt")[0]
+    read = torch.cat([ids[:place], words, ids[place + 1 :]])[None]
+    expected = model.generate(read, attention_mask=torch.ones_like(read), max_new_tokens=5, do_sample=False)
+    assert torch.equal(written, expected[0, read.shape[1] :])
+    pipe = pipeline("audio-text-to-text", model=model, processor=processor)
+    assert isinstance(pipe(wave, sampling_rate=16_000, instruction=question, max_new_tokens=3)["generated_text"], str)
+
+
+def test_both_takes_the_candidate_that_the_alignment_prefers(make_tiny_model, whisper_dir, waveform, monkeypatch):
+    model, processor = make_tiny_model(audio=whisper_dir, hear_with="both", readout="collapse")
+    inputs = prompts(processor, [[waveform(0.7)]])
+    start = inputs["input_ids"].shape[1]
+    model.words_decoder()
+    words = dict.fromkeys(" ".join(CORPUS).lower().split())
+    known = [word for word in words if all(10 <= i < 310 for i in model.words_as_tokens(word))]
+    first, second, third = known[:3]
+    pairs = [(first, -0.1), (second, -0.2), (third, -0.3)]
+    monkeypatch.setattr(model, "_decoder", (lambda *args: [pairs], model.words_decoder()[1]), raising=False)
+    heard = model.words_as_tokens(second)  # that the alignment is sure of
+    vocab = model.model.alignment.vocab_ids.tolist()
+
+    def align(tokens, table):
+        logits = torch.zeros(*tokens.shape[:2], len(vocab) + 1)
+        for frame in range(tokens.shape[1]):
+            logits[:, frame, vocab.index(heard[frame]) + 1 if frame < len(heard) else 0] = 9.0
+        return logits
+
+    monkeypatch.setattr(model.model, "align", align)
+
+    def transcript(**settings):
+        return processor.tokenizer.decode(
+            model.generate(**inputs, task="transcribe", **settings)[0, start:], skip_special_tokens=True
+        )
+
+    assert transcript(hear_ctc_weight=0.0) == first
+    assert transcript(hear_ctc_weight=1.0) == second
+    assert transcript(hear_ctc_weight=1.0, hear_with="decoder") == first
+    # The LLM reads all candidates in one pass: it prefers what it finds likeliest itself.
+    audio = model.get_audio_features(**{k: v for k, v in inputs.items() if k.startswith(("input_f", "audio"))})
+    ids = [model.words_as_tokens(text) for text, _ in pairs]
+    scores = model._read_scores(inputs["input_ids"], None, audio.pooler_output, ids)
+    alone = [model._read_scores(inputs["input_ids"], None, audio.pooler_output, [one])[0] for one in ids]
+    assert torch.allclose(scores, torch.stack(alone), atol=1e-5)
+    assert transcript(hear_ctc_weight=0.0, hear_lm_weight=1e6) == pairs[int(scores.argmax())][0]
+
+
+def test_ctc_scores_are_those_of_all_paths_and_know_every_token():
+    from tests.test_ctc_scoring import VOCAB_IDS, random_log_probs, transcripts
+
+    log_probs = random_log_probs(4, 0)
+    total = transcripts(log_probs)
+    scores = ctc_scores(log_probs[0], [[3, 3], [7, 8], [], [99]], VOCAB_IDS)
+    expected = torch.tensor([total[3, 3], total[7, 8], total[()]]).log() / torch.tensor([2, 2, 1])
+    assert torch.allclose(scores[:3], expected, atol=1e-5) and torch.isfinite(scores[3])
+
+
+def test_a_clip_of_several_windows_has_the_best_of_each():
+    assert of_clip([[("a", -1.0), ("b", -2.0)], [], [("c", -3.0)]]) == [("a c", -2.0)]
+    assert of_clip([[], []]) == []
+
+
+def test_checkpoints_keep_the_ears_and_stay_slim(make_tiny_model, whisper_dir, waveform, tmp_path):
+    model, processor = make_tiny_model(audio=whisper_dir, hear_with="both", readout="collapse")
+    inputs = prompts(processor, [[waveform(0.7)]])
+    before = model.generate(**inputs, task="transcribe", hear_beams=3)
+    model.save_pretrained(tmp_path)
+    kept = load_file(tmp_path / "model.safetensors")
+    assert not [key for key in kept if "decoder" in key or "audio_tower" in key]
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert loaded.config.hear_with == "both" and "_decoder" not in vars(loaded)
+    loaded.generate(**inputs, hear_with="alignment", max_new_tokens=2)
+    assert "_decoder" not in vars(loaded)  # not even read
+    assert torch.equal(loaded.generate(**inputs, task="transcribe", hear_beams=3), before)
+
+
+def test_what_has_no_decoder_is_refused_by_name(make_tiny_model, tiny_wavlm_dir, whisper_dir, tiny_llm_dir, waveform):
+    with pytest.raises(ValueError, match="the wavlm encoder has no decoder"):
+        AudioPhiForConditionalGeneration.from_components(tiny_wavlm_dir, tiny_llm_dir, hear_with="decoder")
+    model, processor = make_tiny_model(audio=tiny_wavlm_dir)
+    inputs = prompts(processor, [[waveform(0.7)]])
+    with pytest.raises(ValueError, match="the wavlm encoder has no decoder"):
+        model.generate(**inputs, hear_with="decoder")
+    with pytest.raises(ValueError, match="needs an alignment head"):
+        AudioPhiForConditionalGeneration.from_components(whisper_dir, tiny_llm_dir, hear_with="both")
+    model, _ = make_tiny_model(audio=whisper_dir)
+    with pytest.raises(ValueError, match="expected one of alignment, decoder, both"):
+        model.generate(**inputs, hear_with="ears")
+    states = {"audio_hidden_states": torch.zeros(1, 10, 32)}
+    with pytest.raises(ValueError, match="needs the audio itself"):
+        model.generate(inputs["input_ids"], **states, hear_with="decoder")
+
+
+def test_silence_has_no_words(cascade):
+    model, processor = cascade
+    pipe = pipeline("audio-text-to-text", model=model, processor=processor)
+    assert pipe(np.zeros(16_000, np.float32), sampling_rate=16_000)["generated_text"] == ""
+    chat = message([np.zeros(16_000, np.float32)], "What is said?")
+    assert isinstance(pipe(chat, max_new_tokens=2)["generated_text"], str)
+
+
+def test_a_recipe_says_how_its_model_hears(whisper_dir, tiny_llm_dir, tiny_wavlm_dir):
+    from audiophi.training.build import build_model, build_processor
+    from audiophi.training.recipe import RecipeError, recipe_from_dict
+
+    def built(audio, hear_with):
+        stage = {"name": "lm", "loss": "lm", "steps": 1, "batch_size": 1}
+        recipe = recipe_from_dict(
+            {"name": "ears", "components": {"audio": audio, "text": tiny_llm_dir}, "data": {"train": [{"path": "x"}]},
+             "stages": [stage], "hear_with": hear_with}
+        )  # fmt: skip
+        return build_model(recipe, build_processor(recipe), None)
+
+    assert built(whisper_dir, "decoder").config.hear_with == "decoder"
+    assert built(whisper_dir, None).config.hear_with == "alignment"
+    with pytest.raises(RecipeError, match="wavlm"):
+        built(tiny_wavlm_dir, "decoder")
