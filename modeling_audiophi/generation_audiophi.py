@@ -59,8 +59,9 @@ class AudioPhiGenerationMixin(GenerationMixin):
         Where a transcript is wanted, the alignment head can have a share in the scores. It expects the words of the
         clips of the last user turn (without `asked`: of the last clip), and nothing where that turn has none. These are
         arguments, or attributes of the generation config:
-            ctc_weight (0): its share, between 0 and 1, see `CTCPrefixScorer`. At 1, decoded greedily and without
-                prior, its own reading is the transcript: the LLM is not run, and no other setting but a length counts.
+            ctc_weight (0): its share, between 0 and 1, see `CTCPrefixScorer`. At 1, without prior and
+                sampling, its own reading is the transcript: the LLM is not run, and of other settings only a length
+                counts.
             ctc_temperature (1): of its posteriors; CTC is surer of itself than it should be, more makes it less so.
             lm_prior_weight (0): see `LanguageModelPrior`; without effect where ctc_weight is 0.
             lm_prior_start_id (the LLM's bos): token that begins a text for that prior.
@@ -120,7 +121,7 @@ class AudioPhiGenerationMixin(GenerationMixin):
             heard = logits.to(prompt.device), audio.tokens_mask.to(prompt.device)
             log_probs, lengths = alignment_per_prompt(*heard, clips, fusion["ctc_temperature"])
             alone = fusion["ctc_weight"] == 1 and not fusion["lm_prior_weight"] and bool((lengths > 0).all())
-            if alone and is_plain(self, generation_config, kwargs):
+            if alone and is_plain(self, generation_config, {**kwargs, "num_beams": 1}):
                 return self._as_heard(prompt, log_probs, lengths, generation_config, kwargs)
             draft = None
             if drafting and may_draft(self, generation_config, kwargs, len(prompt)):

@@ -79,6 +79,8 @@ def test_the_alignment_alone_is_written_as_it_is(make_tiny_model, waveform):
     for row, words in zip(written[:, length:].tolist(), heard, strict=True):
         assert row[: len(words) + 1] == [*words, end] and set(row[len(words) :]) == {end}
     assert model.generate(**inputs, max_new_tokens=2, **settings).shape[1] == length + 2
+    # Or a recipe's beams make of it something else than what the alignment's own words are compared with.
+    assert torch.equal(model.generate(**inputs, max_new_tokens=50, num_beams=3, **settings), written)
     one = prompts(processor, [[waveform(1.6, 2)]])
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     model.generate(**one, max_new_tokens=50, streamer=streamer, **settings)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from audiophi.training.cache_filling import encoding_progress
 from audiophi.training.corpus import TooManyBadRows
 from audiophi.training.recipe import RecipeError
 from modeling_audiophi import AudioPhiForConditionalGeneration
@@ -78,6 +80,19 @@ def test_align_never_runs_the_llm(settings, monkeypatch):
     monkeypatch.setattr(LlamaModel, "forward", refuse)
     data = settings()["data"]
     train(settings({**ALIGN, "eval_steps": 3}, data={**data, "eval": data["train"]}))
+
+
+def test_filling_the_cache_says_how_far_it_is(monkeypatch, capsys):
+    clock = itertools.count(0, 6)  # seconds between two batches
+    monkeypatch.setattr("audiophi.training.cache_filling.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    report = encoding_progress(print)
+    for done in (4, 8, 12, 16):
+        report(done, 16)
+    assert capsys.readouterr().out.splitlines() == [
+        "cache: 4 of 16 clips encoded, ETA 0:18",
+        "cache: 12 of 16 clips encoded, ETA 0:06",
+        "cache: 16 of 16 clips encoded",
+    ]
 
 
 def test_cached_features_are_used_and_change_nothing(settings, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@ machines and processes (tools/build_cache.py). Both write the same cache, and sk
 
 import functools
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from processing.audio_io import AudioError
 
 from .bad_rows import BadRows
 from .build import build_model, build_processor
+from .callbacks import duration
 from .corpus import Corpus, Row
 from .feature_cache import FeatureCache, fingerprint_of, hash_weights
 from .precision import fast_precision
@@ -64,6 +66,22 @@ def open_cache(recipe: Recipe, model, processor) -> tuple[FeatureCache, Callable
             return model.model.encode(features.to(device), mask.to(device))
 
     return FeatureCache(recipe.cache_dir, fingerprint, recipe.cache_dtype), encode
+
+
+def encoding_progress(say: Callable[[str], None], seconds: float = 10.0) -> Callable[[int, int], None]:
+    """A `report` for `fill_cache`: how far it is, after the first batch, every so many seconds and at the end."""
+    began = time.monotonic()
+    said = float("-inf")
+
+    def report(done: int, total: int) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if done == total or now - said >= seconds:
+            said = now
+            left = (now - began) / max(1, done) * (total - done)
+            say(f"cache: {done:,} of {total:,} clips encoded" + (f", ETA {duration(left)}" if done < total else ""))
+
+    return report
 
 
 def fill_cache(

@@ -13,7 +13,7 @@ from audiophi.data.example import RowError
 from processing.audio_io import AudioError
 
 from .bad_rows import BadRows
-from .cache_filling import fill_cache, open_cache, uses_cache
+from .cache_filling import encoding_progress, fill_cache, open_cache, uses_cache
 from .corpus import Corpus, source_spec
 from .recipe import RecipeError, Source, Stage
 from .simulated import Confusions, hear_clips, measure, reference_tokenizer
@@ -115,7 +115,8 @@ def corpus_clips(run: "Run", stage: Stage, sources: list[Source]) -> Iterator[tu
     cache = None
     if uses_cache(recipe, stage, run.model.config.encoder_layer) and corpus.rows:
         cache, encode = open_cache(recipe, run.model, processor)
-        fill_cache(corpus, cache, processor, encode, [speed], workers=recipe.num_workers)
+        report = encoding_progress(run.say)
+        fill_cache(corpus, cache, processor, encode, [speed], report=report, workers=recipe.num_workers)
     for row in corpus.rows:
         for place, clip in enumerate(corpus.example(row).clips):
             if not clip.transcript:

@@ -13,7 +13,7 @@ from audiophi.data.collator import AudioPhiCollator
 from processing.chat_audiophi import HEARD
 
 from .batches import BatchSchedule
-from .cache_filling import fill_cache, open_cache, uses_cache
+from .cache_filling import encoding_progress, fill_cache, open_cache, uses_cache
 from .corpus import Corpus, TrainingSet
 from .feature_cache import FeatureCache
 from .measured_clips import run_confusions
@@ -42,15 +42,7 @@ def stage_cache(run: "Run", stage: Stage, corpus: Corpus) -> FeatureCache | None
             run.say("cache: off, a learned layer mix needs all layers of the encoder")
         return None
     cache, encode = open_cache(recipe, run.model, run.processor)
-
-    said = 0
-
-    def report(done, total):
-        nonlocal said
-        if done == total or done - said >= 1000:
-            said = done
-            run.say(f"cache: {done:,} of {total:,} clips encoded")
-
+    report = encoding_progress(run.say)
     state = PartialState()
     if state.num_processes > 1:  # each encodes its part
         part = corpus.part(state.process_index, state.num_processes)
