@@ -101,6 +101,11 @@ class AudioPhiConfig(PreTrainedConfig):
     # True where the package is installed, which registers the pipeline: transformers must not ask for remote code then.
     pipeline_is_registered = False
 
+    # Of the outputs beside the loss, Trainer's `predict` collects the logits alone.
+    keys_to_ignore_at_inference = [
+        "past_key_values", "cache", "hidden_states", "attentions", "lm_loss", "align_loss", "sound_loss", "clip_loss",
+        "distill_loss", "align_skipped", "align_logits", "audio_counts",
+    ]  # fmt: skip
     model_type = "audiophi"
     _auto_class = "AutoConfig"  # its files are saved with it
     sub_configs_defaults = {

@@ -381,8 +381,9 @@ class AudioPhiForConditionalGeneration(
     ):
         """Losses and logits, an `AudioPhiOutput`.
 
-        `labels` (B, L) with -100 where nothing is to be predicted: the head runs at labelled positions only, and
-        logits are not returned unless `return_logits=True`. `label_weights` (B, L): what each counts in `lm_loss`.
+        `labels` (B, L) with -100 where nothing is to be predicted: in training the head runs at labelled positions only
+        and logits are not returned, unless `return_logits=True`; else they are, unless it is False. `label_weights`
+        (B, L): what each counts in `lm_loss`.
         `align_labels` (C, S): LLM token ids of each clip's
         transcript, -100 padded, NO_TARGET first where there is none, simulated clips left out; without input_ids the
         language model is not run at all, and align_logits are returned only with `return_logits=True`. `sound_labels`
@@ -459,7 +460,7 @@ class AudioPhiForConditionalGeneration(
                 if clip_labels is not None and audio is not None:
                     output.clip_loss = self._clip_loss(audio, clip_labels, clip_items_in_batch)
                     output.loss = output.clip_loss if output.loss is None else output.loss + output.clip_loss
-            if labels is None or return_logits:
+            if labels is None or return_logits or (return_logits is None and not self.training):
                 kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
                 output.logits = self.compute_logits(hidden[:, kept])
         if audio is not None:

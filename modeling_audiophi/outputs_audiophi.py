@@ -47,8 +47,8 @@ class AudioPhiOutput(CausalLMOutputWithPast):
 
     loss = lm_loss + clip_loss + align_loss_weight * (align_loss + sound_loss) + distill_weight * distill_loss,
     whichever were asked for; align_skipped counts clips whose transcript is longer than their audio tokens.
-    audio_counts (C,): embeddings that the LLM read of each clip. logits (B, L, vocabulary) is None with labels unless
-    `return_logits=True`.
+    audio_counts (C,): embeddings that the LLM read of each clip. logits (B, L, vocabulary) is None with labels in
+    training unless `return_logits=True`.
     """
 
     lm_loss: torch.Tensor | None = None

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import Trainer, TrainingArguments
 
 from modeling_audiophi import ADAPTERS, AudioPhiForConditionalGeneration
 from modeling_audiophi.alignment_audiophi import NO_TARGET
@@ -195,12 +196,12 @@ def test_lm_loss_is_the_shifted_cross_entropy(make_tiny_model, waveform, readout
         summed = model(**inputs, labels=labels, num_items_in_batch=torch.tensor(24)).loss
         left = prompts(processor, [[waveform(1.0)], [waveform(0.6, 1)]], "left")
         left_loss = model(**left, labels=labelled(processor, left)).loss
-        full = model(**inputs, labels=labels, return_logits=True)
-    assert output.logits is None and torch.equal(output.loss, output.lm_loss)
+        without = model(**inputs, labels=labels, return_logits=False)
+    assert torch.equal(output.logits, logits) and torch.equal(output.loss, output.lm_loss)
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-4)
     assert summed.item() == pytest.approx(expected.item() * 12 / 24, rel=1e-4)
     assert left_loss.item() == pytest.approx(expected.item(), rel=1e-3)
-    assert full.logits.shape == logits.shape
+    assert without.logits is None and torch.equal(without.loss, output.loss)
 
 
 def test_head_runs_at_labelled_positions_only(make_tiny_model, waveform):
@@ -208,7 +209,7 @@ def test_head_runs_at_labelled_positions_only(make_tiny_model, waveform):
     inputs = prompts(processor, [[waveform(1.0)]])
     rows = []
     model.lm_head.register_forward_hook(lambda module, args, output: rows.append(args[0].shape[:-1].numel()))
-    model(**inputs, labels=labelled(processor, inputs))
+    assert model.train()(**inputs, labels=labelled(processor, inputs)).logits is None
     assert rows == [6]
 
 
@@ -517,3 +518,17 @@ def test_half_precision(make_tiny_model, waveform, readout, dtype, prior):
         for beams in (1, 2):
             out = model.generate(**rows, **scores, num_beams=beams, do_sample=False)
             assert out.shape[1] > rows["input_ids"].shape[1]
+
+
+def test_trainers_predict_collects_the_logits_alone(make_tiny_model, waveform, tmp_path):
+    model, processor = make_tiny_model(readout="collapse")
+    inputs = prompts(processor, [[waveform(1.0)]], "right")
+    batch = {**inputs, "labels": labelled(processor, inputs)}
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_eval_batch_size=1, report_to=[], use_cpu=True, remove_unused_columns=False,
+        label_names=["labels"], disable_tqdm=True,
+    )  # fmt: skip
+    found = Trainer(model, arguments, data_collator=lambda rows: rows[0]).predict([batch])
+    assert found.predictions.shape == (*inputs["input_ids"].shape, model.config.get_text_config().vocab_size)
+    with torch.no_grad():
+        assert torch.allclose(torch.from_numpy(found.predictions), model(**inputs).logits, atol=1e-4)
