@@ -17,7 +17,7 @@ BENCH ?=
 quickstart: .venv/installed
 	$(BIN)/python tools/get_components.py
 	$(BIN)/python train.py recipes/quickstart.yaml --output_dir $(RUN)
-	$(BIN)/python eval.py --model $(RUN)/final --data data/synthetic_speech --split dev --limit 40 --output_dir $(RUN)/eval --show 8
+	$(BIN)/python eval.py --model $(RUN)/final --data data/synthetic_speech --split test --output_dir $(RUN)/eval --show 8
 	$(BIN)/python tools/make_questions.py recipes/quickstart.yaml $(RUN)/questions.jsonl --per_kind 4
 	$(BIN)/python eval.py --model $(RUN)/final --data $(RUN)/questions.jsonl --task answer --max_new_tokens 40 \
 		--output_dir $(RUN)/eval-answers --show 8

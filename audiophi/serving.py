@@ -57,9 +57,11 @@ class Served:
         streamer = TextIteratorStreamer(self.pipe.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         done = asyncio.ensure_future(self.ask(inputs, streamer=streamer, **settings))
         pieces = iter(streamer)
-        first = await asyncio.to_thread(next, pieces, None)
-        if done.done():
-            await done  # what went wrong, if anything
+        first = ""
+        while first == "":
+            first = await asyncio.to_thread(next, pieces, None)
+        if first is None:
+            await done  # no word: what went wrong, if anything
 
         async def rest():
             piece = first
@@ -144,7 +146,7 @@ class Transcriptions(TranscriptionHandler):
         words = [{"word": chunk.pop("text"), **chunk} for chunk in result["chunks"]] if of == "word" else []
         processor = served.pipe.processor
         seconds = len(processor.load_audio(audio)) / processor.sampling_rate
-        told = {"task": "transcribe", "language": form.get("language") or "", "duration": round(seconds, 3)}
+        told = {"task": Transcribe.name, "language": form.get("language") or "", "duration": round(seconds, 3)}
         return JSONResponse({**told, "text": result["text"], "words": words})
 
 

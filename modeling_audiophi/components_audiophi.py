@@ -329,7 +329,7 @@ class ComponentsMixin:
         model.model.match_embeddings(vocab_ids, spellings)
         model.generation_config = text_generation_config(paths["text"], text_config, audio_token_id)
         if hear_with != "alignment":
-            model.generation_config.tasks = {"transcribe": {}}
+            model.generation_config.tasks = {name: {"verbatim": True} for name in config.decoder_tasks}
         for part, arguments in (lora or {}).items():
             model.add_lora(part, arguments)
         return model

@@ -101,6 +101,8 @@ class AudioPhiConfig(PreTrainedConfig):
     # True where the package is installed, which registers the pipeline: transformers must not ask for remote code then.
     pipeline_is_registered = False
 
+    # What a model that hears with its encoder's decoder does without training, as `AudioPhiProcessor.tasks` has it.
+    decoder_tasks = {"transcribe": {"instructions": ["Transcribe the speech."], "in_pieces": True}}
     # Of the outputs beside the loss, Trainer's `predict` collects the logits alone.
     keys_to_ignore_at_inference = [
         "past_key_values", "cache", "hidden_states", "attentions", "lm_loss", "align_loss", "sound_loss", "clip_loss",

@@ -51,13 +51,8 @@ class EarsMixin:
         for count in [1] * len(windows) if counts is None else counts.tolist():
             words.append(of_clip(windows[start : start + count]))
             start += count
-        if (
-            both
-            or kwargs.get("with_alignment")
-            or self.model.clip_tokens is not None
-            or self.model.readout.learns_sounds
-        ):
-            kwargs["with_alignment"] = both or kwargs.get("with_alignment", False)
+        kwargs["with_alignment"] = both or kwargs.get("with_alignment", False)
+        if kwargs["with_alignment"] or self.model.clip_tokens is not None or self.model.readout.learns_sounds:
             audio = self.get_audio_features(**audio_inputs, return_dict=True, **kwargs)
         else:  # the decoder's words are all that is read
             audio = AudioPhiAudioOutput()
@@ -118,11 +113,8 @@ class EarsMixin:
         rows, begin = [], 0
         for number, pairs in enumerate(audio.words):
             end = begin + (0 if audio.counts is None else int(audio.counts[number]))
-            own = (
-                audio.pooler_output[begin : end if sounds and not pairs else begin + self.config.clip_tokens]
-                if end
-                else None
-            )
+            kept = end if sounds and not pairs else begin + self.config.clip_tokens
+            own = audio.pooler_output[begin:kept] if end else None
             ids = torch.tensor(self.words_as_tokens(pairs[0][0]) if pairs else [], dtype=torch.long, device=self.device)
             words = self.model.embed(ids)
             rows.append(words if own is None else torch.cat([own.to(words), words]))
@@ -143,31 +135,15 @@ class EarsMixin:
         text = " ".join(text.split())
         return tokenizer.encode(" " * (not verbatim) + text, add_special_tokens=False) if text else []
 
-    def written_words(self, prompt, clips, audio, generation_config, kwargs):
-        """Sequences as of `generate` (B * n, L + new): the prompts and behind each the words of its `clips`, ended; of
-        `num_return_sequences` the n best."""
-        config = self.generation_config if generation_config is None else generation_config
-        count = kwargs.get("num_return_sequences") or config.num_return_sequences or 1
-        end = self._end_ids(generation_config, kwargs)[:1]
-        pad = config.pad_token_id if config.pad_token_id is not None else (end or [0])[0]
-        rows = []
+    def written_words(self, clips, audio, count=1):
+        """Token ids of the words of each prompt's `clips`, a list per text: of each prompt the `count` best."""
+        texts = []
         for numbers in clips:
             for place in range(count):
-                best = [
-                    audio.words[number][min(place, len(audio.words[number]) - 1)][0]
-                    for number in numbers
-                    if audio.words[number]
-                ]
-                rows.append(
-                    torch.tensor([*self.words_as_tokens(" ".join(best), verbatim=True), *end], dtype=torch.long)
-                )
-        new = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad).to(prompt.device)
-        sequences = torch.cat([prompt.repeat_interleave(count, 0), new], 1)
-        if (streamer := kwargs.get("streamer")) is not None:
-            streamer.put(prompt.cpu())
-            streamer.put(new[0].cpu())
-            streamer.end()
-        return sequences
+                known = [audio.words[number] for number in numbers if audio.words[number]]
+                best = " ".join(pairs[min(place, len(pairs) - 1)][0] for pairs in known)
+                texts.append(self.words_as_tokens(best, verbatim=True))
+        return texts
 
 
 def of_clip(windows):

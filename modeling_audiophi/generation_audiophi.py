@@ -35,7 +35,7 @@ GENERATION_SETTINGS = {
     "hear_beams": None,
     "hear_ctc_weight": 0.05,
     "hear_lm_weight": 0.0,
-    "verbatim": None,
+    "verbatim": False,
 }
 LENGTHS = (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens"))
 
@@ -71,7 +71,7 @@ class AudioPhiGenerationMixin(GenerationMixin):
             hear_beams (1; both: 6): texts that the decoder proposes.
             hear_ctc_weight (0.05), hear_lm_weight (0): shares of alignment and LLM in choosing from them with "both",
                 see `choose_words`.
-            verbatim (for the task transcribe): the answer is the decoder's text itself, without the LLM.
+            verbatim (False): with a decoder, the answer is its text itself, without the LLM.
         Raises ValueError for an unknown task, values outside these ranges, and where there is no alignment head.
         """
         generation_config, kwargs, fusion = self.decoding_settings(generation_config, kwargs, task, asked)
@@ -93,19 +93,19 @@ class AudioPhiGenerationMixin(GenerationMixin):
             raise ValueError("generate takes audio inputs or audio_features, not both")
         mask, audio = kwargs.pop("attention_mask", None), audio_features
         if audio is None:
-            if (
-                self.config.readout == "frames" and fusion["hear_with"] == "alignment"
-            ):  # what is too long is known before the expensive work
+            # What is too long is known before the expensive work.
+            if self.config.readout == "frames" and fusion["hear_with"] == "alignment":
                 self.model.expand_prompt(prompt, mask, self.model.most_counts(audio_inputs), padding_side="left")
             audio = self.hear(audio_inputs, fusion["hear_with"], fusion["hear_beams"])
         if audio.words is not None:
             audio = self.choose_words(audio, prompt, mask, fusion)
             clips = last_clips(prompt, self.config.audio_token_id, asked)
             if fusion["verbatim"] and all(clips):
-                sequences = self.written_words(prompt, clips, audio, generation_config, kwargs)
-                named = kwargs.get("return_dict_in_generate") or getattr(
-                    generation_config, "return_dict_in_generate", 0
-                )
+                config = self.generation_config if generation_config is None else generation_config
+                count = kwargs.get("num_return_sequences") or config.num_return_sequences or 1
+                texts = self.written_words(clips, audio, count)
+                sequences = self.behind(prompt, texts, generation_config, kwargs)
+                named = kwargs.get("return_dict_in_generate", config.return_dict_in_generate)
                 return GenerateDecoderOnlyOutput(sequences=sequences) if named else sequences
             audio = self.read_words(audio)
         expanded = self.model.expand_prompt(prompt, mask, audio.counts, padding_side="left")
@@ -122,7 +122,7 @@ class AudioPhiGenerationMixin(GenerationMixin):
             log_probs, lengths = alignment_per_prompt(*heard, clips, fusion["ctc_temperature"])
             alone = fusion["ctc_weight"] == 1 and not fusion["lm_prior_weight"] and bool((lengths > 0).all())
             if alone and is_plain(self, generation_config, {**kwargs, "num_beams": 1}):
-                return self._as_heard(prompt, log_probs, lengths, generation_config, kwargs)
+                return self.behind(prompt, self._greedy(log_probs, lengths), generation_config, kwargs)
             draft = None
             if drafting and may_draft(self, generation_config, kwargs, len(prompt)):
                 draft = self._draft(log_probs, lengths, length, fusion, generation_config, kwargs)
@@ -166,8 +166,6 @@ class AudioPhiGenerationMixin(GenerationMixin):
             fusion[name] = next((value for value in places if value is not None), None)
         fusion["hear_with"] = fusion["hear_with"] or self.config.hear_with
         check_ears(self.config, fusion["hear_with"])
-        if fusion["verbatim"] is None:
-            fusion["verbatim"] = self._task_named(task, asked, own) == "transcribe"
         weight = fusion["ctc_weight"]
         if not 0 <= weight <= 1:
             raise ValueError(f"ctc_weight={weight} is not between 0 and 1")
@@ -182,40 +180,33 @@ class AudioPhiGenerationMixin(GenerationMixin):
         return *with_settings(generation_config, kwargs, settings), fusion
 
     def _task_settings(self, task, asked, own):
-        """What `generation_config.tasks` says of the task; see `_task_named`."""
-        return self._tasks(own).get(self._task_named(task, asked, own)) or {}
-
-    def _tasks(self, own):
-        """`generation_config.tasks`: in `own`, attributes of the caller's config, or the model's."""
-        return own.get("tasks") or getattr(self.generation_config, "tasks", None) or {}
-
-    def _task_named(self, task, asked, own):
-        """`task`, or the one that all rows of `asked` name, or None."""
-        tasks = self._tasks(own)
+        """What `generation_config.tasks` (in `own`, attributes of the caller's config, or the model's) says of `task`,
+        or of the one that all rows of `asked` name."""
+        tasks = own.get("tasks") or getattr(self.generation_config, "tasks", None) or {}
         if task is None:
             codes = set() if asked is None else set(asked[:, 0].tolist())
             task = next((name for name in tasks if codes == {task_code(name)}), None)
         elif task not in tasks:
             raise ValueError(f"unknown task {task!r}; this model knows: {', '.join(tasks) or 'none'}")
-        return task
+        return tasks.get(task) or {}
 
-    def _as_heard(self, prompt, log_probs, lengths, generation_config, kwargs):
-        """Prompts (B, L) with the alignment's own reading behind each, (B, L + n)."""
+    def behind(self, prompt, texts, generation_config, kwargs):
+        """What `generate` returns where no token is left to choose: prompts (B, L), behind each its `texts` (B * n
+        lists of token ids), ended, none longer than allowed, (B * n, L + new); told to a streamer, too."""
         config = self.generation_config if generation_config is None else generation_config
-        pad, ends = kwargs.get("pad_token_id", config.pad_token_id), self._end_ids(generation_config, kwargs)
-        heard = self._greedy(log_probs, lengths)
-        most = kwargs.get("max_new_tokens", config.max_new_tokens)
-        if most is None:
-            most = max(0, (kwargs.get("max_length", config.max_length) or len(log_probs[0])) - prompt.shape[1])
-        rows = [torch.tensor([*words, *ends[:1]][:most], dtype=torch.long) for words in heard]
-        pad = pad if pad is not None else ends[0] if ends else 0
+        ends, most = self._end_ids(generation_config, kwargs)[:1], kwargs.get("max_new_tokens", config.max_new_tokens)
+        if most is None and (total := kwargs.get("max_length", config.max_length)):
+            most = max(0, total - prompt.shape[1])
+        pad = kwargs.get("pad_token_id", config.pad_token_id)
+        pad = pad if pad is not None else (ends or [0])[0]
+        rows = [torch.tensor([*text, *ends][:most], dtype=torch.long) for text in texts]
         written = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad).to(prompt)
         if (streamer := kwargs.get("streamer")) is not None:
             streamer.put(prompt.cpu())
-            for token in written[0]:
-                streamer.put(token[None].cpu())
+            for token in written[0].cpu():
+                streamer.put(token[None])
             streamer.end()
-        return torch.cat([prompt, written], 1)
+        return torch.cat([prompt.repeat_interleave(len(rows) // len(prompt), 0), written], 1)
 
     def _greedy(self, log_probs, lengths):
         """LLM token ids of what the alignment hears, a list per row."""

@@ -131,7 +131,7 @@ class AudioPhiProcessor(ProcessorMixin):
             )
         self.window_frames, self.shortest_frames = config.window_frames, config.shortest_frames
         if config.hear_with != "alignment" and not self.tasks:  # what the decoder does untrained
-            self.tasks = {"transcribe": {"instructions": ["Transcribe the speech."], "in_pieces": True}}
+            self.tasks = dict(config.decoder_tasks)
         return self
 
     def to_dict(self) -> dict:

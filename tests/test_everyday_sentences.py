@@ -46,14 +46,14 @@ def test_sentences_are_different_and_plain():
 
 def test_the_embedded_speech_says_them():
     parts = [pyarrow.parquet.read_table(DATA / "synthetic_speech" / f"{part}-00000.parquet",
-             columns=["text", "gender", "speaker"]) for part in ("train", "dev")]  # fmt: skip
-    train, dev = (part["text"].to_pylist() for part in parts)
-    assert [*train, *dev] == SENTENCES and len(dev) == 80 and not set(train) & set(dev)
+             columns=["text", "gender", "speaker"]) for part in ("train", "dev", "test")]  # fmt: skip
+    train, dev, test = (part["text"].to_pylist() for part in parts)
+    assert [*train, *dev, *test] == SENTENCES and len(dev) == len(test) == 40
     assert {value for part in parts for value in part["gender"].to_pylist()} == {"male", "female"}
     size = sum(file.stat().st_size for file in DATA.rglob("*") if file.is_file())
     assert size < 25e6
     said = {word for sentence in train for word in sentence.split()}
-    assert {word for sentence in dev for word in sentence.split()} <= said
+    assert {word for sentence in [*dev, *test] for word in sentence.split()} <= said
 
 
 @pytest.mark.parametrize(

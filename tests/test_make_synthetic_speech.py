@@ -122,7 +122,7 @@ def test_command_line(tmp_path):
     if shutil.which("flite") is None:
         pytest.skip("flite is not installed")
     sentences = tmp_path / "sentences.txt"
-    sentences.write_text("one two three\n\nfour five six\nseven eight\n")
+    sentences.write_text("one two three\n\nfour five six\nseven eight\nnine ten\n")
     decoded = []
     for processes in ("1", "2"):
         out = tmp_path / f"out{processes}"
@@ -135,13 +135,16 @@ def test_command_line(tmp_path):
             "2",
             "--dev",
             "1",
+            "--test",
+            "1",
             "--processes",
             processes,
         ]
         assert maker.main(arguments) == 0
         decoded.append([row.clips[0].read(row.id).tobytes() for row in load_examples(str(out))])
-    assert len(decoded[0]) == 6 and decoded[0] == decoded[1]
+    assert len(decoded[0]) == 8 and decoded[0] == decoded[1]
     assert {row.reference for row in load_examples(str(out), split="dev")} == {"seven eight"}
+    assert {row.reference for row in load_examples(str(out), split="test")} == {"nine ten"}
     with pytest.raises(SystemExit):
         maker.main(arguments)
     assert not list(tmp_path.glob("*.partial"))

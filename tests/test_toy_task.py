@@ -95,12 +95,11 @@ def test_no_tasks_name_stands_outside_its_file():
         for name in TASKS.keys() - {"speaker", "words", "mixed"}  # a column, a number in metrics.json, a readout
         if any(f"{quote}{name}{quote}" in (ROOT / file).read_text(encoding="utf-8") for quote in "\"'")
     }
-    # Columns of data sets, an element of the demo's page, a command line of the benchmark's, Whisper's own tokens and
-    # OpenAI's field; and what the encoder's own decoder does unasked (`verbatim`), which is to become a task's setting.
+    # Columns of data sets, an element of the demo's page, a command line of the benchmark's, Whisper's own tokens; and
+    # what the encoder's own decoder does without training.
     assert {file for file, _ in found} <= {
         "audiophi/data/dataset_audiocaps.py", "audiophi/data/dataset_columns.py", "audiophi/data/dataset_questions.py",
         "audiophi/app.py", "benchmarks/transcribe_folder.py", "tools/make_questions.py", "tools/make_responses.py",
-        "audiophi/components/wheels.py", "audiophi/serving.py", "modeling_audiophi/decoder_whisper.py",
-        "modeling_audiophi/components_audiophi.py", "modeling_audiophi/generation_audiophi.py",
-        "processing/processing_audiophi.py",
+        "audiophi/components/wheels.py", "modeling_audiophi/decoder_whisper.py",
+        "modeling_audiophi/configuration_audiophi.py",
     }, found  # fmt: skip

@@ -1,6 +1,6 @@
 """Make the demo's sample clips, audiophi/samples/*.ogg: speech of data/synthetic_speech, and sounds out of formulas.
 
-python tools/make_samples.py OUT
+    python tools/make_samples.py audiophi/samples
 """
 
 import io
@@ -13,9 +13,11 @@ import soundfile
 
 ROOT = Path(__file__).resolve().parents[1]
 RATE, SECONDS, PEAK = 16_000, 4, 0.7
-# Nobody has trained on them: the development split's.
-WOMAN = "The modernized language of the present is a very different thing than it was in the past."
-SPEECH = {"man": "They helped her to create a company.", "woman": WOMAN}
+# Nobody has trained on them: the test split's.
+SPEECH = {
+    "man": "our flight to oslo was late by two hundred and nine minutes",
+    "woman": "we moved to toronto in the spring of that year",
+}
 
 
 def clock(seconds: int = SECONDS) -> np.ndarray:
@@ -33,7 +35,7 @@ def rain(seconds: int = SECONDS) -> np.ndarray:
 
 
 def speech() -> dict[str, np.ndarray]:
-    files = str(ROOT / "data" / "synthetic_speech" / "dev-*.parquet")
+    files = str(ROOT / "data" / "synthetic_speech" / "test-*.parquet")
     rows = datasets.load_dataset("parquet", data_files=files)["train"]
     rows = rows.cast_column("audio", datasets.Audio(decode=False))
     found = {row["text"]: soundfile.read(io.BytesIO(row["audio"]["bytes"]))[0] for row in rows}

@@ -9,8 +9,8 @@ and so makes further "speakers" of a handful of voices), and a share of the clip
 draws come from (seed, line number, copy), so the same call gives the same samples whatever the number of processes;
 Piper's own noise, drawn in onnxruntime, is the one exception.
 
-OUT_DIR gets Parquet shards below 25 MB, train-*.parquet and with --dev also dev-*.parquet, with the columns audio
-{bytes: Ogg Opus or, with --format flac, FLAC (7 times the size, but made in a third of the time), 16 kHz mono; path},
+OUT_DIR gets Parquet shards below 25 MB, train-*.parquet, and with --dev and --test dev- and test-*.parquet, with the
+columns audio {bytes: Ogg Opus or, with --format flac, FLAC (7 times the size, but made in a third of the time), 16 kHz mono; path},
 text (the line as written), speaker (engine and voice), gender ("male", "female", or "" of Piper's voices), seconds.
 Their schema carries `datasets` features, so that `load_dataset("parquet", ...)` decodes the audio column.
 """
@@ -283,9 +283,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--format", choices=("opus", "flac"), default="opus")
     parser.add_argument("--shard_mb", type=float, default=24.0)
-    parser.add_argument(
-        "--dev", type=int, default=0, help="the last N sentences go to the split dev, the others to train"
-    )
+    parser.add_argument("--dev", type=int, default=0, help="so many sentences after those of train go to the split dev")
+    parser.add_argument("--test", type=int, default=0, help="the last N sentences go to the split test")
     parser.add_argument("--limit", type=int, help="use only the first N sentences")
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args(argv)
@@ -298,9 +297,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.output_dir.exists():
         parser.error(f"{args.output_dir} exists; remove it or name another folder")
     numbered = [(line, text) for line, text in enumerate(lines) if text][: args.limit]
-    if not 0 <= args.dev < max(len(numbered), 1):
-        parser.error(f"--dev {args.dev}: there are {len(numbered)} sentences")
-    splits = {"train": numbered[: len(numbered) - args.dev], "dev": numbered[len(numbered) - args.dev :]}
+    train = len(numbered) - args.dev - args.test
+    if min(args.dev, args.test) < 0 or train < bool(numbered):
+        parser.error(f"--dev {args.dev} --test {args.test}: there are {len(numbered)} sentences")
+    dev = train + args.dev
+    splits = {"train": numbered[:train], "dev": numbered[train:dev], "test": numbered[dev:]}
     make = partial(make_clip, seed=args.seed, engines=engines, piper_voices=voices, room_share=args.room_share,
                    opus_compression=args.opus_compression, audio_format=args.format)  # fmt: skip
 

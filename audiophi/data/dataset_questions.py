@@ -1,17 +1,17 @@
 """Benchmarks of questions about audio, as released; each is a `Release` in dataset_registry.py.
 
-MMAU test-mini (Sakshi et al. 2024, github.com/Sakshi113/MMAU)
-    mmau-test-mini.json            [{id, audio_id, question, choices, answer, task, ...}, ...]
-AIR-Bench, foundation (Yang et al. 2024, github.com/OFA-Sys/AIR-Bench)
-    Foundation_meta.json           [{path, question, choice_a ... choice_d, answer_gt, task_name, dataset_name,
-    TASK_DATASET/path              uniq_id}, ...]
-Clotho-AQA (Lipping et al. 2022, zenodo.org/records/6473207)
-    clotho_aqa_{train,val,test}.csv   file_name, QuestionText, answer, confidence: three annotators, three lines
-    audio_files/
-VoiceBench (Chen et al. 2024, github.com/MatthewCYM/VoiceBench)
-    *.parquet or *.jsonl           prompt (what is said in `audio`, the only question), reference or output
-Speech-IFEval (Lu et al. 2025, github.com/kehanlu/Speech-IFEval)
-    speech-ifeval-v1.jsonl         audio_filepath, transcription, instruction, prompt, input, target, question_type
+    MMAU test-mini (Sakshi et al. 2024, github.com/Sakshi113/MMAU)
+        mmau-test-mini.json            [{id, audio_id, question, choices, answer, task, ...}, ...]
+    AIR-Bench, foundation (Yang et al. 2024, github.com/OFA-Sys/AIR-Bench)
+        Foundation_meta.json           [{path, question, choice_a ... choice_d, answer_gt, task_name, dataset_name,
+        TASK_DATASET/path              uniq_id}, ...]
+    Clotho-AQA (Lipping et al. 2022, zenodo.org/records/6473207)
+        clotho_aqa_{train,val,test}.csv   file_name, QuestionText, answer, confidence: three annotators, three lines
+        audio_files/
+    VoiceBench (Chen et al. 2024, github.com/MatthewCYM/VoiceBench)
+        *.parquet or *.jsonl           prompt (what is said in `audio`, the only question), reference or output
+    Speech-IFEval (Lu et al. 2025, github.com/kehanlu/Speech-IFEval)
+        speech-ifeval-v1.jsonl         audio_filepath, transcription, instruction, prompt, input, target, question_type
 """
 
 import re

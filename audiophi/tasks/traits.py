@@ -16,13 +16,13 @@ def age_of(text: str | None) -> int | None:
 
 
 def sex_of(row: Row) -> str | None:
-    """ "a man" or "a woman", of adults and of whoever's age is not known."""
+    """"a man" or "a woman", of adults and of whoever's age is not known."""
     years = age_of(row.age)
     return SEXES.get((row.gender or "").strip().lower()) if years is None or years >= ADULT else None
 
 
 def grown_of(row: Row) -> str | None:
-    """ "a child" or "an adult"."""
+    """"a child" or "an adult"."""
     years = age_of(row.age)
     if years is None or CHILD < years < ADULT:
         return None

@@ -32,7 +32,7 @@ class Transcribe(Task):
         "Type what you hear the speaker say.",
     )
     in_pieces = about_words = True
-    decoding = {"draft_tokens": 16}
+    decoding = {"draft_tokens": 16, "verbatim": True}
     command = "Write down what is said in audio files."
     reads_alignment = True
     conditions = ("silence",)

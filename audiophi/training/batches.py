@@ -97,7 +97,7 @@ class BatchSchedule(Sampler[list[Draw]]):
         """The micro-batches with the most padded seconds and with the most padded text in the first pass (often one
         that is both): what memory must hold."""
         batches = self._first_pass()
-        found = [max(batches, key=lambda batch: self.padded(batch)[::step]) for step in (1, -1)]
+        found = [max(batches, key=lambda batch: self.padded(batch)[:: step]) for step in (1, -1)]
         return found[: 1 + (found[0] != found[1])]
 
     def sample(self, count: int = 8) -> list[list[Draw]]:

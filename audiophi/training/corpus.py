@@ -23,7 +23,7 @@ from audiophi.data.augment import speed_perturb, stretch_time
 from audiophi.data.collator import training_item
 from audiophi.data.dataset_registry import missing_audio_is_normal
 from audiophi.data.datasets import load_examples
-from audiophi.data.example import Clip, Example, RowError, by_kind, drawing, longest, posed
+from audiophi.data.example import Clip, Example, RowError, drawing, longest, posed
 from audiophi.tasks import TASKS, wordings
 from processing.audio_io import MAX_SECONDS, AudioError, check_file
 
@@ -145,12 +145,15 @@ class Corpus:
             self.rows.append(Row(number, index, lengths, files, size, turns, bool(said), bool(sounds)))
 
     def _note_questions(self, number: int, example: Example) -> None:
-        for kind, questions in by_kind(example).items():
-            self.questions.setdefault((example.task, kind), questions[0].wordings[0])
-        if [message["role"] for message in example.messages] == ["user"]:
+        for question in example.questions:
+            key = (example.task, question.kind)
+            if key not in self.questions and question.templates:
+                self.questions[key] = question.wordings[0]
+        key = (number, example.kind)
+        if key not in self.questions and [message["role"] for message in example.messages] == ["user"]:
             content = example.messages[0]["content"]
             texts = [content] if isinstance(content, str) else [item.get("text", "") for item in content]
-            self.questions.setdefault((number, example.kind), " ".join(filter(None, texts)))
+            self.questions[key] = " ".join(filter(None, texts))
 
     def _measure(self, source: Source, clip: Clip, name: str) -> float:
         measure, file = partial(measure_seconds, clip, name), file_of(clip)
