@@ -26,7 +26,7 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--window-size=1280,870"),
     *("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"),
 )
-SAMPLE, SPOKEN = ROOT / "audiophi/samples/man.ogg", "They helped her to create a company."  # 2.9 s
+SAMPLE, SPOKEN = ROOT / "audiophi/samples/man.ogg", "our flight to oslo was late by two hundred and nine minutes"
 MODEL = "audiophi-tiny-instruct"
 SECONDS = 240  # for the model to answer, on a machine with other things to do
 

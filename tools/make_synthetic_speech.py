@@ -10,9 +10,9 @@ draws come from (seed, line number, copy), so the same call gives the same sampl
 Piper's own noise, drawn in onnxruntime, is the one exception.
 
 OUT_DIR gets Parquet shards below 25 MB, train-*.parquet, and with --dev and --test dev- and test-*.parquet, with the
-columns audio {bytes: Ogg Opus or, with --format flac, FLAC (7 times the size, but made in a third of the time), 16 kHz mono; path},
-text (the line as written), speaker (engine and voice), gender ("male", "female", or "" of Piper's voices), seconds.
-Their schema carries `datasets` features, so that `load_dataset("parquet", ...)` decodes the audio column.
+columns audio {bytes: Ogg Opus or, with --format flac, FLAC (7 times the size, but made in a third of the time), 16 kHz
+mono; path}, text (the line as written), speaker (engine and voice), gender ("male", "female", or "" of Piper's voices),
+seconds. Their schema carries `datasets` features, so that `load_dataset("parquet", ...)` decodes the audio column.
 """
 
 import argparse
