@@ -161,7 +161,7 @@ def test_a_sample_a_trained_question_and_the_alignments_reading(browse):
     assert len(browse.answer().split()) == 1, browse.answer()
     if path := os.environ.get("DEMO_SCREENSHOT"):
         browse.wait(lambda: browse.find("#heard").text)
-        browse.browser.set_window_size(1280, 1400)
+        browse.browser.set_window_size(1280, 1600)
         time.sleep(1)
         browse.browser.save_screenshot(path)
 
@@ -200,7 +200,7 @@ def test_record_and_ask(browse, speech):
 def test_what_is_no_audio_gets_a_message(browse, tmp_path):
     (tmp_path / "notes.wav").write_text("no audio at all")
     browse.upload(tmp_path / "notes.wav")
-    browse.wait(lambda: "notes.wav: not an audio file" in browse.text())
+    browse.wait(lambda: "notes.wav: not audio that" in browse.text())
     assert "Traceback" not in browse.text() and str(ROOT) not in browse.text()
 
 
