@@ -30,9 +30,12 @@ def teacher_of(inputs, audio_token_id):
 def losses_and_gradients(model, inputs):
     """The outputs' losses, gradients by name, and the most values that the loss's graph keeps of the vocabulary."""
     most = [0]
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
     def keep(tensor):
-        if tensor.shape[-1:] == (VOCABULARY,) and tensor.dim() == 2:  # logits; the table is (VOCABULARY, D)
+        # Some CPUs' kernels keep the table as (D, VOCABULARY): a view of a weight, no logits.
+        logits = tensor.shape[-1:] == (VOCABULARY,) and tensor.untyped_storage().data_ptr() not in weights
+        if logits and tensor.dim() == 2:
             most[0] = max(most[0], len(tensor))
         return tensor
 
