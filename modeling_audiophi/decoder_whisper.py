@@ -1,11 +1,19 @@
 """Whisper's own decoder, as an ear beside the alignment: it writes the words of each window, with how sure it is."""
 
 import torch
+from torch import nn
 from transformers import AutoTokenizer, GenerationMixin, WhisperForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 # OpenAI's rule for windows in which nobody speaks: the token that says so is likely, and the words are not.
 NO_SPEECH_ABOVE, LOG_PROB_BELOW = 0.6, -1.0
+FRAMES_PER_SECOND = 100
+# Nobody speaks faster, in tokens; what is not at its end by then repeats itself, and is no text.
+TOKENS, TOKENS_PER_SECOND = 10, 10
+AT_A_TIME = 8  # texts that are scored: their logits span the whole vocabulary
+# Seconds of states that are read: so much silence behind the sound, then up to a multiple of this. A fifth of the time
+# of short windows with several beams, and the same errors.
+MARGIN, STEP = 1.0, 5.0
 
 
 class WhisperDecoder:
@@ -20,37 +28,76 @@ class WhisperDecoder:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
 
     @torch.no_grad()
-    def __call__(self, features, mask, beams=1):
+    def __call__(self, features, mask, beams=1, others=None):
         """`features` (W, mel bins, T), `mask` (W, T) bool -> per window its texts, the likeliest first, each with the
-        mean log probability of its tokens: (text, score) pairs, `beams` at most, none where nobody speaks."""
-        model, settings = self.model, self.model.generation_config
-        padded, sound = self._padded(features.to(model.device), mask.to(model.device))
-        states = model.get_encoder()(padded.to(model.dtype)).last_hidden_state
-        prompt = self._prompt(states)
+        mean log probability of its tokens: (text, score) pairs, `beams` at most, none where nobody speaks.
+
+        `others`: a text per window that somebody else heard, or None; it is scored too, and is the last pair.
+        """
+        padded, sound = self._padded(features.to(self.model.device), mask.to(self.model.device))
+        states = self.model.get_encoder()(padded.to(self.model.dtype)).last_hidden_state
+        seconds = mask.sum(1).cpu() / FRAMES_PER_SECOND
+        # Windows of like length together, so that what is written does not depend on what else is in the batch.
+        lengths = ((seconds + MARGIN) / STEP).ceil() * STEP
+        windows = [[] for _ in seconds]
+        for length in lengths.unique().tolist():
+            rows = (lengths == length).nonzero()[:, 0].tolist()
+            kept = states[rows, : int(length * states.shape[1] / padded.shape[2] * FRAMES_PER_SECOND)]
+            texts = [others[row] for row in rows] if others else []
+            found = self._write(kept, seconds[rows].to(kept.device), sound[rows].tolist(), beams, texts)
+            for row, pairs in zip(rows, found, strict=True):
+                windows[row] = pairs
+        return windows
+
+    def _write(self, states, seconds, sound, beams, others):
+        """`__call__` of states (W, T, D) with `seconds` (W,) and `sound`, whether there is any."""
+        model, settings, prompt = self.model, self.model.generation_config, self._prompt(states)
+        begin, longest = prompt.shape[1], model.config.max_target_positions
+        most = (begin + TOKENS + TOKENS_PER_SECOND * seconds).long().clamp(max=longest)
         sequences = GenerationMixin.generate(
             model, encoder_outputs=BaseModelOutput(states), decoder_input_ids=prompt, do_sample=False, num_beams=beams,
-            num_return_sequences=beams, forced_decoder_ids=None, max_length=model.config.max_target_positions,
+            num_return_sequences=beams, forced_decoder_ids=None, max_length=int(most.max()),
         )  # fmt: skip
-        begin, ends = prompt.shape[1], sequences == settings.eos_token_id
+        ends = sequences == settings.eos_token_id
         ends[:, :begin] = False
-        written = (ends.long().cumsum(1) - ends.long() == 0)[:, begin:]  # with the token that ends them
-        many = BaseModelOutput(states.repeat_interleave(beams, 0))
-        logits = model(encoder_outputs=many, decoder_input_ids=sequences[:, :-1], use_cache=False).logits.float()
-        chosen = logits[:, begin - 1 :].log_softmax(-1).gather(-1, sequences[:, begin:, None])[..., 0]
-        scores = (chosen * written).sum(1) / written.sum(1)
+        most = most.repeat_interleave(beams)
+        ended = (ends.any(1) & (ends.long().argmax(1) < most)) | (most == longest)
+        states = states.repeat_interleave(beams, 0)
+        scores, first = self._scores(states, prompt.repeat_interleave(beams, 0), sequences[:, begin:])
         nobody = getattr(settings, "no_timestamps_token_id", None)
         if nobody is not None:  # the token before it says that nobody speaks
-            silent = logits[::beams, 0].softmax(-1)[:, nobody - 1] > NO_SPEECH_ABOVE
-            sound &= ~(silent & (scores[::beams] < LOG_PROB_BELOW))
+            silent = first[::beams].softmax(-1)[:, nobody - 1] > NO_SPEECH_ABOVE
+            nobody = (silent & (scores[::beams] < LOG_PROB_BELOW)).tolist()
+            sound = [heard and not silence for heard, silence in zip(sound, nobody, strict=True)]
         texts = self.tokenizer.batch_decode(sequences[:, begin:], skip_special_tokens=True)
-        pairs = [(text.strip(), score) for text, score in zip(texts, scores.tolist(), strict=True)]
+        pairs = list(zip((text.strip() for text in texts), scores.tolist(), ended.tolist(), strict=True))
         windows = [pairs[start : start + beams] for start in range(0, len(pairs), beams)]
         # Of equal texts the likeliest; `dict` keeps the first place.
-        windows = [list({text: (text, score) for text, score in reversed(window)}.values())[::-1] for window in windows]
-        return [
-            [pair for pair in window if pair[0]] if heard else []
-            for window, heard in zip(windows, sound.tolist(), strict=True)
+        windows = [{text: score for text, score, end in reversed(window) if text and end} for window in windows]
+        windows = [
+            list(window.items())[::-1] if heard else [] for window, heard in zip(windows, sound, strict=True)
         ]
+        asked = [number for number, text in enumerate(others) if text]
+        if asked:
+            ids = [self.tokenizer.encode(" " + others[number], add_special_tokens=False) for number in asked]
+            ids = [torch.tensor([*text, settings.eos_token_id], device=states.device) for text in ids]
+            ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=settings.eos_token_id)
+            for number, score in zip(asked, self._scores(states[::beams][asked], prompt[asked], ids)[0], strict=True):
+                windows[number].append((others[number], score.item()))
+        return windows
+
+    def _scores(self, states, prompt, texts):
+        """Mean log probability (N,) of `texts` (N, L), each up to the token that ends it, and the logits (N, V) of
+        what follows the first token of `prompt` (N, P)."""
+        if len(texts) > AT_A_TIME:
+            parts = zip(*(values.split(AT_A_TIME) for values in (states, prompt, texts)), strict=True)
+            return tuple(map(torch.cat, zip(*(self._scores(*part) for part in parts), strict=True)))
+        read = torch.cat([prompt, texts[:, :-1]], 1)
+        logits = self.model(encoder_outputs=BaseModelOutput(states), decoder_input_ids=read, use_cache=False).logits
+        ends = (texts == self.model.generation_config.eos_token_id).long()
+        written = ends.cumsum(1) - ends == 0
+        chosen = logits[:, prompt.shape[1] - 1 :].float().log_softmax(-1).gather(-1, texts[..., None])[..., 0]
+        return (chosen * written).sum(1) / written.sum(1), logits[:, 0].float()
 
     def _padded(self, features, mask):
         """Windows at their full length (W, mel bins, frames) and which of them hold any sound (W,). What the feature

@@ -1,7 +1,8 @@
 """Two ears: the words of the encoder's own decoder beside, or in the place of, what the alignment hears.
 
-The decoder's texts are candidates. Of the best one the language model reads the tokens where it would read what the
-readout keeps, and a transcript is that text itself: no word is written by the language model then.
+The decoder's texts and the alignment's are candidates. Of the best one, if it is the decoder's, the language model reads
+the tokens where it would read what the readout keeps, and a transcript is that text itself: no word is written by the
+language model then.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ from .components_audiophi import resolve_component
 from .encoders import encoder_class
 from .outputs_audiophi import AudioPhiAudioOutput
 
-BEAMS = 6  # of the decoder where its texts are chosen from
+BEAMS = 4  # of the decoder where its texts are chosen from
 
 
 class EarsMixin:
@@ -36,7 +37,9 @@ class EarsMixin:
 
     def hear(self, audio_inputs, hear_with="alignment", hear_beams=None, **kwargs):
         """`get_audio_features` of `audio_inputs`, with the decoder's texts per clip as `words`: (text, score) pairs,
-        the best first, none where nobody speaks. ValueError for cached encoder states, which no decoder reads."""
+        none where nobody speaks. With both ears what the alignment spells is one of them, scored by the decoder, and
+        where the alignment hears nothing, nothing is said: recognisers write words for a dog that barks. ValueError
+        for cached encoder states, which no decoder reads."""
         if hear_with == "alignment":
             return self.get_audio_features(**audio_inputs, return_dict=True, **kwargs)
         key = self.model.audio_tower.feature_key
@@ -44,18 +47,26 @@ class EarsMixin:
         if features is None:
             raise ValueError(f"hear_with={hear_with!r} needs the audio itself ({key}); cached states have no decoder")
         both = hear_with == "both"
-        mask = self.model._as_mask(features, audio_inputs.get(f"{key}_mask"))
-        windows = self.words_decoder()[0](features, mask, hear_beams or (BEAMS if both else 1))
-        counts = audio_inputs.get("audio_num_windows")
-        words, start = [], 0
-        for count in [1] * len(windows) if counts is None else counts.tolist():
-            words.append(of_clip(windows[start : start + count]))
-            start += count
         kwargs["with_alignment"] = both or kwargs.get("with_alignment", False)
         if kwargs["with_alignment"] or self.model.clip_tokens is not None or self.model.readout.learns_sounds:
             audio = self.get_audio_features(**audio_inputs, return_dict=True, **kwargs)
         else:  # the decoder's words are all that is read
             audio = AudioPhiAudioOutput()
+        mask = self.model._as_mask(features, audio_inputs.get(f"{key}_mask"))
+        counts = audio_inputs.get("audio_num_windows")
+        counts = [1] * len(features) if counts is None else counts.tolist()
+        decoder, tokenizer = self.words_decoder()
+        if both:
+            heard = self.model.alignment.greedy(audio.align_logits, audio.tokens_mask)
+            audio.spelled = [tokenizer.decode(ids).strip() for ids in heard]
+        # Of clips of several windows the alignment's text belongs to none of them.
+        others = [audio.spelled[clip] if both and n == 1 else None for clip, n in enumerate(counts) for _ in range(n)]
+        windows = decoder(features, mask, hear_beams or (BEAMS if both else 1), others)
+        words, start = [], 0
+        for clip, count in enumerate(counts):
+            silent = both and not audio.spelled[clip]
+            words.append([] if silent else of_clip(windows[start : start + count]))
+            start += count
         audio.words = words
         return audio
 
@@ -108,14 +119,16 @@ class EarsMixin:
 
     def read_words(self, audio):
         """`audio` of which the language model reads the best candidate's tokens instead of what the readout keeps; clip
-        tokens stay, and where nobody speaks the readout of sounds."""
+        tokens stay, where nobody speaks the readout of sounds, and all of it where the alignment's text is the best."""
         sounds = self.model.readout.learns_sounds
         rows, begin = [], 0
         for number, pairs in enumerate(audio.words):
             end = begin + (0 if audio.counts is None else int(audio.counts[number]))
-            kept = end if sounds and not pairs else begin + self.config.clip_tokens
+            text = pairs[0][0] if pairs else ""
+            spelled = audio.spelled is not None and bool(text) and text == audio.spelled[number]
+            kept = end if spelled or (sounds and not text) else begin + self.config.clip_tokens
             own = audio.pooler_output[begin:kept] if end else None
-            ids = torch.tensor(self.words_as_tokens(pairs[0][0]) if pairs else [], dtype=torch.long, device=self.device)
+            ids = torch.tensor([] if spelled else self.words_as_tokens(text), dtype=torch.long, device=self.device)
             words = self.model.embed(ids)
             rows.append(words if own is None else torch.cat([own.to(words), words]))
             begin = end

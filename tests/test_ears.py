@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration, pipeline
 
-from modeling_audiophi import AudioPhiForConditionalGeneration
+from modeling_audiophi import AudioPhiForConditionalGeneration, decoder_whisper
+from modeling_audiophi.decoder_whisper import WhisperDecoder
 from modeling_audiophi.ears_audiophi import ctc_scores, of_clip
 from processing import AudioPhiProcessor
 from tests.conftest import CORPUS, message, prompts, random_like_trained, tiny_tokenizer
@@ -112,6 +113,71 @@ def test_both_takes_the_candidate_that_the_alignment_prefers(make_tiny_model, wh
     alone = [model._read_scores(inputs["input_ids"], None, audio.pooler_output, [one])[0] for one in ids]
     assert torch.allclose(scores, torch.stack(alone), atol=1e-5)
     assert transcript(hear_ctc_weight=0.0, hear_lm_weight=1e6) == pairs[int(scores.argmax())][0]
+
+
+def test_the_alignments_own_text_is_a_candidate_and_is_read_as_the_readout(make_tiny_model, whisper_dir, waveform):
+    model, processor = make_tiny_model(audio=whisper_dir, hear_with="both", readout="collapse")
+    inputs = prompts(processor, [[waveform(0.7)]])
+    audio_inputs = {name: value for name, value in inputs.items() if name.startswith(("input_f", "audio"))}
+    alone = model.get_audio_features(**audio_inputs, return_dict=True)
+    both = model.hear(audio_inputs, "both")
+    spelled = both.spelled[0]
+    assert spelled and [text for text, _ in both.words[0]].count(spelled) == 1 and len(both.words[0]) > 1
+    # The decoder scores it as its own: mean log probability of its tokens and of the end.
+    decoder, tokenizer = model.words_decoder()
+    features = decoder._padded(inputs["input_features"], model.model._as_mask(inputs["input_features"], None))[0]
+    ids = torch.tensor([[1, *decoder.tokenizer.encode(" " + spelled, add_special_tokens=False), 2]])
+    logits = decoder.model(input_features=features, decoder_input_ids=ids[:, :-1]).logits.log_softmax(-1)
+    expected = logits[0].gather(-1, ids[0, 1:, None]).mean().item()
+    assert dict(both.words[0])[spelled] == pytest.approx(expected, abs=1e-4)
+    both.words[0].sort(key=lambda pair: pair[0] != spelled)
+    assert torch.equal(model.read_words(both).pooler_output, alone.pooler_output)
+    both.words[0].reverse()
+    read = model.words_as_tokens(both.words[0][0][0])
+    assert torch.equal(model.read_words(both).pooler_output, model.model.embed(torch.tensor(read)))
+
+
+def test_where_the_alignment_hears_nothing_nothing_is_said(make_tiny_model, whisper_dir, waveform, monkeypatch):
+    model, processor = make_tiny_model(audio=whisper_dir, hear_with="both", readout="mixed")
+    inputs = prompts(processor, [[waveform(0.7)]])
+    vocabulary = len(model.model.alignment.vocab_ids) + 1
+    blank = torch.eye(vocabulary)[0] * 9
+    monkeypatch.setattr(model.model, "align", lambda tokens, table: blank.expand(*tokens.shape[:2], vocabulary))
+    written = model.generate(**inputs, task="transcribe", verbatim=True)[0, inputs["input_ids"].shape[1] :]
+    assert processor.tokenizer.decode(written, skip_special_tokens=True) == ""
+    words = model.generate(**inputs, task="transcribe", verbatim=True, hear_with="decoder")[0]
+    assert len(words) > inputs["input_ids"].shape[1] + 1
+
+
+def test_a_text_that_does_not_end_is_none(whisper_dir, waveform, monkeypatch):
+    decoder = WhisperDecoder(whisper_dir, "cpu", torch.float32)
+    extractor = WhisperFeatureExtractor.from_pretrained(whisper_dir)
+    given = extractor([waveform(0.7), waveform(1.9, 1)], sampling_rate=16_000, return_tensors="pt",
+                      return_attention_mask=True)  # fmt: skip
+    features, mask = given["input_features"], given["attention_mask"].bool()
+    decoder.model.generation_config.suppress_tokens = [*decoder.model.generation_config.suppress_tokens, 2]
+    long = decoder(features, mask, 2)
+    assert all(long)  # as long as Whisper can write: the seconds say nothing
+    monkeypatch.setattr(decoder_whisper, "TOKENS", 0)
+    monkeypatch.setattr(decoder_whisper, "TOKENS_PER_SECOND", 5)
+    assert decoder(features, mask, 2) == [[], []]
+    decoder.model.generation_config.suppress_tokens = decoder.model.generation_config.suppress_tokens[:-1]
+
+
+def test_what_is_written_does_not_depend_on_the_batch(whisper_dir, waveform, monkeypatch):
+    monkeypatch.setattr(decoder_whisper, "MARGIN", 0.1)
+    monkeypatch.setattr(decoder_whisper, "STEP", 0.5)
+    decoder = WhisperDecoder(whisper_dir, "cpu", torch.float32)
+    extractor = WhisperFeatureExtractor.from_pretrained(whisper_dir)
+    waves = [waveform(seconds, seed) for seed, seconds in enumerate((0.3, 0.7, 1.7, 0.6, 1.9))]
+    given = extractor(waves, sampling_rate=16_000, return_tensors="pt", return_attention_mask=True)
+    features, mask = given["input_features"], given["attention_mask"].bool()
+    others = ["the cat", None, "a dog", "", "birds"]
+    together = decoder(features, mask, 2, others)
+    for row in range(len(waves)):
+        alone = decoder(features[[row]], mask[[row]], 2, others[row : row + 1])[0]
+        assert [text for text, _ in alone] == [text for text, _ in together[row]]
+        assert [score for _, score in alone] == pytest.approx([score for _, score in together[row]], abs=1e-5)
 
 
 def test_ctc_scores_are_those_of_all_paths_and_know_every_token():
