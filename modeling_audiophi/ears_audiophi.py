@@ -1,8 +1,8 @@
 """Two ears: the words of the encoder's own decoder beside, or in the place of, what the alignment hears.
 
-The decoder's texts and the alignment's are candidates. Of the best one, if it is the decoder's, the language model reads
-the tokens where it would read what the readout keeps, and a transcript is that text itself: no word is written by the
-language model then.
+The decoder's texts and the alignment's are candidates. Of the best one, if it is the decoder's, the language model
+reads the tokens where it would read the readout's words, and a transcript is that text itself: no word is written by
+the language model then.
 """
 
 import dataclasses
@@ -118,22 +118,15 @@ class EarsMixin:
         return ((scores * counted).sum(1) / counted.sum(1).clamp(min=1)).cpu()
 
     def read_words(self, audio):
-        """`audio` of which the language model reads the best candidate's tokens instead of what the readout keeps; clip
-        tokens stay, where nobody speaks the readout of sounds, and all of it where the alignment's text is the best."""
-        sounds = self.model.readout.learns_sounds
-        rows, begin = [], 0
+        """`audio` of which the language model reads the best candidate's tokens instead of the readout's words; clip
+        tokens and sounds stay, and all of it where the alignment's text is the best."""
+        texts, whole = [], []
         for number, pairs in enumerate(audio.words):
-            end = begin + (0 if audio.counts is None else int(audio.counts[number]))
             text = pairs[0][0] if pairs else ""
             spelled = audio.spelled is not None and bool(text) and text == audio.spelled[number]
-            kept = end if spelled or (sounds and not text) else begin + self.config.clip_tokens
-            own = audio.pooler_output[begin:kept] if end else None
-            ids = torch.tensor([] if spelled else self.words_as_tokens(text), dtype=torch.long, device=self.device)
-            words = self.model.embed(ids)
-            rows.append(words if own is None else torch.cat([own.to(words), words]))
-            begin = end
-        counts = torch.tensor([len(row) for row in rows], device=self.device)
-        return dataclasses.replace(audio, pooler_output=torch.cat(rows), counts=counts)
+            whole.append(spelled)
+            texts.append([] if spelled else self.words_as_tokens(text))
+        return read_instead(audio, texts, whole, self.model.embed, self.device)
 
     def words_as_tokens(self, text, verbatim=False):
         """Token ids of a text: as written, or in the spelling of the alignment's vocabulary, which is what the language
@@ -157,6 +150,22 @@ class EarsMixin:
                 best = " ".join(pairs[min(place, len(pairs) - 1)][0] for pairs in known)
                 texts.append(self.words_as_tokens(best, verbatim=True))
         return texts
+
+
+def read_instead(audio, texts, whole, embed, device):
+    """`audio` of which the language model reads, per clip, all that it has where `whole` says so, else all but its
+    words, and behind that `texts`, lists of token ids."""
+    rows, begin = [], 0
+    for number, (text, all_of_it) in enumerate(zip(texts, whole, strict=True)):
+        end = begin + (0 if audio.counts is None else int(audio.counts[number]))
+        words = embed(torch.tensor(text, dtype=torch.long, device=device))
+        if end:
+            own = audio.pooler_output[begin:end]
+            words = torch.cat([(own if all_of_it else own[~audio.is_word[begin:end]]).to(words), words])
+        rows.append(words)
+        begin = end
+    counts = torch.tensor([len(row) for row in rows], device=device)
+    return dataclasses.replace(audio, pooler_output=torch.cat(rows), counts=counts)
 
 
 def of_clip(windows):

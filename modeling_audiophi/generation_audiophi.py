@@ -33,7 +33,7 @@ GENERATION_SETTINGS = {
     "draft_tokens": 0,
     "hear_with": None,
     "hear_beams": None,
-    "hear_ctc_weight": 0.15,
+    "hear_ctc_weight": 0.1,
     "hear_lm_weight": 0.0,
     "verbatim": False,
 }
@@ -69,7 +69,7 @@ class AudioPhiGenerationMixin(GenerationMixin):
                 decoded greedily (`HeardDraft`): the same words, sooner. 0: one by one.
             hear_with (the config's): "alignment", "decoder" or "both", see `AudioPhiConfig`.
             hear_beams (1; both: 4): texts that the decoder proposes.
-            hear_ctc_weight (0.15), hear_lm_weight (0): shares of alignment and LLM in choosing from them with "both",
+            hear_ctc_weight (0.1), hear_lm_weight (0): shares of alignment and LLM in choosing from them with "both",
                 see `choose_words`.
             verbatim (False): with a decoder, the answer is its text itself, without the LLM.
         Raises ValueError for an unknown task, values outside these ranges, and where there is no alignment head.

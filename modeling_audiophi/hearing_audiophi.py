@@ -136,7 +136,7 @@ class HearingMixin:
         adapter_dtype = next(self.multi_modal_projector.parameters(), hidden).dtype
         tokens, tokens_mask = self.multi_modal_projector(hidden.to(adapter_dtype), mask)
         tokens, tokens_mask = join_windows(tokens, tokens_mask, audio_num_windows)
-        logits, table, embeds, keep, counts, read, clips = None, None, None, None, None, None, None
+        logits, table, embeds, keep, counts, read, clips, is_word = [None] * 8
         if with_alignment or (self.readout.needs_alignment and with_readout):
             if self.alignment is None:
                 raise ValueError("this model has no alignment head: build it with align_vocab_ids")
@@ -147,12 +147,14 @@ class HearingMixin:
             encoded = join_windows(hidden, mask, audio_num_windows) if needed else None
             embeds, keep = self.readout(tokens, tokens_mask, logits, table, encoded)
             keep = tokens_mask.to(embeds.device) if keep is None else keep
+            words = keep & (logits.argmax(-1) > 0).to(keep.device) if self.readout.learns_sounds else keep
             read, kept = embeds, keep
             if self.clip_tokens is not None:
                 clips = self.clip_tokens(*encoded).to(embeds)
                 read = torch.cat([clips, embeds], 1)
                 kept = torch.cat([keep.new_ones(clips.shape[:2]), keep], 1)
-            read, counts = read[kept], kept.sum(1)
+                words = torch.cat([keep.new_zeros(clips.shape[:2]), words], 1)
+            read, counts, is_word = read[kept], kept.sum(1), words[kept]
         return AudioPhiAudioOutput(
             last_hidden_state=hidden,
             pooler_output=read,
@@ -165,4 +167,5 @@ class HearingMixin:
             tokens_mask=tokens_mask,
             align_logits=logits,
             clips=clips,
+            is_word=is_word,
         )

@@ -19,7 +19,7 @@ from .clip_tokens import ClipTokens
 from .components_audiophi import ComponentsMixin
 from .configuration_audiophi import AudioPhiConfig
 from .distillation_audiophi import as_teacher, kl_divergence
-from .ears_audiophi import EarsMixin
+from .ears_audiophi import EarsMixin, read_instead
 from .encoders import encoder_class
 from .family_audiophi import FamilyHead, look_up
 from .generation_audiophi import AudioPhiGenerationMixin
@@ -157,6 +157,7 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
         heard_weights=None,
         heard_lengths=None,
         heard_clips=None,
+        written=None,
         with_alignment=False,
         augment=None,
         use_cache=None,
@@ -165,8 +166,9 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
         """Language model over text and audio: `input_ids` (B, L) with a placeholder for each clip of the audio inputs,
         or, already expanded, with one for each row of `audio_embeds` (N, D). Clips may also be simulated, see
         `hear_simulated`: `heard_ids`, `heard_weights` (S, T, K) and `heard_lengths` (S,) of these, and `heard_clips`
-        (C,) bool, which they are; without any other neither encoder nor adapter runs. `inputs_embeds` (B, L, D) are
-        taken as they are. `cache`, also by its older name `past_key_values`: earlier positions. `asked`, from the
+        (C,) bool, which they are; without any other neither encoder nor adapter runs. `written`: of each real clip
+        the token ids that are read instead of the readout's words, or None. `inputs_embeds` (B, L, D) are taken as
+        they are. `cache`, also by its older name `past_key_values`: earlier positions. `asked`, from the
         processor, is for `generate` only. Attentions are those of the expanded prompt.
 
         Raises ValueError when placeholders and audio differ in number, or the prompt exceeds the context.
@@ -205,6 +207,9 @@ class AudioPhiModel(HearingMixin, AudioPhiPreTrainedModel):
                     output_attentions=False,
                     return_dict=True,
                 )
+                if written is not None:
+                    texts, whole = [text or [] for text in written], [text is None for text in written]
+                    audio = read_instead(audio, texts, whole, self.embed, self.device)
             if heard_ids is not None:
                 heard = (heard_ids, heard_weights, heard_lengths, heard_clips)
                 audio = hear_simulated(*heard, self.embed, audio)
@@ -363,6 +368,7 @@ class AudioPhiForConditionalGeneration(
         heard_weights=None,
         heard_lengths=None,
         heard_clips=None,
+        written=None,
         align_loss_weight=1.0,
         align_items_in_batch=None,
         clip_items_in_batch=None,
@@ -427,6 +433,7 @@ class AudioPhiForConditionalGeneration(
                 heard_weights=heard_weights,
                 heard_lengths=heard_lengths,
                 heard_clips=heard_clips,
+                written=written,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 cache=past_key_values if cache is None else cache,

@@ -16,8 +16,9 @@ class AudioPhiAudioOutput(ModelOutput):
         each clip has. embeds (C, T', LLM size), keep (C, T') bool: the readout of every adapter token, and which of
         them the LLM reads. tokens, tokens_mask: adapter outputs per clip (C, T', LLM size), (C, T'). align_logits:
         (C, T', align_vocab_size + 1), None when nothing asked for them. clips: clip tokens (C, count, LLM size), None
-        for a model without. words: the decoder's texts per clip as `hear` gives them, None where it was not asked, and
-        spelled: the alignment's text per clip where both are heard with.
+        for a model without. is_word (N,) bool: which of pooler_output are no clip tokens and no readout of sounds.
+        words: the decoder's texts per clip as `hear` gives them, None where it was not asked. spelled: the alignment's
+        text per clip where both are heard with.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -31,6 +32,7 @@ class AudioPhiAudioOutput(ModelOutput):
     tokens_mask: torch.Tensor | None = None
     align_logits: torch.Tensor | None = None
     clips: torch.Tensor | None = None
+    is_word: torch.Tensor | None = None
     words: list | None = None
     spelled: list | None = None
 

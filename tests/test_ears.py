@@ -6,9 +6,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration, pipeline
 
+from audiophi.data.collator import AudioPhiCollator
 from modeling_audiophi import AudioPhiForConditionalGeneration, decoder_whisper
 from modeling_audiophi.decoder_whisper import WhisperDecoder
-from modeling_audiophi.ears_audiophi import ctc_scores, of_clip
+from modeling_audiophi.ears_audiophi import ctc_scores, of_clip, read_instead
 from processing import AudioPhiProcessor
 from tests.conftest import CORPUS, message, prompts, random_like_trained, tiny_tokenizer
 
@@ -178,6 +179,51 @@ def test_what_is_written_does_not_depend_on_the_batch(whisper_dir, waveform, mon
         alone = decoder(features[[row]], mask[[row]], 2, others[row : row + 1])[0]
         assert [text for text, _ in alone] == [text for text, _ in together[row]]
         assert [score for _, score in alone] == pytest.approx([score for _, score in together[row]], abs=1e-5)
+
+
+def test_training_reads_written_words_where_the_decoder_would_write_them(make_tiny_model, whisper_dir, waveform):
+    model, processor = make_tiny_model(audio=whisper_dir, readout="collapse")
+    items = [written_item(processor, waveform(0.5 + number / 4, number), "The dog barks!") for number in range(3)]
+    items[1]["transcripts"] = [None]
+    collate = AudioPhiCollator(processor, "lm", written=1.0)
+    batch = collate(items)
+    words = processor.tokenizer.encode(" the dog barks", add_special_tokens=False)
+    assert batch["written"] == [words, None, words]
+    alone = collate(items[:1])
+    ids, labels = alone["input_ids"][0], alone["labels"][0]
+    place = (ids == processor.audio_token_id).nonzero().item()
+    read = torch.cat([ids[:place], torch.tensor(words), ids[place + 1 :]])[None]
+    told = torch.cat([labels[:place], torch.full((len(words),), -100), labels[place + 1 :]])[None]
+    expected = model(input_ids=read, attention_mask=torch.ones_like(read), labels=told).loss
+    assert model(**alone).loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    shares = [AudioPhiCollator(processor, "lm", written=0.5)(
+        [{**items[0], "id": row, "epoch": 1} for row in range(64)])["written"] for _ in range(2)]  # fmt: skip
+    assert shares[0] == shares[1] and 16 < sum(text is not None for text in shares[0]) < 48
+
+
+def test_sounds_and_clip_tokens_stay_beside_written_words(make_tiny_model, whisper_dir, waveform):
+    model, processor = make_tiny_model(audio=whisper_dir, readout="mixed", clip_tokens=2)
+    inputs = prompts(processor, [[waveform(1.9)]])
+    audio_inputs = {name: value for name, value in inputs.items() if name.startswith(("input_f", "audio"))}
+    audio = model.get_audio_features(**audio_inputs, return_dict=True)
+    audio.is_word = torch.arange(len(audio.pooler_output)) >= 3  # two clip tokens, a sound
+    words = model.model.embed(torch.tensor([20, 21]))
+    read = read_instead(audio, [[20, 21]], [False], model.model.embed, model.device)
+    assert torch.equal(read.pooler_output, torch.cat([audio.pooler_output[:3], words])) and read.counts.tolist() == [5]
+    own = model.get_audio_features(**audio_inputs, return_dict=True)
+    path = own.align_logits.argmax(-1)[own.keep]
+    assert own.is_word.tolist() == [False, False, *(path > 0).tolist()]
+
+
+def written_item(processor, wave, text):
+    return {
+        "messages": [
+            {"role": "user", "content": [{"type": "audio"}, {"type": "text", "text": "What is said?"}]},
+            {"role": "assistant", "content": "a dog"},
+        ],
+        "clips": [processor.encode_audio((wave, 16_000))], "transcripts": [text], "described": [None], "read": None,
+        "sounds": None, "id": "row", "epoch": 0,
+    }  # fmt: skip
 
 
 def test_ctc_scores_are_those_of_all_paths_and_know_every_token():

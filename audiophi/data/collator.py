@@ -4,6 +4,7 @@ Training goes through the same prompt builder as inference (`processor.apply_cha
 that clips arrive as features, or as cached outputs of the frozen encoder, instead of as audio.
 """
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -70,6 +71,8 @@ class AudioPhiCollator:
         loss_on: which of the assistant's turns are learned, "all" or the "last".
         length_normalization: an answer of n tokens counts n ** (1 - this) in the loss, so that a yes is not drowned by
             transcripts: 0.5 as InternVL 2.5 weighs (https://arxiv.org/abs/2412.05271), 0: not weighed.
+        written: share of clips with a transcript of which the LLM reads that instead of the readout's words, in
+            `text_case`, as where the encoder's decoder is an ear (`hear_with`).
         distill: beside the prompts that are heard, make those that the teacher of the loss distill reads.
         context: tokens that the LLM can read, None: any number; a teacher's longer prompt is left out.
     """
@@ -83,6 +86,7 @@ class AudioPhiCollator:
     text_case: str = "lower"
     loss_on: str = "all"
     length_normalization: float = 0.0
+    written: float = 0.0
     distill: bool = False
     context: int | None = None
 
@@ -101,7 +105,8 @@ class AudioPhiCollator:
         Returns:
             audio inputs as from `processor.pad_audio`, where there are clips; in mode lm or both `input_ids`,
             `attention_mask`, `labels` (batch, length), -100 except on the assistant's words and the end token, with
-            length_normalization `label_weights` (batch, length) of these; in mode
+            length_normalization `label_weights` (batch, length) of these, with written `written`: token ids, or None,
+            per real clip; in mode
             align or both `align_labels` (clips, targets), padded with -100, NO_TARGET first for a clip that CTC learns
             nothing from, and with learn_sounds `sound_labels` likewise, empty for a clip without. Simulated clips have
             no frames, hence no row in either. With distill `teacher_input_ids`, `teacher_attention_mask`,
@@ -123,6 +128,8 @@ class AudioPhiCollator:
             texts = [" " + item["described"][place] if item["described"][place] else "" for item, place in real]
             found = self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
             batch["clip_labels"] = padded(found)
+        if self.written and self.mode != "align" and real:
+            batch["written"] = [self._written(item, place) for item, place in real]
         if self.mode != "lm" and real:
             batch["align_labels"] = self._targets([item["transcripts"][place] for item, place in real])
             if self.learn_sounds:
@@ -130,6 +137,15 @@ class AudioPhiCollator:
                 words = [item["sounds"] if len(item["clips"]) == 1 else None for item, _ in real]
                 batch["sound_labels"] = self._targets([text or "" for text in words])
         return batch
+
+    def _written(self, item: dict, place: int) -> list[int] | None:
+        """The words of a clip's transcript as tokens, for the drawn share of clips that have one."""
+        text = item["transcripts"][place]
+        drawn = zlib.crc32(f"{item['id']} {item['epoch']} {place}".encode()) / 2**32
+        if not text or drawn >= self.written:
+            return None
+        text = " " + normalise_transcript(text, self.text_case)
+        return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _targets(self, texts: list[str | None]) -> torch.Tensor:
         """Token ids (clips, longest), padded with -100."""

@@ -182,6 +182,7 @@ class Stage:
     max_grad_norm: float = 1.0
     align_weight: float = 1.0  # weight of the alignment loss beside the LM loss when loss is "both"
     length_normalization: float = 0.0  # 0: each token of an answer counts 1; 1: each answer does; 0.5: in between
+    written: float = 0.0  # share of clips of which the LLM reads the words as the encoder's decoder writes them
     distill_weight: float = 0.0  # weight of the loss distill beside lm or both
     distill_temperature: float = 2.0  # of the answers that distill compares
     noise: float = 0.0  # Gaussian noise on the encoder's output, in standard deviations of each frame

@@ -125,6 +125,8 @@ def check(recipe: "Recipe") -> None:
             not 0 <= stage.length_normalization <= 1,
             f"{at}.length_normalization must be from 0 to 1, got {stage.length_normalization:g}",
         )
+        refuse(not 0 <= stage.written <= 1, f"{at}.written must be from 0 to 1, got {stage.written:g}")
+        refuse(stage.written and stage.loss == "align", f"{at}.written: the loss align reads no words; remove it")
         refuse(stage.distill_weight < 0, f"{at}.distill_weight must be 0 or more, got {stage.distill_weight:g}")
         refuse(
             stage.loss == "align" and stage.distills,

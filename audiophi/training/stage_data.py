@@ -192,6 +192,7 @@ class StageCollator:
             text_case=run.recipe.text_case,
             loss_on=run.recipe.loss_on,
             length_normalization=stage.length_normalization,
+            written=stage.written,
             distill=stage.distills,
             context=getattr(run.model.config.text_config, "max_position_embeddings", None),
         )
