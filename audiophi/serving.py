@@ -25,7 +25,7 @@ from transformers.cli.serving.utils import InferenceThread
 from audiophi.tasks.transcribe import Transcribe
 from modeling_audiophi.pipeline_rows_audiophi import MALFORMED, ROW_ERRORS
 
-from .cli.hear import SUBTITLES, as_result, load_pipeline, subtitles
+from .cli.hear import SUBTITLES, add_model_arguments, as_result, load_pipeline, subtitles
 
 FORMATS = ("json", "text", "verbose_json", *SUBTITLES)
 SAMPLING = ("temperature", "top_p")
@@ -202,8 +202,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("model", help="checkpoint: folder or Hub id")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--device", help="default: a GPU where there is one")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    add_model_arguments(parser)
     args = parser.parse_args(arguments)
     try:
         served = Served(args.model, load_pipeline(args))

@@ -1,4 +1,4 @@
-"""A folder of files: `audiophi transcribe` against Whisper tiny.en in transformers' own ASR pipeline.
+"""A folder of files: `audiophi transcribe` against Whisper in transformers' own ASR pipeline.
 
     python benchmarks/transcribe_folder.py [--quick] [--minutes 5] [--folder DIR] [--batch_size 8]
 
@@ -6,7 +6,9 @@ The files (default: 40 development clips of data/synthetic_speech, written as FL
 
     audiophi      the command, with checkpoints/audiophi-tiny as it decodes (greedily, with CTC and the prior)
     one by one    the same with `--batch_size 1`, its default: what the alignment heard is the draft of each transcript
+    two ears      the command with `--hear_with both`: alignment and Whisper's own decoder, four beams
     whisper       openai/whisper-tiny.en in transformers' `automatic-speech-recognition` pipeline, greedy, its default
+    whisper base  openai/whisper-base likewise
 
 each time in a process of its own, in interleaved rounds. The real-time factor is seconds of work per second of audio
 (below 1: faster than speech), once from the start of the process, once without starting Python and loading the model.
@@ -23,8 +25,9 @@ from pathlib import Path
 
 from measuring import CHECKPOINT, RATE, markdown, median, script, spoken_clips
 
-WHISPER = "openai/whisper-tiny.en"
-CONTESTANTS = ("audiophi", "one by one", "whisper")
+WHISPER = {"whisper": "openai/whisper-tiny.en", "whisper base": "openai/whisper-base"}
+OURS = {"audiophi": [], "one by one": ["--batch_size", "1"], "two ears": ["--hear_with", "both"]}
+CONTESTANTS = (*OURS, *WHISPER)
 ROUNDS = 3
 FILES = 40
 MAX_NEW_TOKENS = 160  # for a piece of at most 30 s, as in the checkpoint's evaluation; only loops reach it
@@ -50,8 +53,8 @@ def audio_seconds(files: list[str]) -> float:
 # ---- one contestant, in its own process ------------------------------------------------------------------------------
 
 
-def hear_with_command(folder: Path, model: str, batch_size: int) -> dict:
-    """`audiophi transcribe FOLDER` -> {"load": seconds, "texts": {name: words}}."""
+def hear_with_command(folder: Path, model: str, batch_size: int, options: list[str]) -> dict:
+    """`audiophi transcribe FOLDER OPTIONS` -> {"load": seconds, "texts": {name: words}}."""
     from audiophi.cli import hear
     from audiophi.cli.main import main
 
@@ -67,7 +70,7 @@ def hear_with_command(folder: Path, model: str, batch_size: int) -> dict:
     with tempfile.TemporaryDirectory() as scratch:
         results = Path(scratch, "results.jsonl")
         command = ["transcribe", str(folder), "--model", model, "--batch_size", str(batch_size)]
-        command += ["--max_new_tokens", str(MAX_NEW_TOKENS), "--output", str(results)]
+        command += ["--max_new_tokens", str(MAX_NEW_TOKENS), "--output", str(results), *options]
         try:
             if main(command):
                 raise RuntimeError(f"audiophi {' '.join(command)} failed")
@@ -103,10 +106,10 @@ def hear_in_this_process(who: str, folder: Path, model: str, batch_size: int) ->
     import audiophi  # noqa: F401
 
     start = time.perf_counter()
-    if who == "whisper":
+    if who in WHISPER:
         found = hear_with_whisper(folder, model, batch_size)
     else:
-        found = hear_with_command(folder, model, 1 if who == "one by one" else batch_size)
+        found = hear_with_command(folder, model, batch_size, OURS[who])
     return {"work": time.perf_counter() - start - found["load"], **found}
 
 
@@ -133,7 +136,7 @@ def measure(options, save) -> dict:
     section = {"batch_size": options.batch_size, "rounds": 0, "contestants": {}}
     if options.weights != "checkpoint":
         return {**section, "skipped": "the checkpoint's base components are not on this machine"}
-    models = {who: WHISPER if who == "whisper" else str(CHECKPOINT) for who in CONTESTANTS}
+    models = {who: WHISPER.get(who, str(CHECKPOINT)) for who in CONTESTANTS}
     with tempfile.TemporaryDirectory() as scratch:
         folder, words = Path(options.folder or scratch), None
         if options.folder is None:
@@ -150,10 +153,12 @@ def measure(options, save) -> dict:
             section["contestants"] = {
                 who: summary(runs, section["audio_seconds"], words) for who, runs in found.items()
             }
-            ours, single, theirs = (section["contestants"][who]["work"] for who in CONTESTANTS)
+            ours, single, both, theirs, base = (section["contestants"][who]["work"] for who in CONTESTANTS)
             section["headline"] = {
                 "transcribe_ratio": round(theirs / ours, 3),
                 "transcribe_ratio_one_by_one": round(theirs / single, 3),
+                "transcribe_ratio_two_ears": round(theirs / both, 3),
+                "transcribe_ratio_two_ears_base": round(base / both, 3),
             }
             save(section)
     return section

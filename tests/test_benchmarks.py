@@ -241,13 +241,13 @@ def test_a_folder_is_transcribed_by_command_and_by_whisper(tmp_path, checkpoint,
         sampling_rate = 16_000
 
         def __init__(self, model, device):
-            assert model == transcribe_folder.WHISPER and device == "cpu"
+            assert model == "openai/whisper-tiny.en" and device == "cpu"
 
         def words(self, clips):
             return [f"{len(clip)} samples" for clip in clips]
 
     monkeypatch.setattr("audiophi.evaluation.baseline.BaselineListener", Stub)
-    heard = transcribe_folder.hear_in_this_process("whisper", tmp_path, transcribe_folder.WHISPER, 2)
+    heard = transcribe_folder.hear_in_this_process("whisper", tmp_path, transcribe_folder.WHISPER["whisper"], 2)
     assert set(heard["texts"]) == set(words) and all("samples" in text for text in heard["texts"].values())
     assert transcribe_folder.summary([{**heard, "all": 9.0}], 3.0, words)["rtf_all"] == 3.0
     del heard["texts"]["0001.flac"]

@@ -80,6 +80,15 @@ def test_json_and_subtitles_of_a_long_recording_agree(audiophi, clips, capsys):
     assert clock(3661.0014) == "01:01:01,001" and clock(59.9996) == "00:01:00,000"
 
 
+def test_an_ear_that_is_not_there_is_refused(audiophi, clips, capsys):
+    assert audiophi("transcribe", clips / "a.wav") == 0
+    out = capsys.readouterr().out
+    assert audiophi("transcribe", clips / "a.wav", "--hear_with", "alignment") == 0
+    assert capsys.readouterr().out == out
+    assert audiophi("transcribe", clips / "a.wav", "--hear_with", "ear") == 1
+    assert "expected one of alignment, decoder, both" in capsys.readouterr().err
+
+
 def test_a_bad_file_costs_itself_and_the_exit_code(audiophi, clips, capsys):
     (clips / "bad.wav").write_text("no audio")
     assert audiophi("transcribe", clips / "missing.wav", clips / "bad.wav", clips / "a.wav") == 1

@@ -24,6 +24,14 @@ def add_hearing_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=1, help="files (or pieces of one) decoded at a time")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="per file, or per piece of a long one")
     parser.add_argument("--num_beams", type=int, help="default: the checkpoint's")
+    add_model_arguments(parser)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """How `load_pipeline` loads."""
+    # No choices: to know them is to import transformers, which takes seconds.
+    parser.add_argument("--hear_with", metavar="{alignment,decoder,both}", help="adapter and alignment, the encoder's "
+                        "own decoder, or both; default: the checkpoint's")  # fmt: skip
     parser.add_argument("--device", help="default: a GPU where there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
 
@@ -61,6 +69,7 @@ def load_pipeline(args: argparse.Namespace):
     from transformers.utils import logging
 
     from modeling_audiophi import AudioPhiForConditionalGeneration
+    from modeling_audiophi.configuration_audiophi import check_ears
     from processing import AudioPhiProcessor
 
     check_model(args.model)
@@ -68,6 +77,9 @@ def load_pipeline(args: argparse.Namespace):
     # Loaded here, because pipeline() wraps what goes wrong into pages of tracebacks.
     processor = AudioPhiProcessor.from_pretrained(args.model)
     model = AudioPhiForConditionalGeneration.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
+    if args.hear_with:
+        check_ears(model.config, args.hear_with)
+        model.config.hear_with = args.hear_with
     return pipeline("audio-text-to-text", model=model, processor=processor, device=args.device)
 
 
@@ -83,7 +95,7 @@ def hear(args: argparse.Namespace, question: dict[str, str], form: str, timestam
     if form in SUBTITLES and (len(files) > 1 or args.output):
         args.error(f"--format {form} is for one file, printed; with --output the times of many are in the JSON lines")
     failed = 0
-    made_with = {name: getattr(args, name) for name in ("max_new_tokens", "num_beams", "dtype")}
+    made_with = {name: getattr(args, name) for name in ("max_new_tokens", "num_beams", "hear_with", "dtype")}
     made_with["model"] = newest_change(args.model)
     made_with |= {"timestamps": timestamps} if timestamps == "word" else {}
     with ResultFile(args.output, {"model": str(args.model), **question, "made_with": made_with}) as results:
