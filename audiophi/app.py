@@ -124,7 +124,8 @@ def wordings(pipe):
 
 
 def answer(pipe, waveform, instruction, search=True):
-    """Yields (words so far, status) while they are written.
+    """Yields (words so far, status, times) while they are written. times: None until the end, then of a transcript
+    [(word, start, end in seconds), …], and [] for what is no transcript, or without an alignment head.
 
     First a draft, one token after the other, because beams cannot be streamed; then, with `search` and where the
     checkpoint decodes with beams, what these find. Ends early, also in between, when the generator is closed.
@@ -139,32 +140,41 @@ def answer(pipe, waveform, instruction, search=True):
         return torch.full((len(ids),), stopped.is_set(), dtype=torch.bool, device=ids.device)
 
     settings = {"instruction": instruction.strip(), "stopping_criteria": StoppingCriteriaList([is_stopped])}
+    settings |= {"return_timestamps": "word"} if aligns(pipe) else {}
     streamer = TextIteratorStreamer(pipe.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    yield words, "Listening …"
+    yield words, "Listening …", None
     with ThreadPoolExecutor(1) as thread:
         try:
             search = search and beams(pipe, settings["instruction"]) > 1
             draft = thread.submit(pipe, clip, streamer=streamer, **settings)
             for piece in streamer:
                 words += piece
-                yield words, "Draft: word by word …" if search else "Word by word …"
-            text, how = draft.result()["generated_text"], "greedy"
+                yield words, "Draft: word by word …" if search else "Word by word …", None
+            result, how = draft.result(), "greedy"
             if search:
                 how = f"{beams(pipe, settings['instruction'])} beams"
                 final = thread.submit(pipe, clip, **settings)
                 while not final.done():
-                    yield text, f"Draft complete. Searching with {how} … {time.monotonic() - began:.0f} s"
+                    status = f"Draft complete. Searching with {how} … {time.monotonic() - began:.0f} s"
+                    yield result["generated_text"], status, None
                     wait([final], timeout=1)
-                text = final.result()["generated_text"]
+                result = final.result()
         finally:
             stopped.set()  # leaving `with` waits for the thread
     status = f"Done ({how}): {seconds:.1f} s of audio in {time.monotonic() - began:.1f} s."
-    yield text, status if text else f"{status} The model wrote nothing: it heard no words."
+    text, chunks = result["generated_text"], result.get("chunks", [])
+    times = [(chunk["text"], *chunk["timestamp"]) for chunk in chunks]
+    yield text, status if text else f"{status} The model wrote nothing: it heard no words.", times
+
+
+def aligns(pipe):
+    """Whether the model has an alignment head, which knows when words are said."""
+    return pipe.model.model.alignment is not None
 
 
 def reading(pipe, waveform, instruction):
     """What the alignment head hears by itself, cut as for the answer. None for a model without one."""
-    if pipe.model.model.alignment is None:
+    if not aligns(pipe):
         return None
     row = pipe.preprocess((waveform, pipe.processor.sampling_rate), instruction=instruction.strip())
     heard = (pipe.engine([prompt], with_alignment=True, with_lm=False)[0].heard for prompt in row["prompts"])
@@ -236,10 +246,10 @@ def build(pipe, name, longest=MAX_SECONDS):
     def ask(path, instruction, search):
         with readable():
             waveform, text = read(pipe, path, longest), ""
-            for text, said in answer(pipe, waveform, instruction, search):
-                yield text, said, None
+            for text, said, times in answer(pipe, waveform, instruction, search):
+                yield text, said, None, times
             heard = reading(pipe, waveform, instruction)
-            yield text, said, None if heard is None else compared(heard, text)
+            yield text, said, None if heard is None else compared(heard, text), times
 
     with gr.Blocks(title=f"AudioPhi: {name}", delete_cache=(KEEP_SECONDS, KEEP_SECONDS)) as page:
         gr.Markdown(f"# AudioPhi\nA small language model that listens. Checkpoint: `{name}`", elem_id="heading")
@@ -264,15 +274,18 @@ def build(pipe, name, longest=MAX_SECONDS):
                 words = gr.Textbox(label="Answer", lines=4, interactive=False, buttons=["copy"], elem_id="answer")
                 status = gr.Markdown(elem_id="status")
                 plot = gr.Plot(label="Waveform and spectrogram", show_label=False, elem_id="plot")
+        with gr.Accordion("When the words of a transcript are said", open=False, elem_id="when", visible=aligns(pipe)):
+            times = gr.Dataframe(headers=["word", "from, s", "to, s"], datatype=["str", "number", "number"],
+                                 interactive=False, max_height=300, show_label=False, elem_id="times")  # fmt: skip
         with gr.Accordion("How it answers", open=False, elem_id="how"):
             heard = gr.HighlightedText(
                 label="What the alignment head reads by itself, before the language model, against the answer",
                 color_map={"alignment alone": "orange", "answer alone": "blue"}, show_legend=True, elem_id="heard",
-                visible=pipe.model.model.alignment is not None,
+                visible=aligns(pipe),
             )  # fmt: skip
             gr.Markdown(explanation(pipe, longest))
         audio.change(show, audio, plot, show_progress="hidden")
-        asked = gr.on([go.click, instruction.submit], ask, [audio, instruction, search], [words, status, heard],
+        asked = gr.on([go.click, instruction.submit], ask, [audio, instruction, search], [words, status, heard, times],
                       api_name="ask", show_progress="hidden")  # fmt: skip
         stop.click(lambda: "Stopped.", None, status, cancels=[asked], queue=False)
     return page

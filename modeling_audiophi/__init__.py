@@ -1,6 +1,6 @@
 """AudioPhi's model. Importing this package registers it, and its processor, with transformers' Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForMultimodalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCTC, AutoModelForMultimodalLM
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .adapters import ADAPTERS
@@ -23,6 +23,20 @@ if "audio-text-to-text" not in PIPELINE_REGISTRY.get_supported_tasks():  # shoul
         "audio-text-to-text", AudioTextToTextPipeline, pt_model=AutoModelForMultimodalLM, type="multimodal"
     )
 AudioPhiConfig.pipeline_is_registered = True
+
+
+class _NoRecogniser:
+    """What `pipeline("automatic-speech-recognition")` gets: the one thing to know, as an error of a kind that
+    transformers does not wrap into pages of tracebacks."""
+
+    config_class = AudioPhiConfig
+
+    @classmethod
+    def from_pretrained(cls, name, *args, **kwargs):
+        raise LookupError(f'{name}: not a model for this pipeline; pipeline("audio-text-to-text") transcribes with it')
+
+
+AutoModelForCTC.register(AudioPhiConfig, _NoRecogniser, exist_ok=True)
 
 import processing  # noqa: E402, F401  (registers the processor, for which it needs the config above)
 

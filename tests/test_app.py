@@ -45,12 +45,31 @@ def test_the_draft_streams_and_the_beams_answer(pipe, waveform):
     best = pipe((clip, RATE))["generated_text"]
     assert greedy.split() != best.split()  # or this test could not tell them apart
     steps = list(app.answer(pipe, clip, ASK))
-    drafts = [words for words, status in steps if status.startswith("Draft: ")]
+    drafts = [words for words, status, _ in steps if status.startswith("Draft: ")]
     assert len(drafts) > 3 and all(later.startswith(words) for words, later in zip(drafts, drafts[1:], strict=False))
     assert drafts[-1].split() == greedy.split()
     assert steps[-1][0] == best and steps[-1][1].startswith("Done (2 beams): 5.0 s of audio")
     *_, last = app.answer(pipe, clip, ASK, search=False)
     assert last[0].split() == greedy.split() and last[1].startswith("Done (greedy)")
+
+
+def test_the_words_of_a_transcript_have_their_times(pipe, page, make_tiny_model, waveform, tmp_path):
+    """Those that the pipeline finds, of what stands in the answer; none of other answers."""
+    clip = waveform(2.9, seed=3)
+    sf.write(tmp_path / "clip.wav", clip, RATE, subtype="FLOAT")
+    for search in (True, False):
+        steps = list(page[0](str(tmp_path / "clip.wav"), ASK, search))
+        how = {} if search else {"num_beams": 1, "length_penalty": 1.0}
+        wanted = pipe((clip, RATE), return_timestamps="word", **how)
+        assert steps[-1][3] == [(chunk["text"], *chunk["timestamp"]) for chunk in wanted["chunks"]]
+        assert [word for word, *_ in steps[-1][3]] == steps[-1][0].split() != []
+        assert all(0 <= start < end <= 2.9 for _, start, end in steps[-1][3])
+        assert steps[0][3] is None
+    *_, last = app.answer(pipe, clip, "Describe the sound.")
+    assert last[0] and last[2] == []
+    model, processor = make_tiny_model(align=False)
+    *_, last = app.answer(pipeline("audio-text-to-text", model=model, processor=processor, max_new_tokens=8), clip, ASK)
+    assert last[0] and last[2] == []
 
 
 def test_closing_the_page_stops_the_model(pipe, waveform):
@@ -75,11 +94,11 @@ def test_closing_the_page_stops_the_model(pipe, waveform):
 
     clip, threads = waveform(1.0), threading.active_count()
     steps = app.answer(Spy(), clip, "Go on.")
-    next(words for words, _ in steps if words)
+    next(words for words, *_ in steps if words)
     steps.close()
     assert threading.active_count() == threads and len(heard) == 1 and tokens(heard[0]) < 200
     steps = app.answer(Spy(), clip, ASK)  # a free question is answered without beams
-    next(words for words, status in steps if status.startswith("Draft complete"))
+    next(words for words, status, _ in steps if status.startswith("Draft complete"))
     steps.close()
     assert threading.active_count() == threads and len(heard) == 3
     assert tokens(heard[1]) > 200 > tokens(heard[2])
@@ -211,7 +230,7 @@ def test_the_alignments_own_reading_is_beside_the_answer(page, pipe, waveform, t
     for prompt in prompts:
         assert pipe.engine([prompt], with_alignment=True)[0].heard[0] in heard
     *steps, last = page[0](str(path), ASK, True)
-    assert last[2] == app.compared(heard, last[0]) and {parts for *_, parts in steps} == {None}
+    assert last[2] == app.compared(heard, last[0]) and {parts for _, _, parts, _ in steps} == {None}
     assert app.compared("the cat sat", "a cat sat down") == [
         ("the", "alignment alone"), ("a", "answer alone"), ("cat sat", None), ("down", "answer alone"),
     ]  # fmt: skip

@@ -375,10 +375,14 @@ def test_librispeech_with_suffixes_in_capitals(tmp_path, streaming):
 
 
 def test_rows_with_other_keys_than_the_first(folder, streaming):
-    rows = [{"audio": "audio/a.wav", "text": "one"}, {"file_name": "audio/b.wav", "sentence": "two"}]
+    rows = [
+        {"audio": "audio/a.wav", "text": "one"},
+        {"file_name": "audio/b.wav", "sentence": "two"},
+        {"path": "audio/a.wav", "transcript": "three"},
+    ]
     spec = write_jsonl(folder / "list.jsonl", rows)
     found = list(load(spec, streaming))
-    assert [(row.reference, len(read(row))) for row in found] == [("one", 800), ("two", 801)]
+    assert [(row.reference, len(read(row))) for row in found] == [("one", 800), ("two", 801), ("three", 800)]
     named = list(load(spec, streaming, text_column="text"))
     assert named[0].reference == "one" and "has no text" in str(named[1])
 

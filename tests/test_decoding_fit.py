@@ -33,8 +33,9 @@ def trained(settings, speech):
     return run
 
 
-def test_the_best_that_was_tried_is_saved_with_the_model(trained, capsys):
+def test_the_best_that_was_tried_is_saved_with_the_model(trained, speech, tmp_path, capsys):
     told, model, scores = trained()
+    final = next(tmp_path.rglob("final"))
     assert len(told["tried"]) > 4 and told["clips"] == 4
     alone = told["tried"][0]
     assert ALONE.items() <= alone.items() and alone["error_rate"] == pytest.approx(scores["wer_align"])
@@ -44,6 +45,10 @@ def test_the_best_that_was_tried_is_saved_with_the_model(trained, capsys):
     assert told["chosen"].items() <= best.items() and min(errors) <= alone["error_rate"]
     assert told["chosen"].items() <= model.generation_config.tasks["transcribe"].items()
     assert "on 4 development clips" in capsys.readouterr().out
+    assert told["data"] == [{"path": str(speech), "split": None, "clips": 4}]
+    card = (final / "README.md").read_text()
+    assert f"on 4 development clips (4 of {speech.name}): of {len(errors)} settings" in card
+    assert f"word errors there, {min(errors):.2f} %" in card and str(speech.parent) not in card
 
 
 def test_what_the_recipe_says_is_kept(trained):

@@ -153,6 +153,41 @@ def test_nothing_of_this_machine_is_published(published, measured, checkpoint, t
     )
 
 
+def test_on_which_clips_the_decoding_was_chosen(published, tmp_path, capsys):
+    """As long as the checkpoint decodes so: who changes its settings, chose them otherwise."""
+    run = tmp_path / "run"
+    run.mkdir()
+    folder = Path(shutil.move(published, run / "final"))
+    chosen = {"ctc_weight": 0.85, "lm_prior_weight": 0.2}
+    data = [
+        {"path": f"{tmp_path}/data/synthetic_speech", "split": "dev", "clips": 60},
+        {"path": "openslr/librispeech_asr", "split": None, "clips": 1040},
+    ]
+    tried = [{**chosen, "error_rate": rate} for rate in (12.345, 17.0)]
+    (run / "decoding.json").write_text(json.dumps({"clips": 1100, "data": data, "chosen": chosen, "tried": tried}))
+    assert main(["card", str(folder)]) == 0 and "How it decodes" not in (folder / "README.md").read_text()
+
+    saved = json.loads((folder / "generation_config.json").read_text())
+    saved["tasks"] = {"transcribe": {**chosen, "draft_tokens": 16}}
+    (folder / "generation_config.json").write_text(json.dumps(saved))
+    assert main(["card", str(folder)]) == 0
+    text = (folder / "README.md").read_text()
+    assert (
+        "(`ctc_weight` 0.85, `lm_prior_weight` 0.2) was chosen on 1,100 development clips (60 of synthetic speech, "
+        "dev, 1,040 of LibriSpeech): of 2 settings that were tried the one with the fewest word errors there, 12.35 %"
+    ) in text
+    kept = folder / "card" / "decoding.json"
+    assert str(tmp_path) not in kept.read_text()
+    (run / "decoding.json").unlink()  # from what is kept
+    assert main(["card", str(folder), "--check"]) == 0
+    (folder / "README.md").write_text(text.replace("1,100 development", "9,100 development"))
+    capsys.readouterr()
+    assert main(["card", str(folder), "--check"]) == 1 and "+How it decodes" in capsys.readouterr().out
+    # What a run wrote before it said of which data.
+    kept.write_text(json.dumps({"clips": 5, "chosen": chosen, "tried": tried}))
+    assert "was chosen on 5 development clips: of 2 settings" in card_of(folder).text
+
+
 # ---- what a card cannot say ------------------------------------------------------------------------------------------
 
 

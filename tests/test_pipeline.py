@@ -346,6 +346,12 @@ def test_any_to_any_works_too(parts, files):
     assert result[0]["generated_text"].strip() == ours(files[0], **SHORT)["generated_text"]
 
 
+def test_the_pipeline_for_recognisers_names_the_right_one(checkpoint):
+    with pytest.raises(LookupError) as error:
+        pipeline("automatic-speech-recognition", model=checkpoint)
+    assert checkpoint in str(error.value) and 'pipeline("audio-text-to-text")' in str(error.value)
+
+
 def test_a_saved_pipeline_loads_without_remote_code(pipe, parts, files, tmp_path):
     pipe.save_pretrained(tmp_path)
     loaded = pipeline("audio-text-to-text", model=str(tmp_path), device="cpu", **SHORT)

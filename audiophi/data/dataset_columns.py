@@ -156,7 +156,8 @@ class Columns:
         column = self.by[meaning]
         if column in values or meaning in self.chosen:
             return column
-        return next((name for name in USUAL[meaning] if name in values), column)
+        others = USUAL[meaning] + (USUAL["transcript"] if meaning == "text" else ())
+        return next((name for name in others if name in values), column)
 
     def _simulated(self, get: dict, messages, audios: list, about_words: bool, number: int) -> tuple:
         """(messages, audios) of a row whose clips are simulated. One that names no audio has as many clips as its chat

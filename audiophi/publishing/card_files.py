@@ -2,6 +2,7 @@
 
     card/recipe-1.yaml ...   the recipes of the training, in their order
     card/metrics-1.json ...  what eval.py wrote
+    card/decoding.json       on which clips the weights of decoding were chosen
     card/about.yaml          what the author states (`data_sources.About`)
     card/card.json           the repository's name and the Hub's answers about licences
 
@@ -25,15 +26,15 @@ from .licences import HubAnswers
 from .results import read_metrics
 from .template import CardError
 
-CARD_NAME, CURVES_NAME, KEPT = "README.md", "curves.png", "card"
+CARD_NAME, CURVES_NAME, DECODING_NAME, KEPT = "README.md", "curves.png", "decoding.json", "card"
 ABSOLUTE_PATH = re.compile(r"""(?<![\w/.~-])/(?!/)(?:[^\s,}\]"'/]+/)+""")
 
 
 @dataclass
 class Inputs:
     """What a card is made of: `recipes` (texts, in the order of training), `metrics` (name of the file -> content),
-    what its author states (`about`, as YAML), the Hub's `answers`, where it is published (`repository`), and the
-    picture of the run's `curves`."""
+    what its author states (`about`, as YAML), the Hub's `answers`, where it is published (`repository`), the picture of
+    the run's `curves`, and how its weights of `decoding` were chosen (training/decoding_fit.py)."""
 
     recipes: list[str] = field(default_factory=list)
     metrics: dict[str, dict] = field(default_factory=dict)
@@ -41,6 +42,7 @@ class Inputs:
     answers: HubAnswers = field(default_factory=HubAnswers)
     repository: str | None = None
     curves: Path | None = None
+    decoding: dict | None = None
 
 
 def collect(
@@ -53,9 +55,9 @@ def collect(
 ) -> Inputs:
     """The inputs of the card of the checkpoint in `folder`.
 
-    What is not given is what was kept when the card was last written (in `beside`, default `folder`), else the recipe
-    and the curves of the run whose `final/` the folder is. CardError, RecipeError or FileNotFoundError name a file that
-    cannot be used.
+    What is not given is what was kept when the card was last written (in `beside`, default `folder`), else the recipe,
+    the curves and the decoding of the run whose `final/` the folder is. CardError, RecipeError or FileNotFoundError
+    name a file that cannot be used.
     """
     folder = Path(folder)
     beside = Path(beside or folder)
@@ -82,6 +84,9 @@ def collect(
     if curves and not places[0].is_file():
         raise FileNotFoundError(f"{curves}: no such file")
     found.curves = next((path for path in places if path.is_file()), None)
+    for file in (kept / DECODING_NAME, folder.parent / DECODING_NAME):
+        if found.decoding is None and file.is_file():
+            found.decoding = json.loads(shorten_values(json.loads(file.read_text(encoding="utf-8"))))
     return found
 
 
@@ -140,6 +145,8 @@ def kept_files(inputs: Inputs) -> dict[str, str]:
     }
     if inputs.about:
         files[f"{KEPT}/about.yaml"] = inputs.about
+    if inputs.decoding:
+        files[f"{KEPT}/{DECODING_NAME}"] = json.dumps(inputs.decoding, indent=2) + "\n"
     state = {"repository": inputs.repository, "answers": asdict(inputs.answers)}
     files[f"{KEPT}/card.json"] = json.dumps(state, indent=2, sort_keys=True) + "\n"
     return files

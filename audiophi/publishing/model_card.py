@@ -14,13 +14,14 @@ from huggingface_hub import ModelCard
 
 from audiophi.tasks import TASKS, default_task
 from audiophi.tasks.base import Task
+from audiophi.tasks.transcribe import Transcribe
 from audiophi.training.recipe import Recipe
 
 from .architecture import describe_parts, millions, parameters_by_part, read_config, stored
 from .card_files import CARD_NAME, CURVES_NAME, Inputs, collect, read_recipe
 from .data_sources import About, Described, describe_data, read_about, tasks_of, training_sources
 from .licences import HubAnswers, Licence, binding_licence, component_licence, is_hub_id, parse_licence, short_name
-from .results import check_metrics, eval_command, eval_results, results_section
+from .results import check_metrics, eval_command, eval_results, results_section, titled
 from .template import CardError, fill, template_path
 
 
@@ -69,7 +70,9 @@ def make_card(folder: str | Path, inputs: Inputs) -> ModelCard:
         "architecture": architecture(config),
         "holds": holds(config, folder),
         "components": "\n".join(component_rows(config, licences)),
-        "training": training_section(inputs, recipes, sources, about),
+        "training": "\n\n".join(
+            filter(None, (training_section(inputs, recipes, sources, about), decoding_section(inputs, about, folder)))
+        ),
         "results": "\n\n".join([*sections, GAP]) if sections else not_measured(tasks),
         "limits": limits_section(about, sources, bool(evaluations)),
         "licences": licence_section(licences, header),
@@ -192,6 +195,25 @@ def training_section(inputs: Inputs, recipes: list[Recipe], sources: list[Descri
     if inputs.curves:
         parts.append(f"![Losses and error rates over the training time]({CURVES_NAME})")
     return "\n\n".join(parts)
+
+
+def decoding_section(inputs: Inputs, about: About, folder: Path) -> str | None:
+    """On which clips the weights of decoding were chosen; None where they were not, or the checkpoint has others."""
+    fitted, file = inputs.decoding, folder / "generation_config.json"
+    saved = json.loads(file.read_text(encoding="utf-8")).get("tasks") or {} if file.is_file() else {}
+    if not fitted or not fitted["chosen"].items() <= saved.get(Transcribe.name, {}).items():
+        return None
+    data = [
+        f"{source['clips']:,} of {titled(describe_data(source['path'], about, inputs.answers), source)}"
+        for source in fitted.get("data", ())
+    ]
+    settings = ", ".join(f"`{name}` {value:g}" for name, value in fitted["chosen"].items())
+    errors = [trial["error_rate"] for trial in fitted["tried"]]
+    clips = f"{fitted['clips']:,} development clips" + (f" ({', '.join(data)})" if data else "")
+    return (
+        f"How it decodes transcripts ({settings}) was chosen on {clips}: of {len(errors)} settings that were tried the "
+        f"one with the fewest word errors there, {min(errors):.2f} %. A figure on these clips flatters."
+    )
 
 
 def stages_table(recipe: Recipe) -> str:

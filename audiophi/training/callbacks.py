@@ -83,7 +83,7 @@ class Development:
             except (AudioError, OSError) as error:
                 corpus.drop(row, str(error))
                 continue
-            self.rows.append((posed(corpus.example(row)), row.seconds, features))
+            self.rows.append((posed(corpus.example(row)), row.seconds, features, corpus.sources[row.table]))
         self.rows.sort(key=lambda item: -item[1])
         self._hidden: dict[int, list[dict]] | None = None
         state = PartialState()
@@ -126,7 +126,7 @@ class Development:
         """
         clips = self._hidden or {number: self.rows[number][2] for number in self.mine}
         groups: dict[str, list[int]] = {}
-        for number, (example, _, _) in enumerate(self.rows):
+        for number, (example, *_) in enumerate(self.rows):
             if with_lm or TASKS[example.task].reads_alignment:
                 groups.setdefault(example.task, []).append(number)
         order = {number: place for place, number in enumerate(itertools.chain(*groups.values()))}
@@ -163,7 +163,7 @@ class Development:
         spent = (time.perf_counter() - before) / len(batch)
         found = []
         for number, answer in zip(batch, answers, strict=True):
-            example, seconds, _ = self.rows[number]
+            example, seconds, *_ = self.rows[number]
             text = answer.texts[0] if answer.texts else None
             found.append(
                 {

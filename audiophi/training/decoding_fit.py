@@ -2,6 +2,7 @@
 recipe's development clips when training is done, so that writing with the LLM is no worse there than the alignment."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,9 +30,9 @@ def fit_decoding(
     """Sets the decoding of transcripts in `model.generation_config.tasks` to the best that was tried, one setting after
     the other, by real decoding of all development clips that are to be transcribed.
 
-    given: what the recipe says of it, which is left as it is. folder: gets `decoding.json`, all that was tried and the
-    error rates. llm_learned: without, the alignment alone is chosen, untried. Does nothing without such clips, without
-    an alignment head, and where the recipe says all itself.
+    given: what the recipe says of it, which is left as it is. folder: gets `decoding.json`, all that was tried, the
+    error rates, and on how many clips of which data. llm_learned: without, the alignment alone is chosen,
+    untried. Does nothing without such clips, without an alignment head, and where the recipe says all itself.
     """
     free = {name: value for name, value in START.items() if name not in given}
     alone = {*ALONE} <= {*free}
@@ -68,7 +69,10 @@ def fit_decoding(
     least, best = min(tried, key=lambda trial: trial[0])  # of equals the first
     tasks[Transcribe.name] = {**own, **best}
     told = [{**settings, "error_rate": found} for found, settings in tried]
-    write_atomically(folder / NAME, json.dumps({"clips": len(rows.rows), "chosen": best, "tried": told}, indent=1))
+    of = Counter((source.path, source.split) for *_, source in rows.rows)
+    data = [{"path": path, "split": split, "clips": clips} for (path, split), clips in of.items()]
+    told = {"clips": len(rows.rows), "data": data, "chosen": best, "tried": told}
+    write_atomically(folder / NAME, json.dumps(told, indent=1))
     say(f"decoding: {shown(best)}, with {least:.4g} % errors")
 
 
