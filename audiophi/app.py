@@ -1,6 +1,6 @@
 """A checkpoint in the browser (Gradio): record or upload audio, ask, and watch the answer come.
 
-    audiophi demo --model checkpoints/audiophi-tiny
+    audiophi demo --model checkpoints/audiophi-tiny-instruct
 
 `audiophi push DIR org/name --space` publishes this very file and samples/ as a Space. Nothing else of this repository
 is there: the model's code comes from the Hub with the model, whose id is in $AUDIOPHI_MODEL.
@@ -29,7 +29,7 @@ try:  # a clone of AudioPhi, or its package: this tells transformers about it
 except ImportError:  # a Space
     pass
 
-IN_CLONE = Path(__file__).resolve().parents[1] / "checkpoints" / "audiophi-tiny"
+IN_CLONE = Path(__file__).resolve().parents[1] / "checkpoints" / "audiophi-tiny-instruct"
 SAMPLES = sorted(map(str, Path(__file__).resolve().parent.glob("samples/*.ogg")))  # tools/make_samples.py
 MAX_SECONDS = 600
 MAX_FILE_SIZE = "100mb"
@@ -295,7 +295,7 @@ def main(argv=None, program="app.py"):
     parser = argparse.ArgumentParser(prog=program, description=__doc__.splitlines()[0])
     model = os.environ.get("AUDIOPHI_MODEL") or (str(IN_CLONE) if IN_CLONE.is_dir() else None)
     parser.add_argument("--model", default=model, required=not model, help="checkpoint: folder or Hub id; default: "
-                        "$AUDIOPHI_MODEL, else in a clone of AudioPhi checkpoints/audiophi-tiny")  # fmt: skip
+                        "$AUDIOPHI_MODEL, else in a clone of AudioPhi checkpoints/audiophi-tiny-instruct")  # fmt: skip
     parser.add_argument("--device", help="default: a GPU where there is one")
     parser.add_argument("--port", type=int, help="default: $GRADIO_SERVER_PORT, else the first free one from 7860")
     args = parser.parse_args(argv)

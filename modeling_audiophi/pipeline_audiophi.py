@@ -18,7 +18,7 @@ from .pipeline_rows_audiophi import ROW_ERRORS, Results, RowReader, is_one_input
 class AudioTextToTextPipeline(Pipeline):
     """Audio and a question in, words out.
 
-        pipe = pipeline("audio-text-to-text", model="checkpoints/audiophi-tiny")
+        pipe = pipeline("audio-text-to-text", model="checkpoints/audiophi-tiny-instruct")
         pipe("speech.wav")                                     # {"generated_text": "…"}
         pipe("rain.flac", task=…)                              # one of pipe.processor.tasks
         pipe("speech.wav", instruction="Is the speaker happy?", max_new_tokens=50)

@@ -9,7 +9,7 @@ from .results import ResultFile, when_changed
 
 STDIN = "-"
 SUBTITLES = {"srt": ("", ","), "vtt": ("WEBVTT\n\n", ".")}  # what begins the file, and the point of seconds
-DEFAULT_MODEL = Path(__file__).resolve().parents[2] / "checkpoints" / "audiophi-tiny"
+DEFAULT_MODEL = Path(__file__).resolve().parents[2] / "checkpoints" / "audiophi-tiny-instruct"
 
 
 def add_hearing_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +17,7 @@ def add_hearing_arguments(parser: argparse.ArgumentParser) -> None:
     in_clone = DEFAULT_MODEL.is_dir()
     parser.add_argument(
         "--model", required=not in_clone, default=str(DEFAULT_MODEL) if in_clone else None,
-        help="checkpoint: folder or Hub id; in a clone of AudioPhi by default checkpoints/audiophi-tiny",
+        help="checkpoint: folder or Hub id; in a clone of AudioPhi by default checkpoints/audiophi-tiny-instruct",
     )  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="RESULTS.jsonl", help="write results there, one JSON line per "
                         "file as it is done, instead of printing them; files already in it are skipped")  # fmt: skip
