@@ -11,9 +11,6 @@ FRAMES_PER_SECOND = 100
 # Nobody speaks faster, in tokens; what is not at its end by then repeats itself, and is no text.
 TOKENS, TOKENS_PER_SECOND = 10, 10
 AT_A_TIME = 8  # texts that are scored: their logits span the whole vocabulary
-# Seconds of states that are read: so much silence behind the sound, then up to a multiple of this. A fifth of the time
-# of short windows with several beams, and the same errors.
-MARGIN, STEP = 1.0, 5.0
 
 
 class WhisperDecoder:
@@ -34,24 +31,11 @@ class WhisperDecoder:
 
         `others`: a text per window that somebody else heard, or None; it is scored too, and is the last pair.
         """
-        padded, sound = self._padded(features.to(self.model.device), mask.to(self.model.device))
-        states = self.model.get_encoder()(padded.to(self.model.dtype)).last_hidden_state
-        seconds = mask.sum(1).cpu() / FRAMES_PER_SECOND
-        # Windows of like length together, so that what is written does not depend on what else is in the batch.
-        lengths = ((seconds + MARGIN) / STEP).ceil() * STEP
-        windows = [[] for _ in seconds]
-        for length in lengths.unique().tolist():
-            rows = (lengths == length).nonzero()[:, 0].tolist()
-            kept = states[rows, : int(length * states.shape[1] / padded.shape[2] * FRAMES_PER_SECOND)]
-            texts = [others[row] for row in rows] if others else []
-            found = self._write(kept, seconds[rows].to(kept.device), sound[rows].tolist(), beams, texts)
-            for row, pairs in zip(rows, found, strict=True):
-                windows[row] = pairs
-        return windows
-
-    def _write(self, states, seconds, sound, beams, others):
-        """`__call__` of states (W, T, D) with `seconds` (W,) and `sound`, whether there is any."""
-        model, settings, prompt = self.model, self.model.generation_config, self._prompt(states)
+        model, settings = self.model, self.model.generation_config
+        padded, sound = self._padded(features.to(model.device), mask.to(model.device))
+        # All of them: states cut a second behind the sound are a fifth more errors (dev/LOG.md).
+        states = model.get_encoder()(padded.to(model.dtype)).last_hidden_state
+        seconds, sound, prompt = mask.sum(1).to(states.device) / FRAMES_PER_SECOND, sound.tolist(), self._prompt(states)
         begin, longest = prompt.shape[1], model.config.max_target_positions
         most = (begin + TOKENS + TOKENS_PER_SECOND * seconds).long().clamp(max=longest)
         sequences = GenerationMixin.generate(
@@ -77,7 +61,7 @@ class WhisperDecoder:
         windows = [
             list(window.items())[::-1] if heard else [] for window, heard in zip(windows, sound, strict=True)
         ]
-        asked = [number for number, text in enumerate(others) if text]
+        asked = [number for number, text in enumerate(others or ()) if text]
         if asked:
             ids = [self.tokenizer.encode(" " + others[number], add_special_tokens=False) for number in asked]
             ids = [torch.tensor([*text, settings.eos_token_id], device=states.device) for text in ids]
