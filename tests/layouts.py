@@ -5,7 +5,8 @@ import csv
 import numpy as np
 import soundfile
 
-from audiophi.data.datasets import load_examples, stream_examples
+from audiophi.data.dataset_streams import stream_examples
+from audiophi.data.datasets import load_examples
 from audiophi.data.example import RowError
 
 

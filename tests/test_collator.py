@@ -1,16 +1,23 @@
 """AudioPhiCollator: what the model is trained on, checked on token ids."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from audiophi.data.alignment_text import AlignmentTokenizer
 from audiophi.data.collator import AudioPhiCollator, training_item
 from audiophi.data.example import Clip, Example, content_of
-from audiophi.training.recipe import Stage
-from audiophi.training.stage_data import StageCollator
+from audiophi.training.bad_rows import BadRows
+from audiophi.training.batches import BatchSchedule
+from audiophi.training.build import build_model, build_processor
+from audiophi.training.corpus import Corpus, TrainingSet
+from audiophi.training.recipe import Stage, recipe_from_dict
+from audiophi.training.stage_data import StageCollator, stage_augment
 from modeling_audiophi.alignment_audiophi import NO_TARGET
+from tests.tiny_runs import LM
 
 RATE = 16_000
 ASKED = "Transcribe the speech."
@@ -232,6 +239,35 @@ def test_every_window_has_a_seed_of_its_own(processor):
     assert "augment_seeds" not in StageCollator(run, Stage(name="a", loss="lm", steps=1))(examples)
     run.recipe.seed = 1
     assert not set(seeds) & set(StageCollator(run, collate_stage())(examples)["augment_seeds"].tolist())
+
+
+def test_a_clip_is_augmented_alike_whoever_draws_it(settings, tmp_path):
+    """In batches of other clips, in other processes and in workers of theirs; anew in each epoch, and by the seed."""
+    recipe = recipe_from_dict(settings({**LM, "noise": 0.1}))
+    processor = build_processor(recipe)
+    model = build_model(replace(recipe, alignment=None, readout=None), processor, None)
+    corpus = Corpus(recipe.data.train, BadRows(tmp_path / "bad.jsonl", 0))
+    stage = recipe.stages[0]
+    run = SimpleNamespace(recipe=recipe, processor=processor, model=model, align_tokenizer=None)
+    rows = TrainingSet(corpus, processor, None, recipe.instructions, recipe.seed)
+
+    def changed(rank, processes, size, workers=0):
+        """(epoch, row) -> what its one window of equal states becomes."""
+        seconds = [row.seconds for row in corpus.rows]
+        order = BatchSchedule(seconds, epochs=2, batch_size=size, rank=rank, world_size=processes, seed=size)
+        collate, found = StageCollator(run, stage), {}
+        for batch in DataLoader(rows, batch_sampler=order, num_workers=workers, collate_fn=collate):
+            windows = len(batch["drawn"])
+            states, mask = torch.arange(8.0).expand(windows, 5, 8), torch.ones(windows, 5, dtype=torch.bool)
+            states = stage_augment(stage)(states, mask, batch["augment_seeds"])
+            found |= dict(zip(batch["drawn"], (tuple(window.flatten().tolist()) for window in states), strict=True))
+        return found
+
+    alone = changed(0, 1, 4)
+    assert len(alone) == 32 == len(set(alone.values()))
+    assert {**changed(0, 2, 3, workers=2), **changed(1, 2, 3)} == alone
+    recipe.seed += 1
+    assert not set(changed(0, 1, 4).values()) & set(alone.values())
 
 
 def collate_stage():

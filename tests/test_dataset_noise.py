@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from audiophi.data import dataset_noise
-from audiophi.data.datasets import load_examples, stream_examples
+from audiophi.data.dataset_streams import stream_examples
+from audiophi.data.datasets import load_examples
 
 
 def test_clips_are_what_their_rows_say():

@@ -12,7 +12,7 @@ import pytest
 import soundfile
 
 from audiophi.data.dataset_files import audio_files
-from audiophi.data.datasets import stream_examples
+from audiophi.data.dataset_streams import stream_examples
 from audiophi.data.example import RowError
 from processing import AudioError, load_audio
 from tests.layouts import load, read

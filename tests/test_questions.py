@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from audiophi.cli import eval as eval_script
-from audiophi.data.datasets import load_examples, stream_examples
+from audiophi.data.dataset_streams import stream_examples
+from audiophi.data.datasets import load_examples
 from audiophi.data.example import Clip, RowError, drawing, longest, posed
 from audiophi.evaluation import answers
 from audiophi.tasks import TASKS

@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 
 from audiophi.data.alignment_text import AlignmentTokenizer
 from audiophi.data.collator import AudioPhiCollator, training_item
-from audiophi.data.datasets import load_examples, stream_examples
+from audiophi.data.dataset_streams import stream_examples
+from audiophi.data.datasets import load_examples
 from audiophi.data.example import AUDIO, Clip, Example, RowError, content_of
 from audiophi.training.bad_rows import BadRows
 from audiophi.training.batches import Draw

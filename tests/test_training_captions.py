@@ -20,8 +20,8 @@ from audiophi.training.corpus import Corpus, TrainingSet
 from audiophi.training.recipe import RecipeError, Source, load_recipe, recipe_from_dict
 from audiophi.training.stage_data import teaching_alignment
 from audiophi.training.stages import run_recipe
+from audiophi.training.streams import StreamingSet
 from modeling_audiophi import AudioPhiForConditionalGeneration
-from modeling_audiophi.adapters import ADAPTERS
 from modeling_audiophi.alignment_audiophi import NO_TARGET
 from tests.layouts import clotho_captions, tone, write_clotho, write_common_voice, write_csv, write_librispeech
 
@@ -201,12 +201,24 @@ def test_captions_alone_cannot_be_aligned(settings, esc50):
         run_recipe(recipe_from_dict(settings({"name": "a", "loss": "align"}, data=data, alignment={"merges": 20})))
 
 
-def test_a_stream_of_both_tasks_trains(settings, librispeech, esc50, tmp_path):
+def test_a_stream_of_both_tasks_trains(settings, librispeech, esc50, tmp_path, monkeypatch):
+    item, taken = StreamingSet._item, {"align": Counter(), "lm": Counter()}
+
+    def note(self, example, *given):
+        made = item(self, example, *given)
+        taken[self.stage.name][example.task] += made[0] is not None
+        return made
+
+    monkeypatch.setattr(StreamingSet, "_item", note)
     sounds = [{"path": str(esc50)}, {"path": str(esc50), "task": "no_speech"}]
     data = {"train": [{"path": str(librispeech), "split": "dev-clean"}, *sounds], "streaming": True}
     stages = ({"name": "align", "loss": "align"}, {"name": "lm", "loss": "lm"})
-    final = run_recipe(recipe_from_dict(settings(*stages, data=data, alignment={"merges": 20})))
-    assert (final / "model.safetensors").exists()
+    run_recipe(recipe_from_dict(settings(*stages, data=data, alignment={"merges": 20}, logging_steps=1)))
+    assert taken["lm"].keys() == {"transcribe", "caption", "no_speech"} and min(taken["lm"].values()) > 0
+    assert taken["align"]["caption"] == 0 < min(taken["align"]["transcribe"], taken["align"]["no_speech"])
+    entries = [json.loads(line) for line in (tmp_path / "out" / "history.jsonl").read_text().splitlines()]
+    losses = {(entry["stage"], name) for entry in entries for name in ("align_loss", "lm_loss") if name in entry}
+    assert losses == {("align", "align_loss"), ("lm", "lm_loss")}
 
 
 def test_a_run_from_before_a_key_existed_can_be_continued(settings, esc50, tmp_path):
@@ -242,8 +254,6 @@ def test_recipes_run_end_to_end_on_official_layouts(
     overrides += ["--evaluation={clips: 3, max_new_tokens: 4}"]
     recipe = load_recipe(RECIPES / f"{name}.yaml", overrides)
     assert [stage.name for stage in recipe.stages] == stages
-    if recipe.adapter["type"] not in ADAPTERS:
-        recipe.adapter["type"] = "mlp"
     for stage in recipe.stages:
         stage.steps, stage.epochs, stage.grad_accum = 2, None, 1
         if stage.batch_seconds:

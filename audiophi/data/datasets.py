@@ -14,16 +14,13 @@ met when its row is read, and can be counted and skipped instead of ending the r
 
 import contextlib
 import copy
-import itertools
-import math
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow.parquet
 
 from audiophi.evaluation.text_normalization import language_code
 from audiophi.tasks import task_named, task_of_source
@@ -39,6 +36,7 @@ from .dataset_files import (
     nested_metadata,
     rows_of_folders,
 )
+from .dataset_parquet import files_of_split, opened, parquet_files
 from .dataset_paths import Reach, reach_of_folder, reach_of_hub
 from .dataset_registry import KINDS, MADE, split_kind
 from .example import Example, RowError, drawing, posed
@@ -49,7 +47,7 @@ SPEC_KEYS = (
     *("audio_folder", "allow_urls", "heard", "turns", "language"),
 )
 WAYS_OF_HEARING = ("real", "simulated")
-PEEK = 64  # rows of a stream that are read before the first is handed out
+PEEK = 64  # rows of a stream that are looked at together: for its columns, and to compare a row with
 UNDECODED = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
 
 
@@ -77,11 +75,15 @@ class Examples(Sequence):
             raise IndexError(index)
         return self.of(self.rows[int(self.numbers[index])], index)
 
-    def of(self, values: dict, number: int) -> Example:
-        """A row's values as an example."""
+    def saw(self, values: Mapping, number: int) -> None:
+        """Remembers a row of a stream, for the questions of those behind it."""
+        self._recent.append((values, number))
+
+    def of(self, values: Mapping, number: int) -> Example:
+        """A row's values as an example; of a stream, those of the row that it `saw` last."""
         row = self._row(values, number)
         if self._task.others:
-            row = replace(row, others=Others(self._others, row) if self.rows is not None else tuple(self._others(row)))
+            row = replace(row, others=Others(self._others, row))
         try:
             example = self._task.example(row)
             if any(clip.simulated and clip.transcript is None for clip in example.clips):
@@ -94,24 +96,21 @@ class Examples(Sequence):
         except RowError as error:
             raise RowError(f"{self.path}: row {number + 1}, {error}", row.id) from None
 
-    def _row(self, values: dict, number: int) -> Row:
+    def _row(self, values: Mapping, number: int) -> Row:
         about_words = self._task.about_words
         return self.columns.row(values, number, self._folder, self._reach, self._labels, about_words)
 
     def _others(self, row: Row) -> Iterator[Row]:
         """Rows drawn by the number of this one; of a stream, of those that came last."""
         if self.rows is None:
-            self._recent.append(row)
             count, own = len(self._recent), len(self._recent) - 1
         else:
             count, own = len(self.numbers), row.number
         for draw in range(self._task.others if count > 1 else 0):
             number = (own + 1 + drawing(row.number)(f"other {draw}", range(count - 1))) % count
-            if self.rows is None:
-                yield self._recent[number]
-                continue
+            there = self._recent[number] if self.rows is None else (self.rows[int(self.numbers[number])], number)
             with contextlib.suppress(RowError):
-                yield self._row(self.rows[int(self.numbers[number])], number)
+                yield self._row(*there)
 
     def for_evaluation(self) -> "Examples":
         """The same, each row with one question where its task makes several: the same one always, in wordings that are
@@ -157,8 +156,8 @@ def load_examples(spec, **defaults) -> Examples:
     Raises:
         FileNotFoundError, or ValueError naming the data set and what is wrong: no such column, split or key, no rows.
     """
-    entry = _entry(spec, defaults)
-    rows, names, folder, reach, labels = _open(entry, streaming=False)
+    entry = entry_of(spec, defaults)
+    rows, names, folder, reach, labels = open_rows(entry, streaming=False)
     if names is None:
         rows = list(rows)
         names = list(dict.fromkeys(name for row in rows for name in row)) if rows else []
@@ -169,66 +168,10 @@ def load_examples(spec, **defaults) -> Examples:
         raise ValueError(f"{entry['path']}: no rows are left after split={entry['split']!r}, filter and exclude.")
     columns = Columns(names, entry)
     columns.warn_of_unused()
-    return Examples(rows, numbers, columns, _task(entry, columns), folder, reach, labels)
+    return Examples(rows, numbers, columns, task_of(entry, columns), folder, reach, labels)
 
 
-def stream_examples(specs: list[dict], seed: int = 0, part: tuple[int, int] = (0, 1)) -> Iterator[Example | RowError]:
-    """Rows of several sources as they come, a RowError for each that cannot be used.
-
-    part: (index, count): of every source the rows of one of `count` readers, which together read each row once.
-
-    Where any source has a `weight` they are interleaved, drawn by weight until every one has been read once (a shorter
-    one begins anew); else one comes after the other.
-    """
-    entries = [_entry(spec, {}) for spec in specs]
-    if not entries:
-        raise ValueError("an empty list of data sets.")
-    weights = [1.0 if entry["weight"] is None else float(entry["weight"]) for entry in entries]
-    if any(weight <= 0 for weight in weights):
-        raise ValueError(f"data weights must be above 0, got {weights}.")
-    if len(entries) == 1 or all(entry["weight"] is None for entry in entries):
-        for entry in entries:
-            yield from _stream(entry, part)
-        return
-    shares, rng = np.array(weights) / sum(weights), np.random.default_rng(seed)
-    streams, read = [_stream(entry, part) for entry in entries], [False] * len(entries)
-    while not all(read):
-        number = int(rng.choice(len(entries), p=shares))
-        example = next(streams[number], None)
-        if example is None:
-            read[number] = True
-            streams[number] = _stream(entries[number], part)
-            example = None if all(read) else next(streams[number], None)
-        if example is not None:
-            yield example
-
-
-def _stream(entry: dict, part: tuple[int, int]) -> Iterator[Example | RowError]:
-    rows, names, folder, reach, labels = _open(entry, streaming=True)
-    index, count = part
-    if isinstance(rows, datasets.IterableDataset):
-        # Readers share the files as far as these can be divided evenly, and the rows of a file among them.
-        groups = math.gcd(rows.num_shards, count) if entry["limit"] is None else 1
-        rows = rows.shard(groups, index % groups) if groups > 1 else rows
-        index, count = index // groups, count // groups
-        # Not by `iter(rows)`: inside of a loader's worker that divides the files a second time.
-        rows = ({name: values[0] for name, values in batch.items()} for batch in rows.iter(1))
-    rows = (row for row in rows if _wanted(row, entry))
-    first = list(itertools.islice(rows, PEEK))  # rows of a manifest need not all have the same keys
-    if not first:
-        return
-    columns = Columns(names or list(dict.fromkeys(name for row in first for name in row)), entry)
-    columns.warn_of_unused()
-    examples = Examples(None, (), columns, _task(entry, columns), folder, reach, labels)
-    numbered = enumerate(itertools.chain(first, rows))
-    for number, values in itertools.islice(numbered, index, entry["limit"], count):
-        try:
-            yield examples.of(values, number)
-        except RowError as error:
-            yield error
-
-
-def _entry(spec, defaults: dict) -> dict:
+def entry_of(spec, defaults: dict) -> dict:
     """A specification as a dict with every key, and of what kind its path is."""
     given = {"path": spec} if isinstance(spec, (str, Path)) else dict(spec)
     given = {**{key: value for key, value in defaults.items() if value is not None}, **given}
@@ -260,7 +203,7 @@ def _entry(spec, defaults: dict) -> dict:
     return given
 
 
-def _task(entry: dict, columns: Columns) -> Task:
+def task_of(entry: dict, columns: Columns) -> Task:
     named = entry["task"] is not None
     task = task_named(entry["task"]) if named else task_of_source(columns.fields, entry["instruction"])
     by_label = "label" in columns.by and task.others  # questions about sounds need no words
@@ -274,7 +217,7 @@ def natural_task(columns: Columns) -> Task:
     return task_of_source(columns.fields | ({"references"} if columns.entry["kind"] else set()), None)
 
 
-def _open(entry: dict, streaming: bool):
+def open_rows(entry: dict, streaming: bool):
     """(rows, names of the columns or None, folder that paths are relative to, reach, class columns)."""
     path = Path(entry["path"]).expanduser()
     if entry["kind"] in MADE:
@@ -286,36 +229,21 @@ def _open(entry: dict, streaming: bool):
         reach = reach_of_hub(entry, entry["path"].partition(":")[0])
         rows, names, labels = _table(_load_hub(entry, streaming), entry)
         return rows, names, None, reach, labels
-    parquet = [] if entry["kind"] else _parquet_files(path)
-    if parquet:
-        table = _load_parquet(parquet, streaming)
-        if "split" in table.column_names and entry["split"]:
-            entry["filter"] = {**entry["filter"], "split": {entry["split"]}}
-        elif entry["split"]:
-            named = [file for file in parquet if file.name.startswith(entry["split"])]
-            if not named:
-                raise ValueError(
-                    f"{entry['path']}: has no column `split` and no Parquet file of split {entry['split']!r}."
-                )
-            table = _load_parquet(named, streaming)
-        rows, names, labels = _table(table, entry)
+    if parquet := parquet_files(entry):
+        table = _load_parquet(parquet)
+        chosen = files_of_split(parquet, table.column_names, entry)
+        rows, names, labels = _table(table if chosen == parquet else _load_parquet(chosen), entry)
         return rows, names, parquet[0].parent, reach_of_folder(entry, parquet[0].parent), labels
     rows, folder, reach = _rows(path, entry)
     return rows, None, folder, reach, {}
 
 
-def _load_parquet(files: list[Path], streaming: bool):
-    full = []
-    for file in files:
-        try:
-            if pyarrow.parquet.read_metadata(file).num_rows:
-                full.append(str(file))
-        except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{file}: cannot be read as Parquet ({error}). Is it empty, or not all there?") from error
+def _load_parquet(files: list[Path]):
+    full = [str(file) for file in files if opened(file).metadata.num_rows]
     if not full:
         raise ValueError(f"{files[0]}: holds no rows.")
     try:
-        return datasets.load_dataset("parquet", data_files=full, split="train", streaming=streaming)
+        return datasets.load_dataset("parquet", data_files=full, split="train")
     except datasets.exceptions.DatasetGenerationError as error:
         raise ValueError(f"{', '.join(full)}: cannot be read ({error.__cause__ or error}).") from error
 
@@ -344,10 +272,10 @@ def _wanted_numbers(rows, names: list[str], entry: dict) -> list[int]:
     if not asked:
         return list(range(len(rows)))[: entry["limit"]]
     narrow = rows if isinstance(rows, list) else rows.select_columns(asked)
-    return [number for number, row in enumerate(narrow) if _wanted(row, entry)][: entry["limit"]]
+    return [number for number, row in enumerate(narrow) if is_wanted(row, entry)][: entry["limit"]]
 
 
-def _wanted(row: dict, entry: dict) -> bool:
+def is_wanted(row: dict, entry: dict) -> bool:
     for column in (*entry["filter"], *entry["exclude"]):
         if column not in row:
             raise ValueError(f"{entry['path']}: filter on {column!r}, but a row has only {', '.join(row)}.")
@@ -370,16 +298,6 @@ def _load_hub(entry: dict, streaming: bool):
             f"{entry['path']}: choose a split, as {name}:{config or 'default'}:SPLIT, of {', '.join(table)}."
         )
     return table
-
-
-def _parquet_files(path: Path) -> list[Path]:
-    """The Parquet files of a specification: itself, or a folder's where no other metadata stands beside them."""
-    if path.is_file():
-        return [path] if path.suffix == ".parquet" else []
-    if metadata_file(path) is not None:
-        metadata = metadata_file(path)
-        return [metadata] if metadata.suffix == ".parquet" else []
-    return sorted(path.rglob("*.parquet"))
 
 
 def _rows(root: Path, entry: dict) -> tuple[Iterator[dict], Path, Reach]:

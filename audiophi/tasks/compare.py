@@ -67,12 +67,13 @@ class Compare(Questions):
         return (*own, *super().clips(other)) if other and len(own) == 1 else ()
 
     def partner(self, row: Row) -> Row | None:
-        """The other clip: of another kind, or of the same, by the row's number."""
-        wanted, second = drawing(row.number)("alike", (True, False)), None
+        """The other clip: of another kind, or of the same, by the row's number; the first where the row's own kind is
+        not known, since all others would be read for nothing."""
+        own, wanted, second = self.likeness(row), drawing(row.number)("alike", (True, False)), None
         for other in row.others:
             if len(other.clips) != 1:
                 continue
-            if (self.likeness(row) == self.likeness(other)) == wanted:
+            if own is None or (own == self.likeness(other)) == wanted:
                 return other
             second = second or other
         return second

@@ -8,7 +8,7 @@ import numpy as np
 from accelerate import PartialState
 
 from audiophi.data.collator import as_windows
-from audiophi.data.datasets import stream_examples
+from audiophi.data.dataset_streams import stream_examples
 from audiophi.data.example import RowError
 from processing.audio_io import AudioError
 

@@ -19,7 +19,7 @@ import torch
 from accelerate import PartialState
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments, set_seed
 
-from audiophi.data.datasets import stream_examples
+from audiophi.data.dataset_streams import stream_examples
 from audiophi.data.example import RowError
 from audiophi.tasks import default_task
 from audiophi.tasks.transcribe import Transcribe

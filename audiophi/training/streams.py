@@ -8,7 +8,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from audiophi.data.augment import speed_perturb
 from audiophi.data.dataset_registry import missing_audio_is_normal, split_kind
-from audiophi.data.datasets import stream_examples
+from audiophi.data.dataset_streams import stream_examples
 from audiophi.data.example import RowError
 from processing.audio_io import AudioError
 
@@ -115,10 +115,9 @@ class StreamingSet(IterableDataset):
         ]
         shares, share = self.shares, self.rank * max(1, self.recipe.num_workers) + worker
         rate, seed = self.processor.sampling_rate, self.recipe.seed
-        for count, example in enumerate(stream_examples(specs, seed + epoch, (share, shares)), 1):
+        read = len(range(share, behind + 1, shares))
+        for count, example in enumerate(stream_examples(specs, seed + epoch, (share, shares), read), read + 1):
             number = share + (count - 1) * shares
-            if number <= behind:
-                continue
             try:
                 if isinstance(example, RowError):
                     raise example
