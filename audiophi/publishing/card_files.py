@@ -34,7 +34,7 @@ ABSOLUTE_PATH = re.compile(r"""(?<![\w/.~-])/(?!/)(?:[^\s,}\]"'/]+/)+""")
 class Inputs:
     """What a card is made of: `recipes` (texts, in the order of training), `metrics` (name of the file -> content),
     what its author states (`about`, as YAML), the Hub's `answers`, where it is published (`repository`), the picture of
-    the run's `curves`, and how its weights of `decoding` were chosen (training/decoding_fit.py)."""
+    the run's `curves`, and how its weights of `decoding` were chosen (audiophi/training/decoding_fit.py)."""
 
     recipes: list[str] = field(default_factory=list)
     metrics: dict[str, dict] = field(default_factory=dict)
