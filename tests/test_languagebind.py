@@ -81,7 +81,7 @@ def test_spectrograms_equal_upstreams(reference, name, samples):
     output = LanguageBindAudioFeatureExtractor()(waveform, sampling_rate=16_000)
     assert output["input_features"].shape == (1, 1036, 112)
     found = output["input_features"].flatten()[:: reference_maker.SAMPLED]
-    assert (found - reference[f"spectrogram.{name}"]).abs().max() < 1e-4
+    assert (found - reference[f"spectrogram.{name}"]).abs().max() < 3e-4  # CPUs' transforms differ by up to 1e-4
     assert output["attention_mask"].sum() == {"short": 1 + (samples - 400) // 160, "whole": 1036}[name]
 
 

@@ -103,7 +103,7 @@ def test_the_space_runs_without_this_package(pushed, tmp_path):
     said = run_stranger(
         RUN, tmp_path, preamble=preamble_hiding(HIDDEN_IN_A_SPACE), HF_ENDPOINT=hub.url, **model
     )  # fmt: skip
-    title, (words, status, _) = json.loads(said.rpartition("FOUND")[2])
+    title, (words, status, *_) = json.loads(said.rpartition("FOUND")[2])
     assert title == "AudioPhi: acme/audio-phi" and words == heard and status.startswith("Done (greedy)")
     assert len(heard) > 3
 
