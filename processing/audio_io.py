@@ -99,7 +99,10 @@ def read_source(source, source_rate: int | None = None, name: str | None = None)
         if _is_array(second) and np.ndim(first) == 0:  # the order of scipy.io.wavfile and gradio
             return read_source(second, first, name)
     if _is_array(source) or isinstance(source, (list, tuple)):
-        array = source.detach().cpu().numpy() if isinstance(source, torch.Tensor) else np.asarray(source)
+        if isinstance(source, torch.Tensor):
+            source = source.detach().cpu()
+            source = source.float() if source.dtype == torch.bfloat16 else source  # numpy has no bfloat16
+        array = np.asarray(source)
         name = name or f"array of shape {array.shape}"
         return array, _check_rate(source_rate, name), name
     raise AudioError(

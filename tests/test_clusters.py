@@ -233,6 +233,39 @@ def test_two_processes_train_as_one(kind, settings, tmp_path):
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize("kind", TWO)
+def test_losses_of_some_tokens_at_a_time_are_those_of_all(kind, settings, tmp_path):
+    """The backward pass computes logits again, of another number of parts in each process, with a table that is shared
+    between them."""
+    data = {"train": settings()["data"]["train"]}
+    stages = ({**LM, "loss": "both", "tune": {"llm": "full"}, "lora": None, "steps": 3},)
+    keys = {"adapter": {**settings()["adapter"], **SETTLED}, "data": data, "logging_steps": 1}
+    one = train(settings(*stages, output_dir=str(tmp_path / "one"), **keys))
+    script = tmp_path / "train_in_parts.py"
+    script.write_text(IN_PARTS)
+    printed = launch(tmp_path / "two", settings(*halved(stages), **keys), TWO[kind], script=script)
+    parts = [int(number) for number in re.findall(r"(\d+) parts", printed)]
+    assert len(parts) == 2 and min(parts) > 3 * 2, printed
+    losses, losses_of_two = (history(folder)[0] for folder in (tmp_path / "one", tmp_path / "two" / "run"))
+    assert len(losses) == 3 and losses_of_two == pytest.approx(losses, rel=TOLERANCE)
+    two = weights(tmp_path / "two")
+    apart = torch.cat([(one[name].float() - two[name].float()).abs().flatten() for name in one])
+    assert apart.max() < 1e-4 and (apart > TOLERANCE).float().mean() < 1e-4
+
+
+IN_PARTS = """
+import sys
+from audiophi.cli import train
+from modeling_audiophi import token_losses_audiophi as losses
+made, checkpoint, losses.MOST_LOGITS = [], losses.checkpoint, 1
+losses.checkpoint = lambda *given, **keys: made.append(1) or checkpoint(*given, **keys)
+code = train.main(sys.argv[1:])
+print(len(made), "parts", flush=True)
+sys.exit(code)
+"""
+
+
+@pytest.mark.faults
 def test_checkpoints_go_from_any_number_of_processes_to_any_other(settings, tmp_path):
     """Killed after a checkpoint and resumed otherwise, again and again, until the run is finished."""
     stages = ({**LM, "loss": "both", "steps": 30, "save_steps": 2, "lora": {"r": 2, **SETTLED}},)
