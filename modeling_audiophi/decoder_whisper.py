@@ -29,11 +29,12 @@ class WhisperDecoder:
         """`features` (W, mel bins, T), `mask` (W, T) bool -> per window its texts, the likeliest first, each with the
         mean log probability of its tokens: (text, score) pairs, `beams` at most, none where nobody speaks.
 
-        `others`: a text per window that somebody else heard, or None; it is scored too, and is the last pair.
+        `others`: a text per window that somebody else heard, or None; it is scored too, and is the last pair, unless it
+        is longer than this decoder can read.
         """
         model, settings = self.model, self.model.generation_config
         padded, sound = self._padded(features.to(model.device), mask.to(model.device))
-        # All of them: states cut a second behind the sound are a fifth more errors (dev/LOG.md).
+        # Read whole: states cut a second behind the sound make more errors (dev/LOG.md).
         states = model.get_encoder()(padded.to(model.dtype)).last_hidden_state
         seconds, sound, prompt = mask.sum(1).to(states.device) / FRAMES_PER_SECOND, sound.tolist(), self._prompt(states)
         begin, longest = prompt.shape[1], model.config.max_target_positions
@@ -61,12 +62,16 @@ class WhisperDecoder:
         windows = [
             list(window.items())[::-1] if heard else [] for window, heard in zip(windows, sound, strict=True)
         ]
-        asked = [number for number, text in enumerate(others or ()) if text]
-        if asked:
-            ids = [self.tokenizer.encode(" " + others[number], add_special_tokens=False) for number in asked]
-            ids = [torch.tensor([*text, settings.eos_token_id], device=states.device) for text in ids]
-            ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=settings.eos_token_id)
-            for number, score in zip(asked, self._scores(states[::beams][asked], prompt[asked], ids)[0], strict=True):
+        ids = {
+            number: torch.tensor([*self.tokenizer.encode(" " + text, add_special_tokens=False), settings.eos_token_id])
+            for number, text in enumerate(others or ())
+            if text
+        }
+        ids = {number: text for number, text in ids.items() if len(text) <= longest - begin}
+        if ids:
+            rows = list(ids)
+            told = nn.utils.rnn.pad_sequence(list(ids.values()), True, settings.eos_token_id).to(states.device)
+            for number, score in zip(rows, self._scores(states[::beams][rows], prompt[rows], told)[0], strict=True):
                 windows[number].append((others[number], score.item()))
         return windows
 

@@ -59,13 +59,18 @@ class EarsMixin:
         if both:
             heard = self.model.alignment.greedy(audio.align_logits, audio.tokens_mask)
             audio.spelled = [tokenizer.decode(ids).strip() for ids in heard]
+        clips = [clip for clip, count in enumerate(counts) for _ in range(count)]  # of each window
+        rows = [row for row, clip in enumerate(clips) if not both or audio.spelled[clip]]
         # Of clips of several windows the alignment's text belongs to none of them.
-        others = [audio.spelled[clip] if both and n == 1 else None for clip, n in enumerate(counts) for _ in range(n)]
-        windows = decoder(features, mask, hear_beams or (BEAMS if both else 1), others)
+        others = [audio.spelled[clips[row]] if both and counts[clips[row]] == 1 else None for row in rows]
+        windows = [[] for _ in clips]
+        if rows:
+            found = decoder(features[rows], mask[rows], hear_beams or (BEAMS if both else 1), others)
+            for row, pairs in zip(rows, found, strict=True):
+                windows[row] = pairs
         words, start = [], 0
-        for clip, count in enumerate(counts):
-            silent = both and not audio.spelled[clip]
-            words.append([] if silent else of_clip(windows[start : start + count]))
+        for count in counts:
+            words.append(of_clip(windows[start : start + count]))
             start += count
         audio.words = words
         return audio

@@ -144,8 +144,11 @@ def test_where_the_alignment_hears_nothing_nothing_is_said(make_tiny_model, whis
     vocabulary = len(model.model.alignment.vocab_ids) + 1
     blank = torch.eye(vocabulary)[0] * 9
     monkeypatch.setattr(model.model, "align", lambda tokens, table: blank.expand(*tokens.shape[:2], vocabulary))
+    decoder, tokenizer = model.words_decoder()
+    monkeypatch.setattr(model, "_decoder", (None, tokenizer))  # not even asked
     written = model.generate(**inputs, task="transcribe", verbatim=True)[0, inputs["input_ids"].shape[1] :]
     assert processor.tokenizer.decode(written, skip_special_tokens=True) == ""
+    monkeypatch.setattr(model, "_decoder", (decoder, tokenizer))
     words = model.generate(**inputs, task="transcribe", verbatim=True, hear_with="decoder")[0]
     assert len(words) > inputs["input_ids"].shape[1] + 1
 
@@ -177,6 +180,8 @@ def test_what_is_written_does_not_depend_on_the_batch(whisper_dir, waveform):
         alone = decoder(features[[row]], mask[[row]], 2, others[row : row + 1])[0]
         assert [text for text, _ in alone] == [text for text, _ in together[row]]
         assert [score for _, score in alone] == pytest.approx([score for _, score in together[row]], abs=1e-5)
+    # What is longer than Whisper reads is left out.
+    assert "a " * 50 not in dict(decoder(features[[0]], mask[[0]], 2, ["a " * 50])[0])
 
 
 def test_training_reads_written_words_where_the_decoder_would_write_them(make_tiny_model, whisper_dir, waveform):
