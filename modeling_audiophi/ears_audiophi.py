@@ -91,18 +91,31 @@ class EarsMixin:
         for number, pairs in enumerate(audio.words):
             end = begin + int(audio.counts[number])
             scores = torch.tensor([score for _, score in pairs])
-            ids = [self.words_as_tokens(text) for text, _ in pairs]
             if len(pairs) > 1 and ctc:
-                logits = audio.align_logits[number][audio.tokens_mask[number]]
-                scores += ctc * ctc_scores(logits, ids, self.model.alignment.vocab_ids)
+                scores += ctc * self._align_scores(audio, number)
             if len(pairs) > 1 and lm:
                 row, there = prompt[number : number + 1], mask if mask is None else mask[number : number + 1]
+                ids = [self.words_as_tokens(text) for text, _ in pairs]
                 scores += lm * self._read_scores(row, there, audio.pooler_output[begin:end], ids)
             order = scores.argsort(descending=True, stable=True).tolist()
             chosen.append([pairs[place] for place in order])
             begin = end
         audio.words = chosen
         return audio
+
+    def score_words(self, audio):
+        """Per clip of `hear`'s, with both ears: its candidates, (text, decoder's score, alignment's score) each."""
+        scored = []
+        for number, pairs in enumerate(audio.words):
+            aligned = self._align_scores(audio, number).tolist() if pairs else []
+            scored.append([(*pair, score) for pair, score in zip(pairs, aligned, strict=True)])
+        return scored
+
+    def _align_scores(self, audio, number):
+        """log p_CTC per token (n,) of the candidates of one clip."""
+        logits = audio.align_logits[number][audio.tokens_mask[number]]
+        ids = [self.words_as_tokens(text) for text, _ in audio.words[number]]
+        return ctc_scores(logits, ids, self.model.alignment.vocab_ids)
 
     def _read_scores(self, prompt, mask, embeds, ids):
         """Mean log probability (n,) of each of `ids` behind one prompt (1, L) that hears `embeds` (N, D)."""

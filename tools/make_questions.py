@@ -1,12 +1,13 @@
-"""Write the questions that a recipe's development data can be asked as one JSONL for `eval.py --task answer`.
+"""Write the questions that a recipe's test data can be asked as one JSONL for `eval.py --task answer`.
 
-    python tools/make_questions.py recipes/instructions.yaml questions.jsonl [--per_kind 40] [--seed 0]
+    python tools/make_questions.py recipes/audiophi_tiny.yaml questions.jsonl [--per_kind 40] [--seed 0]
     python eval.py --model MODEL --data questions.jsonl --task answer --output_dir OUT
 
-Every source of `data.eval` whose task makes questions is asked, in the wordings that are kept for tests: as many
-questions of each kind as there are rows for, at most --per_kind, no row twice for the same kind. A line has audio (one
-path, or a list; clips that a data set holds itself are written into a folder beside the questions), instruction,
-answer, choices, metric, kind, transcript, speaker and id. Same arguments, same output.
+Every source of `data.test` (of `data.eval` where a recipe has none) whose task makes questions is asked, in the
+wordings that are kept for tests: as many questions of each kind as there are rows for, at most --per_kind, no row twice
+for the same kind. A line has audio (one path, or a list; clips that a data set holds itself are written into a folder
+beside the questions), instruction, answer, choices, metric, kind, transcript, speaker and id. Same arguments, same
+output.
 """
 
 import argparse
@@ -28,7 +29,7 @@ def questions_of(recipe, seed: int) -> dict[str, list[dict]]:
     from audiophi.training.corpus import source_spec
 
     found: dict[str, list[dict]] = {}
-    for place, source in enumerate(recipe.data.eval):
+    for place, source in enumerate(recipe.data.test or recipe.data.eval):
         examples = load_examples(source_spec(source))
         for number in range(len(examples)):
             with suppress(RowError):
@@ -90,7 +91,7 @@ def main(arguments=None) -> int:
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     if not found:
-        parser.error(f"{args.recipe}: no source of data.eval has a task that makes questions")
+        parser.error(f"{args.recipe}: no source of data.test or data.eval has a task that makes questions")
     lines, folder = [], args.output.with_suffix("")
     for kind, rows in sorted(found.items()):
         chosen = balanced(rows, args.per_kind, random.Random(f"{args.seed} {kind}"))

@@ -91,7 +91,8 @@ class Data:
     """Training mixture, development set, and what to do with rows that cannot be used."""
 
     train: list[Source]
-    eval: list[Source] = field(default_factory=list)
+    eval: list[Source] = field(default_factory=list)  # development: watched while training, decoding is fitted on it
+    test: list[Source] = field(default_factory=list)  # what nothing is chosen on: for tools/make_questions.py alone
     # Real clips with known words that simulated ones are measured on; none: those of the stage, or of train.
     heard_from: list[Source] = field(default_factory=list)
     # Speed perturbation: one factor is drawn per clip and epoch.
@@ -284,7 +285,8 @@ def load_recipe(path: str | Path, overrides: list[str] = ()) -> Recipe:
 def recipe_from_dict(data: dict) -> Recipe:
     """Builds and checks a Recipe from plain data (as YAML gives it)."""
     recipe = build(Recipe, data, "")
-    for owner, key in ((recipe.data, "train"), (recipe.data, "eval"), *((stage, "data") for stage in recipe.stages)):
+    named = [(recipe.data, key) for key in ("train", "eval", "test")]
+    for owner, key in (*named, *((stage, "data") for stage in recipe.stages)):
         setattr(owner, key, getattr(owner, key) and one_task_each(getattr(owner, key)))
     check(recipe)
     return recipe

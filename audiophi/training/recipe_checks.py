@@ -26,6 +26,7 @@ def sources_of(recipe: "Recipe") -> Iterator[tuple[str, list["Source"]]]:
     """(dotted key, sources) of all the data that a recipe names."""
     yield "data.train", recipe.data.train
     yield "data.eval", recipe.data.eval
+    yield "data.test", recipe.data.test
     yield "data.heard_from", recipe.data.heard_from
     for number, stage in enumerate(recipe.stages):
         if stage.data:
@@ -71,12 +72,13 @@ def check(recipe: "Recipe") -> None:
                 source.turns is not None and source.turns < 1,
                 f"{where}.{number}.turns must be 1 or more, got {source.turns}",
             )
-    for source in recipe.data.eval:
-        refuse(
-            source.task is not None and TASKS[source.task].report is None,
-            f"data.eval: task {source.task} is for training only, it has no score",
-        )
-    for key in ("eval", "heard_from"):
+    for key in ("eval", "test"):
+        for source in getattr(recipe.data, key):
+            refuse(
+                source.task is not None and TASKS[source.task].report is None,
+                f"data.{key}: task {source.task} is for training only, it has no score",
+            )
+    for key in ("eval", "test", "heard_from"):
         refuse(
             any(source.heard == "simulated" for source in getattr(recipe.data, key)),
             f"data.{key}: heard: simulated is for training; real clips are needed here",

@@ -39,6 +39,7 @@ from .continuing import DONE_NAME, check_same_recipe, remember_recipe
 from .corpus import BadRows, Corpus, source_spec
 from .curves import draw_curves
 from .decoding_fit import fit_decoding
+from .ears_fit import fit_ears
 from .guards import LossGuard
 from .plan import describe_stage, measure_step, steps_in_time
 from .precision import fast_precision, training_device
@@ -128,6 +129,7 @@ def finish(run: Run) -> None:
         given = {**run.recipe.generation, **run.recipe.generation.get(Transcribe.name, {})}
         learned = run.recipe.init_from is not None or any(stage.loss != "align" for stage in run.recipe.stages)
         fit_decoding(run.model, run.development, given, run.folder, run.say, llm_learned=learned)
+        fit_ears(run.model, run.development, given, run.folder, run.say)
     draw_curves(run.history.read(), run.folder / "curves.png", run.recipe.name)
     save_model(run, final, getattr(torch, run.recipe.save_dtype), with_card=True)
     size = sum(file.stat().st_size for file in final.glob("*.safetensors"))
