@@ -1,12 +1,19 @@
 """Two ears: the encoder's own decoder, and the alignment, which chooses among its texts."""
 
+import json
+
 import numpy as np
 import pytest
+import soundfile
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration, pipeline
 
 from audiophi.data.collator import AudioPhiCollator
+from audiophi.training.callbacks import Development
+from audiophi.training.corpus import BadRows, Corpus
+from audiophi.training.ears_fit import fit_ears
+from audiophi.training.recipe import Source
 from modeling_audiophi import AudioPhiForConditionalGeneration, decoder_whisper
 from modeling_audiophi.decoder_whisper import WhisperDecoder
 from modeling_audiophi.ears_audiophi import ctc_scores, of_clip, read_instead
@@ -79,7 +86,9 @@ def test_questions_are_answered_by_the_llm_that_reads_the_words(cascade, whisper
     assert isinstance(pipe(wave, sampling_rate=16_000, instruction=question, max_new_tokens=3)["generated_text"], str)
 
 
-def test_both_takes_the_candidate_that_the_alignment_prefers(make_tiny_model, whisper_dir, waveform, monkeypatch):
+def test_both_takes_the_candidate_that_the_alignment_prefers(
+    make_tiny_model, whisper_dir, waveform, monkeypatch, tmp_path
+):
     model, processor = make_tiny_model(audio=whisper_dir, hear_with="both", readout="collapse")
     inputs = prompts(processor, [[waveform(0.7)]])
     start = inputs["input_ids"].shape[1]
@@ -99,6 +108,23 @@ def test_both_takes_the_candidate_that_the_alignment_prefers(make_tiny_model, wh
         return logits
 
     monkeypatch.setattr(model.model, "align", align)
+    # Of the weights that are tried on development clips, the first one with the fewest errors stays.
+    audio_inputs = {name: value for name, value in inputs.items() if name.startswith(("input_f", "audio"))}
+    scored = model.score_words(model.hear(audio_inputs, "both"))
+    assert [pair[:2] for pair in scored[0]] == pairs and max(scored[0], key=lambda pair: pair[2])[0] == second
+    for said, best in ((second, 0.1), (first, 0.0)):
+        folder = tmp_path / said
+        folder.mkdir()
+        soundfile.write(folder / "a.wav", waveform(0.7), 16_000)
+        (folder / "metadata.jsonl").write_text(json.dumps({"audio": "a.wav", "text": said}) + "\n")
+        corpus = Corpus([Source(str(folder))], BadRows(folder / "bad.jsonl", 1.0), "lower", None)
+        development = Development(corpus, processor, 1, 1, 8)
+        fit_ears(model, development, {"hear_ctc_weight": 0.3}, folder, print)
+        assert not (folder / "ears.json").exists()
+        fit_ears(model, development, {}, folder, print)
+        told = json.loads((folder / "ears.json").read_text())
+        assert told["clips"] == 1 and model.generation_config.hear_ctc_weight == best
+        assert {trial["error_rate"] for trial in told["tried"]} == {0.0, 100.0}
 
     def transcript(**settings):
         written = model.generate(**inputs, task="transcribe", verbatim=True, **settings)[0, start:]
@@ -108,7 +134,7 @@ def test_both_takes_the_candidate_that_the_alignment_prefers(make_tiny_model, wh
     assert transcript(hear_ctc_weight=1.0) == second
     assert transcript(hear_ctc_weight=1.0, hear_with="decoder") == first
     # The LLM reads all candidates in one pass: it prefers what it finds likeliest itself.
-    audio = model.get_audio_features(**{k: v for k, v in inputs.items() if k.startswith(("input_f", "audio"))})
+    audio = model.get_audio_features(**audio_inputs)
     ids = [model.words_as_tokens(text) for text, _ in pairs]
     scores = model._read_scores(inputs["input_ids"], None, audio.pooler_output, ids)
     alone = [model._read_scores(inputs["input_ids"], None, audio.pooler_output, [one])[0] for one in ids]
