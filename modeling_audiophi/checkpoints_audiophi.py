@@ -20,6 +20,7 @@ from transformers.utils import is_bitsandbytes_available
 from .components_audiophi import is_own_key, resolve_component
 from .encoders import warn_of_licence, weights_licence
 from .lora_audiophi import PARTS, merged_state_dict
+from .packed_weights_audiophi import pack, unpack
 from .quantization_audiophi import matrices_for_4bit
 
 # Arguments of from_pretrained that say where and how to look on the Hub; base components are fetched with the same,
@@ -69,7 +70,7 @@ class CheckpointsMixin:
         if not Path(path).is_dir():
             patterns = {"allow_patterns": ["*.json", "*.safetensors"], "ignore_patterns": ["*/*"]}
             folder = snapshot_download(path, revision=revision, **patterns, **hub)
-        own = read_safetensors(folder)
+        own = unpack(read_safetensors(folder))
         paths = {
             part: resolve_component(base["id"], base["revision"], **hub)
             for part, base in config.base_components.items()
@@ -94,6 +95,7 @@ class CheckpointsMixin:
         slim=None,
         merge_lora=False,
         include_noncommercial=False,
+        int8=False,
         state_dict=None,
         **kwargs,
     ):
@@ -105,9 +107,10 @@ class CheckpointsMixin:
             merge_lora: add the LoRA layers into the weights that they change; for a full checkpoint.
             include_noncommercial: write encoder weights whose licence restricts their use (XEUS) into a full
                 checkpoint all the same.
+            int8: matrices of a slim checkpoint in 8 bits, a scale per row; they are loaded as any others.
 
         Raises ValueError for a slim checkpoint of a model without base components, for `merge_lora` in a slim
-        checkpoint, and for a full checkpoint of restricted weights that was not asked for.
+        checkpoint, for `int8` in a full one, and for a full checkpoint of restricted weights that was not asked for.
         """
         slim = self.config.slim if slim is None else slim
         if slim and not self.config.base_components:
@@ -116,6 +119,8 @@ class CheckpointsMixin:
             )
         if merge_lora and (slim or state_dict is not None):
             raise ValueError("merge_lora changes base weights: it is for a full checkpoint (slim=False) of the model")
+        if int8 and not slim:
+            raise ValueError("int8 is for slim checkpoints (slim=True); a full one is loaded by transformers itself")
         licence = weights_licence(self.config.audio_config)
         if not slim and licence is not None and not include_noncommercial:
             raise ValueError(
@@ -126,18 +131,20 @@ class CheckpointsMixin:
             warn_of_licence(self.config.audio_config, save_directory)
         if slim:
             state_dict = self.slim_state_dict(state_dict)
+            state_dict = pack(state_dict) if int8 else state_dict
         elif merge_lora:
             state_dict = merged_state_dict(self)
         with saved_config(self.config, slim, merge_lora):
             super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
 
-    def push_to_hub(self, repo_id, *, slim=None, merge_lora=False, include_noncommercial=False, **kwargs):
+    def push_to_hub(self, repo_id, *, slim=None, merge_lora=False, include_noncommercial=False, int8=False, **kwargs):
         """As in transformers, with the arguments of `save_pretrained` that say what is saved.
 
         Raises ValueError for a slim checkpoint whose base components lie on this machine only.
         """
         self.check_components_are_public(slim)
-        options = {"slim": slim, "merge_lora": merge_lora, "include_noncommercial": include_noncommercial}
+        options = {"slim": slim, "merge_lora": merge_lora, "int8": int8}
+        options["include_noncommercial"] = include_noncommercial
         # transformers' method calls save_pretrained without any of them.
         self.save_pretrained = functools.partial(self.save_pretrained, **options)
         try:

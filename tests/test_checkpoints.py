@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from transformers import AutoModel, BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from modeling_audiophi import AudioPhiForConditionalGeneration, checkpoints_audiophi
+from audiophi.publishing.architecture import stored
+from modeling_audiophi import AudioPhiForConditionalGeneration, checkpoints_audiophi, packed_weights_audiophi
 from modeling_audiophi.components_audiophi import component_revision
 from tests.conftest import prompts
 from tests.test_components import LORA, features, same_weights, shake
@@ -88,6 +89,37 @@ def test_merged_lora(make_tiny_model, tmp_path):
         assert not torch.allclose(base(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-2)
     loaded.save_pretrained(tmp_path / "slim", slim=True)  # what was merged is not what the base components hold
     assert same_weights(loaded, AutoModel.from_pretrained(tmp_path / "slim"))
+
+
+def test_a_slim_checkpoint_in_eight_bits(make_tiny_model, waveform, tmp_path, monkeypatch):
+    monkeypatch.setattr(packed_weights_audiophi, "SMALLEST", 64)
+    model, processor = make_tiny_model(readout="collapse", lora={"text": LORA})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    for name in ("whole", "eight"):
+        model.save_pretrained(tmp_path / name, slim=True, int8=name == "eight")
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "eight")]
+    assert sizes[1] < 0.6 * sizes[0]
+    assert stored(tmp_path / "whole").numbers == stored(tmp_path / "eight").numbers
+    loaded, given = AudioPhiForConditionalGeneration.from_pretrained(tmp_path / "eight").eval(), model.state_dict()
+    assert loaded.state_dict().keys() == given.keys()
+    changed = 0
+    for name, value in loaded.state_dict().items():
+        assert value.dtype == given[name].dtype
+        if value.is_floating_point() and value.dim() > 1:
+            step = given[name].flatten(1).abs().amax(1) / 127
+            error = (value - given[name]).flatten(1).abs()
+            assert (error <= step[:, None] * 0.501 + 1e-12).all(), name
+            changed += bool(error.any())
+        else:
+            assert torch.equal(value, given[name]), name
+    assert changed > 4
+    inputs = prompts(processor, [[waveform(0.7)]])
+    assert torch.allclose(loaded(**inputs).logits, model(**inputs).logits, atol=0.05)
+    with pytest.raises(ValueError, match="int8 is for slim"):
+        model.save_pretrained(tmp_path / "full", slim=False, int8=True)
 
 
 def test_merging_is_for_full_checkpoints(make_tiny_model, tmp_path):

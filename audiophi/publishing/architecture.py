@@ -61,13 +61,16 @@ def stored(folder: Path) -> Stored:
     """What the weights' files in `folder` hold. FileNotFoundError where there are none."""
     from safetensors import safe_open
 
+    from modeling_audiophi.packed_weights_audiophi import SUFFIX
+
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder}: holds no *.safetensors, so there is no model to write a card for")
     numbers = 0
     for file in files:
         with safe_open(file, "pt") as weights:
-            numbers += sum(prod(weights.get_slice(name).get_shape()) for name in weights.keys())
+            own = [name for name in weights.keys() if not name.endswith(SUFFIX)]  # scales are no parameters
+            numbers += sum(prod(weights.get_slice(name).get_shape()) for name in own)
     return Stored(numbers, sum(file.stat().st_size for file in files))
 
 

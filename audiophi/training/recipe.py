@@ -240,7 +240,7 @@ class Recipe:
     # Of the frozen LLM, and of an encoder that is not cached; auto: bfloat16 where all stages run in bf16 on a GPU.
     frozen_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     output_dir: str = "outputs/{name}"
-    save_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights in final/
+    save_dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"  # of the weights in final/
     push_to_hub: str | None = None  # org/name: final/ is uploaded there (made private if it is new), later if need be
     push_stages: bool = False  # upload each finished stage's model, too
     # Defaults of generate(), saved with the model: {num_beams: 2, TASK: {ctc_weight: 0.5}}, a task's by its name.

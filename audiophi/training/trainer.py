@@ -407,11 +407,12 @@ def distilled_tokens(batch: dict) -> int:
 
 
 def save_for_use(model, processor, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Slim model, its floating-point weights stored as `dtype`, and processor (None: without), in `folder`."""
+    """Slim model, its floating-point weights (with torch.int8 its matrices) stored as `dtype`, and processor (None:
+    without), in `folder`."""
     state = model.state_dict()
-    if dtype != torch.float32:
+    if dtype.is_floating_point and dtype != torch.float32:
         state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
-    model.save_pretrained(folder, slim=True, state_dict=state)
+    model.save_pretrained(folder, slim=True, state_dict=state, int8=dtype == torch.int8)
     if processor is not None:
         processor.save_pretrained(folder)
         tokenizer = folder / "tokenizer.json"
