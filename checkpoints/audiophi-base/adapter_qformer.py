@@ -1,0 +1,1 @@
+../../modeling_audiophi/adapter_qformer.py

@@ -1,0 +1,1 @@
+../../modeling_audiophi/alignment_audiophi.py

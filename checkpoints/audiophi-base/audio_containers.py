@@ -1,0 +1,1 @@
+../../processing/audio_containers.py

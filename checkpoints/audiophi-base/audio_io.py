@@ -1,0 +1,1 @@
+../../processing/audio_io.py

@@ -1,0 +1,1 @@
+../../processing/chat_templates.py

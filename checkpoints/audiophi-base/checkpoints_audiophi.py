@@ -1,0 +1,1 @@
+../../modeling_audiophi/checkpoints_audiophi.py

@@ -1,0 +1,1 @@
+../../modeling_audiophi/chunks_audiophi.py

@@ -1,0 +1,1 @@
+../../modeling_audiophi/clip_tokens.py

@@ -1,0 +1,1 @@
+../../modeling_audiophi/ctc_loss_audiophi.py

@@ -1,0 +1,1 @@
+../../modeling_audiophi/decoder_whisper.py

@@ -1,0 +1,1 @@
+../../modeling_audiophi/distillation_audiophi.py

@@ -1,0 +1,1 @@
+../../modeling_audiophi/ears_audiophi.py

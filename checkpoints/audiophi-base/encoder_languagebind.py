@@ -1,0 +1,1 @@
+../../modeling_audiophi/encoder_languagebind.py

@@ -1,0 +1,1 @@
+../../modeling_audiophi/engine_audiophi.py

@@ -1,0 +1,1 @@
+../../processing/feature_extraction_languagebind_audio.py

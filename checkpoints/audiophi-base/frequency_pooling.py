@@ -1,0 +1,1 @@
+../../modeling_audiophi/frequency_pooling.py

@@ -1,0 +1,1 @@
+../../modeling_audiophi/generation_audiophi.py

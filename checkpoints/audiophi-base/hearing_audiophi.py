@@ -1,0 +1,1 @@
+../../modeling_audiophi/hearing_audiophi.py

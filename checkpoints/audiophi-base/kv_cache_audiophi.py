@@ -1,0 +1,1 @@
+../../modeling_audiophi/kv_cache_audiophi.py

@@ -1,0 +1,1 @@
+../../modeling_audiophi/lengths_audiophi.py

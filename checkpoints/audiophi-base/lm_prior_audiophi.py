@@ -1,0 +1,1 @@
+../../modeling_audiophi/lm_prior_audiophi.py

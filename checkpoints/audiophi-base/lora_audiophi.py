@@ -1,0 +1,1 @@
+../../modeling_audiophi/lora_audiophi.py

@@ -1,0 +1,1 @@
+../../modeling_audiophi/modeling_audiophi.py

@@ -1,0 +1,1 @@
+../../modeling_audiophi/packed_weights_audiophi.py

@@ -1,0 +1,1 @@
+../../modeling_audiophi/packing_audiophi.py

@@ -1,0 +1,1 @@
+../../modeling_audiophi/pipeline_rows_audiophi.py

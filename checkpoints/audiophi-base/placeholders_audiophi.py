@@ -1,0 +1,1 @@
+../../modeling_audiophi/placeholders_audiophi.py

@@ -1,0 +1,1 @@
+../../processing/plain_text.py

@@ -1,0 +1,1 @@
+../../modeling_audiophi/quantization_audiophi.py

@@ -1,0 +1,1 @@
+../../modeling_audiophi/readout_mixed.py

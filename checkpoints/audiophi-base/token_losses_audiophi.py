@@ -1,0 +1,1 @@
+../../modeling_audiophi/token_losses_audiophi.py

@@ -1,0 +1,1 @@
+../../modeling_audiophi/tuning_audiophi.py

@@ -1,0 +1,1 @@
+../../processing/window_features.py

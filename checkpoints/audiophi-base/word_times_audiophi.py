@@ -1,0 +1,1 @@
+../../modeling_audiophi/word_times_audiophi.py
