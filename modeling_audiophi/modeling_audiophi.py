@@ -394,8 +394,8 @@ class AudioPhiForConditionalGeneration(
         transcript, -100 padded, NO_TARGET first where there is none, simulated clips left out; without input_ids the
         language model is not run at all, and align_logits are returned only with `return_logits=True`. `sound_labels`
         (C, S): likewise the words that describe each clip, in any order, for a readout that `learns_sounds`; all -100
-        where there are none. `clip_labels` (C, S): beside `labels`, the words that describe each clip as a whole, for a
-        model with clip tokens.
+        where there are none. `clip_labels` (C, S): the words that describe each clip as a whole, for a model with clip
+        tokens.
         `teacher_input_ids`, `teacher_attention_mask`, `teacher_labels` (B, L'), beside `labels`: the same chats with
         transcripts in the place of clips, and the same tokens labelled, or none in a row without a teacher; their loss
         is `kl_divergence` at `distill_temperature`, with `distill_only` the only one of the labels.
@@ -422,7 +422,7 @@ class AudioPhiForConditionalGeneration(
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         output = AudioPhiOutput()
         if input_ids is None and inputs_embeds is None and align_labels is not None:
-            with_readout = sound_labels is not None
+            with_readout = sound_labels is not None or clip_labels is not None
             how = {"with_alignment": True, "with_readout": with_readout, "augment": augment, "return_dict": True}
             audio = self.get_audio_features(**audio_inputs, **how)
         else:
@@ -464,9 +464,6 @@ class AudioPhiForConditionalGeneration(
                     found = self._distill_loss(hidden, targets, *teacher, distill_temperature, distill_items_in_batch)
                     output.distill_loss, weighted = found, distill_weight * found
                     output.loss = weighted if output.loss is None else output.loss + weighted
-                if clip_labels is not None and audio is not None:
-                    output.clip_loss = self._clip_loss(audio, clip_labels, clip_items_in_batch)
-                    output.loss = output.clip_loss if output.loss is None else output.loss + output.clip_loss
             if labels is None or return_logits or (return_logits is None and not self.training):
                 kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
                 output.logits = self.compute_logits(hidden[:, kept])
@@ -484,6 +481,9 @@ class AudioPhiForConditionalGeneration(
                 output.sound_loss = self._sound_loss(audio, sound_labels, align_items_in_batch)
                 weighted = weighted + align_loss_weight * output.sound_loss
             output.loss = weighted if output.loss is None else output.loss + weighted
+        if clip_labels is not None and audio is not None:
+            output.clip_loss = self._clip_loss(audio, clip_labels, clip_items_in_batch)
+            output.loss = output.clip_loss if output.loss is None else output.loss + output.clip_loss
         return AudioPhiOutput(**output)  # anew, in the order of its fields: as a tuple it begins with loss and logits
 
     def _sound_loss(self, audio, sound_labels, num_items=None):

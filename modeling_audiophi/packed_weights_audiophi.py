@@ -1,4 +1,4 @@
-"""Matrices of a slim checkpoint in 8 bits: half of the size in float16, and to a listener the same (RESULTS.md)."""
+"""Matrices of a slim checkpoint in 8 bits, each row with a scale of its own: half of the size in float16."""
 
 import torch
 

@@ -1,10 +1,15 @@
 """Clip tokens: what the language model reads of a clip as a whole, beside what the readout keeps."""
 
+import json
+import math
+import shutil
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from audiophi.publishing.architecture import describe_parts, parameters_by_part
 from audiophi.training.build import apply_tuning
@@ -13,6 +18,7 @@ from audiophi.training.prompt_room import PromptRoom
 from audiophi.training.recipe import RecipeError, Stage, Tune, recipe_from_dict
 from audiophi.training.stages import run_recipe
 from modeling_audiophi import AudioPhiConfig, AudioPhiForConditionalGeneration
+from modeling_audiophi.alignment_audiophi import NO_TARGET
 from modeling_audiophi.clip_tokens import HEADS, ClipTokens, attentive_statistics
 from modeling_audiophi.lengths_audiophi import length_mask
 from modeling_audiophi.readouts import READOUTS
@@ -314,7 +320,52 @@ def test_they_are_trained_as_the_readout_is(make_tiny_model):
     apply_tuning(model, Stage("both", "both", Tune()))
     assert trained_parts(model) == {"multi_modal_projector", "alignment", "readout", "clip_tokens"}
     apply_tuning(model, Stage("align", "align", Tune()))
-    assert trained_parts(model) == {"multi_modal_projector", "alignment", "readout"}
+    assert trained_parts(model) == {"multi_modal_projector", "alignment", "readout", "clip_tokens"}
+
+
+@every_readout
+def test_the_loss_align_teaches_them_what_a_clip_is_like(make_tiny_model, waveform, readout):
+    """Without the LLM; of clips of which nothing is known they learn nothing."""
+    model, processor = make_tiny_model(readout=readout, clip_tokens=COUNT)
+    audio = audio_of(prompts(processor, [[waveform(0.9)], [waveform(0.5, 1)]]))
+    words = model.model.alignment.vocab_ids[:2].tolist()
+    model.model.language_model.forward = None  # it must not run
+    labels = {"align_labels": torch.full((2, 1), NO_TARGET), "clip_labels": torch.tensor([words, [-100, -100]])}
+    optimizer = torch.optim.Adam(model.model.clip_tokens.parameters(), 0.02)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        output = model(**audio, **labels)
+        output.loss.backward()
+        optimizer.step()
+        losses.append(output.clip_loss.item())
+        assert output.loss.item() == pytest.approx(losses[-1], rel=1e-5) and output.logits is None
+    assert losses[-1] < 0.5 * losses[0] and losses[-1] > math.log(2) - 0.01  # two words in no order
+    nothing = model(**audio, align_labels=labels["align_labels"], clip_labels=torch.full((2, 1), -100))
+    assert nothing.clip_loss.item() == 0
+
+
+def test_a_stage_for_them_alone(settings, speech, tmp_path):
+    """What a row says of the speaker is enough; all else stays."""
+    folder = tmp_path / "speakers"
+    shutil.copytree(speech, folder)
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    with open(folder / "metadata.jsonl", "w") as manifest:
+        for number, row in enumerate(rows):
+            print(json.dumps({"audio": row["audio"], "gender": "mf"[number % 2]}), file=manifest)
+    voices = {**ALIGN, "name": "voices", "steps": 3, "tune": {"adapter": "frozen", "readout": "full"}}
+    voices["data"] = [{"path": str(folder), "task": "speaker"}]
+    keys = {"clip_tokens": COUNT, "logging_steps": 1}
+    run_recipe(recipe_from_dict(settings({**ALIGN, "steps": 1}, voices, **keys)))
+    files = [tmp_path / "out" / stage / "model" / "model.safetensors" for stage in ("align", "voices")]
+    before, after = map(load_file, files)
+    changed = {name for name, value in before.items() if not torch.equal(after[name], value)}
+    assert changed and all(".clip_tokens." in name for name in changed)
+    history = [json.loads(line) for line in (tmp_path / "out" / "history.jsonl").read_text().splitlines()]
+    losses = [entry["clip_loss"] for entry in history if entry["stage"] == "voices" and "loss" in entry]
+    assert len(losses) == 3 and min(losses) > 0
+    with pytest.raises(RecipeError, match="they are frozen"):
+        recipe_from_dict(settings({**ALIGN, "steps": 1}, voices))
 
 
 def test_a_checkpoint_without_them_is_continued_with_them(settings, tmp_path):

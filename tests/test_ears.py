@@ -120,10 +120,10 @@ def test_both_takes_the_candidate_that_the_alignment_prefers(
         corpus = Corpus([Source(str(folder))], BadRows(folder / "bad.jsonl", 1.0), "lower", None)
         development = Development(corpus, processor, 1, 1, 8)
         fit_ears(model, development, {"hear_ctc_weight": 0.3}, folder, print)
-        assert not (folder / "ears.json").exists()
+        assert not (folder / "decoding.json").exists()
         fit_ears(model, development, {}, folder, print)
-        told = json.loads((folder / "ears.json").read_text())
-        assert told["clips"] == 1 and model.generation_config.hear_ctc_weight == best
+        told = json.loads((folder / "decoding.json").read_text())["ears"]
+        assert told["clips"] == 1 and model.generation_config.hear_ctc_weight == told["chosen"] == best
         assert {trial["error_rate"] for trial in told["tried"]} == {0.0, 100.0}
 
     def transcript(**settings):

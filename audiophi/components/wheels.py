@@ -168,8 +168,10 @@ def convert_whisper(source: Path, target: Path) -> None:
     asked = {"forced_decoder_ids": [[1, ids("<|notimestamps|>")]], "is_multilingual": False}
     if many:
         languages = [tokenizer.convert_ids_to_tokens(code) for code in settings["lang_ids"]]
+        # The language is heard; without the task's token Whisper repeats itself.
         asked = {"is_multilingual": True, "lang_to_id": dict(zip(languages, settings["lang_ids"], strict=True)),
-                 "task_to_id": {task: ids(f"<|{task}|>") for task in ("transcribe", "translate")}}  # fmt: skip
+                 "task_to_id": {task: ids(f"<|{task}|>") for task in ("transcribe", "translate")},
+                 "forced_decoder_ids": [[1, None], [2, ids("<|transcribe|>")]]}  # fmt: skip
     model.generation_config = GenerationConfig(
         alignment_heads=settings["alignment_heads"], begin_suppress_tokens=settings["suppress_ids_begin"],
         suppress_tokens=settings["suppress_ids"], bos_token_id=end, eos_token_id=end, pad_token_id=end,

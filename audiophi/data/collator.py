@@ -64,7 +64,7 @@ class AudioPhiCollator:
         processor: of the model.
         mode: "align" (CTC targets, no prompt), "lm" (prompt and labels) or "both".
         align_tokenizer: makes the CTC targets; needed unless mode is "lm".
-        describe: whether the losses lm and both also take the words that describe a clip as a whole.
+        describe: whether to make `clip_labels`, the words that describe a clip as a whole.
         learn_sounds: whether the loss align also takes the words that say what is heard.
         padding_side: of the text.
         text_case: see `normalise_transcript`; of CTC's targets.
@@ -124,7 +124,7 @@ class AudioPhiCollator:
             if self.distill:
                 batch |= self._read_prompts(items, batch["labels"])
         real = [(item, place) for item in items for place, clip in enumerate(item["clips"]) if HEARD not in clip]
-        if self.describe and self.mode != "align" and real:
+        if self.describe and real:
             texts = [" " + item["described"][place] if item["described"][place] else "" for item, place in real]
             found = self.processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
             batch["clip_labels"] = padded(found)

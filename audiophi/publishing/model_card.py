@@ -199,12 +199,20 @@ def training_section(inputs: Inputs, recipes: list[Recipe], sources: list[Descri
 
 def decoding_section(inputs: Inputs, about: About, folder: Path) -> str | None:
     """On which clips the weights of decoding were chosen; None where they were not, or the checkpoint has others."""
-    fitted, file = inputs.decoding, folder / "generation_config.json"
-    saved = json.loads(file.read_text(encoding="utf-8")).get("tasks") or {} if file.is_file() else {}
-    if not fitted or not fitted["chosen"].items() <= saved.get(Transcribe.name, {}).items():
+    file = folder / "generation_config.json"
+    saved = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    fitted = inputs.decoding or {}
+    told = [text for text in (decoding_text(fitted, saved, about, inputs.answers), ears_text(fitted, saved)) if text]
+    return " ".join([*told, "A figure on these clips flatters."]) if told else None
+
+
+def decoding_text(fitted: dict, saved: dict, about: About, answers: HubAnswers) -> str | None:
+    """How alignment, LLM and prior were weighed: `fitted` is a run's decoding.json, `saved` a generation_config."""
+    settings = (saved.get("tasks") or {}).get(Transcribe.name, {})
+    if "chosen" not in fitted or not fitted["chosen"].items() <= settings.items():
         return None
     data = [
-        f"{source['clips']:,} of {titled(describe_data(source['path'], about, inputs.answers), source)}"
+        f"{source['clips']:,} of {titled(describe_data(source['path'], about, answers), source)}"
         for source in fitted.get("data", ())
     ]
     settings = ", ".join(f"`{name}` {value:g}" for name, value in fitted["chosen"].items())
@@ -212,7 +220,20 @@ def decoding_section(inputs: Inputs, about: About, folder: Path) -> str | None:
     clips = f"{fitted['clips']:,} development clips" + (f" ({', '.join(data)})" if data else "")
     return (
         f"How it decodes transcripts ({settings}) was chosen on {clips}: of {len(errors)} settings that were tried the "
-        f"one with the fewest word errors there, {min(errors):.2f} %. A figure on these clips flatters."
+        f"one with the fewest word errors there, {min(errors):.2f} %."
+    )
+
+
+def ears_text(fitted: dict, saved: dict) -> str | None:
+    """How the alignment was weighed beside the encoder's decoder."""
+    ears = fitted.get("ears")
+    if not ears or saved.get("hear_ctc_weight") != ears["chosen"]:
+        return None
+    errors = [trial["error_rate"] for trial in ears["tried"]]
+    return (
+        f"With two ears the alignment counts `hear_ctc_weight` {ears['chosen']:g} beside the encoder's decoder: of "
+        f"{len(errors)} values the first with the fewest word errors on {ears['clips']:,} development clips, "
+        f"{min(errors):.2f} %."
     )
 
 

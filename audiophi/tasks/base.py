@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 from audiophi.data.example import Clip, Example, RowError, content_of
 
+from .traits import description
+
 
 @dataclass(frozen=True)
 class Row:
@@ -180,7 +182,10 @@ def own_question(row: Row) -> tuple[dict, ...]:
 
 
 def base_example(task: Task, row: Row, **values) -> Example:
-    """What every task takes over from a row."""
+    """What every task takes over from a row; of a single clip also what it is like as a whole."""
+    clips = values.get("clips", row.clips)
+    if len(clips) == 1:
+        values["clips"] = (replace(clips[0], described=description(row)),)
     shared = {
         name: getattr(row, name) for name in ("number", "id", "source", "speaker", "label", "kind", "metric", "choices")
     }

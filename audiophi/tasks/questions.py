@@ -10,7 +10,6 @@ from audiophi.data.example import Clip, Example, Question, RowError
 
 from .answer import Answer
 from .base import Row, base_example, plain, saying, silent
-from .traits import description
 
 YES_NO = (" Answer yes or no.", " Yes or no?")
 
@@ -54,10 +53,8 @@ class Questions(Answer):
     def clips(self, row: Row) -> tuple[Clip, ...]:
         """What is heard, in order."""
         if row.speech is False:
-            clips = silent(row.clips)
-        else:
-            clips = saying(row.clips, row.text if row.transcript is None else row.transcript)
-        return (replace(clips[0], described=description(row)),) if len(clips) == 1 else clips
+            return silent(row.clips)
+        return saying(row.clips, row.text if row.transcript is None else row.transcript)
 
     def example(self, row: Row) -> Example:
         clips = self.clips(row)

@@ -254,7 +254,7 @@ def unused_parameters(model: AudioPhiForConditionalGeneration, stage: Stage) -> 
     """Prefixes of adapter parameters that a stage's loss does not reach."""
     readout = model.model.readout
     if stage.loss == "align":
-        return ("model.clip_tokens.",) if readout.learns_sounds else ("model.clip_tokens.", "model.readout.")
+        return () if readout.learns_sounds else ("model.readout.",)
     if not stage.aligns and readout.learns_sounds:
         return ("model.readout.sound_words.",)
     if not stage.aligns and model.config.readout == "frames":

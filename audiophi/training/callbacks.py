@@ -163,17 +163,21 @@ class Development:
         spent = (time.perf_counter() - before) / len(batch)
         found = []
         for number, answer in zip(batch, answers, strict=True):
-            example, seconds, *_ = self.rows[number]
-            text = answer.texts[0] if answer.texts else None
-            found.append(
-                {
-                    "row": number, "id": example.id, "task": name, "speaker": example.speaker, "seconds": seconds,
-                    "reference": example.reference, "hypothesis": text, "stopped": answer.stopped,
-                    "hypothesis_align": " ".join(answer.heard) if answer.heard else None, "compute_seconds": spent,
-                    **task.fields(example, text),
-                }
-            )  # fmt: skip
+            text, heard = answer.texts[0] if answer.texts else None, " ".join(answer.heard) if answer.heard else None
+            found.append(self.prediction(name, number, text, heard, answer.stopped, spent))
         return found
+
+    def prediction(
+        self, name: str, number: int, text: str | None, heard: str | None = None, stopped: bool = True, spent: float = 0
+    ) -> dict:
+        """What the task `name` scores of row `number`: its answer, what the alignment heard, whether the answer came to
+        its end, seconds of computing."""
+        example, seconds, *_ = self.rows[number]
+        return {
+            "row": number, "id": example.id, "task": name, "speaker": example.speaker, "seconds": seconds,
+            "reference": example.reference, "hypothesis": text, "stopped": stopped, "hypothesis_align": heard,
+            "compute_seconds": spent, **TASKS[name].fields(example, text),
+        }  # fmt: skip
 
 
 @contextlib.contextmanager

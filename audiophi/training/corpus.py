@@ -43,7 +43,7 @@ class Row(NamedTuple):
 
     Where it is (`table`, `index`); the seconds of its clips and their files, None for audio that the row itself holds;
     the bytes of its longest prompt's text with the answer, and its turns, none where its task asks in its own words;
-    whether CTC can learn from it, and whether a readout that `learns_sounds` can.
+    whether CTC can learn from it, whether a readout that `learns_sounds` can, and whether clip tokens can.
     """
 
     table: int
@@ -54,6 +54,7 @@ class Row(NamedTuple):
     turns: int
     spoken: bool
     sounds: bool
+    described: bool
 
     @property
     def seconds(self) -> float:
@@ -142,7 +143,8 @@ class Corpus:
                 self._note_questions(number, example)
             files = tuple(file_of(clip) for clip in example.clips)
             turns = len(asked.messages)
-            self.rows.append(Row(number, index, lengths, files, size, turns, bool(said), bool(sounds)))
+            described = any(clip.described for clip in example.clips)
+            self.rows.append(Row(number, index, lengths, files, size, turns, bool(said), bool(sounds), described))
 
     def _note_questions(self, number: int, example: Example) -> None:
         for question in example.questions:

@@ -153,9 +153,9 @@ class SpecAugment:
 class Stage:
     """One stage of training: a loss, what it tunes, and how long.
 
-    `loss`: "align" (CTC, without the LLM), "lm" (the answer's tokens), "both", or "distill": the LLM that hears shall
-    answer as the LLM that reads the transcript would (KL divergence on the answer's tokens). Rows that have no such
-    teacher (`Task.read`) are left out of distill.
+    `loss`: "align" (CTC, and what sounds and voices are like; without the LLM), "lm" (the answer's tokens), "both", or
+    "distill": the LLM that hears shall answer as the LLM that reads the transcript would (KL divergence on the answer's
+    tokens). Rows that have no such teacher (`Task.read`) are left out of distill.
     """
 
     name: str

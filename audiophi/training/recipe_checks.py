@@ -84,7 +84,8 @@ def check(recipe: "Recipe") -> None:
             f"data.{key}: heard: simulated is for training; real clips are needed here",
         )
     # Readout mixed learns from more than words; which readout a checkpoint has is not known yet.
-    sounds = recipe.readout == "mixed" or (recipe.readout is None and recipe.init_from is not None)
+    given = [recipe.init_from is not None and value is None for value in (recipe.readout, recipe.clip_tokens)]
+    described = recipe.readout == "mixed" or bool(recipe.clip_tokens) or any(given)
     names = [stage.name for stage in recipe.stages]
     refuse(len(set(names)) < len(names), f"stages: names must differ, got {', '.join(names)}")
     for i, stage in enumerate(recipe.stages):
@@ -119,9 +120,9 @@ def check(recipe: "Recipe") -> None:
         )
         refuse(
             stage.loss == "align"
-            and {stage.tune.encoder, stage.tune.adapter, (stage.tune.readout if sounds else None) or "frozen"}
+            and {stage.tune.encoder, stage.tune.adapter, (stage.tune.readout if described else None) or "frozen"}
             == {"frozen"},
-            f"{at}.tune: the align loss reaches encoder and adapter only (and readout mixed), and they are frozen",
+            f"{at}.tune: the align loss reaches encoder, adapter, readout mixed and clip tokens, and they are frozen",
         )
         refuse(
             not 0 <= stage.length_normalization <= 1,

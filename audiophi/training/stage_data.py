@@ -60,17 +60,17 @@ def stage_data(run: "Run", stage: Stage, number: int, arguments: TrainingArgumen
     recipe = run.recipe
     rank, world_size = arguments.process_index, arguments.world_size
     sources = stage.data or recipe.data.train
-    sounds = run.model.model.readout.learns_sounds
+    sounds, described = run.model.model.readout.learns_sounds, run.model.model.clip_tokens is not None
     room = PromptRoom(run.processor, run.model.config, recipe.instructions, recipe.text_case, run.align_tokenizer)
     confusions = run_confusions(run, stage)
     if recipe.data.streaming:
         fits = None if stage.loss == "align" else room
         stream = StreamingSet(sources, run.bad, run.processor, stage, recipe, rank, world_size, sounds, fits,
-                              confusions)  # fmt: skip
+                              confusions, described)  # fmt: skip
         return stream, None, None, None
     corpus = run.corpora[data_key(recipe, stage)]
     if stage.loss == "align":
-        corpus = teaching_alignment(run, corpus, sounds)
+        corpus = teaching_alignment(run, corpus, sounds, described)
     cache = stage_cache(run, stage, corpus)
     rate = token_rate(room, corpus)
     check_rows_without_audio(stage, corpus)
@@ -114,16 +114,20 @@ def check_rows_without_audio(stage: Stage, corpus: Corpus) -> None:
         raise RecipeError(f"stage {stage.name}: no row with audio, so only the LLM could learn, and it is frozen")
 
 
-def teaching_alignment(run: "Run", corpus: Corpus, sounds: bool) -> Corpus:
-    """The corpus without rows that teach the loss align nothing: it is not known what is said in their clips, and with
-    `sounds` not what is heard."""
-    rows = [row for row in corpus.rows if row.spoken or (sounds and row.sounds and row.lengths)]
+def teaching_alignment(run: "Run", corpus: Corpus, sounds: bool, described: bool) -> Corpus:
+    """The corpus without rows that teach the loss align nothing: it is not known what is said in their clips, with
+    `sounds` not what is heard, and with `described` not what they are like as a whole."""
+    rows = [
+        row
+        for row in corpus.rows
+        if row.spoken or (row.lengths and ((sounds and row.sounds) or (described and row.described)))
+    ]
     if len(rows) == len(corpus):
         return corpus
     if not rows:
         raise RecipeError(
             "a stage with loss align needs clips of which it is known what is said, words in the order in which they "
-            "are heard; train these with loss lm, or with `readout: mixed` what is heard"
+            "are heard; train these with loss lm, or with `readout: mixed` what is heard, with `clip_tokens` who speaks"
         )
     run.say(f"align: {len(corpus) - len(rows):,} rows are left out, nothing is known of what is said in their clips")
     return corpus.only(rows)

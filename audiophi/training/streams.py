@@ -28,7 +28,8 @@ class StreamingSet(IterableDataset):
     by `load_state_dict`, no more is decoded again than the buffer that it was in.
 
     Args:
-        sounds: whether the loss align learns from answers that say what is heard. room: what prompts must fit into.
+        sounds, described: whether the loss align learns from answers that say what is heard, and from clips of which it
+            is known what they are like as a whole. room: what prompts must fit into.
         confusions: make what is heard of clips without audio.
     Raises RecipeError for sources of one path with different `max_seconds`: a row tells its path alone.
     """
@@ -45,8 +46,9 @@ class StreamingSet(IterableDataset):
         sounds: bool = False,
         room: PromptRoom | None = None,
         confusions: Confusions | None = None,
+        described: bool = False,
     ):
-        self.confusions = confusions
+        self.confusions, self.described = confusions, described
         self.sources, self.bad, self.processor, self.stage, self.recipe = sources, bad, processor, stage, recipe
         self.rank, self.world_size, self.sounds, self.room, self.buffer = rank, world_size, sounds, room, 512
         self.turn: int = 0  # of which worker the next batch is
@@ -139,6 +141,7 @@ class StreamingSet(IterableDataset):
         item = item_of(example, [{}] * len(example.clips), self.recipe.instructions, draw, self.recipe.text_case,
                        number, epoch)  # fmt: skip
         learned = any(text is not None for text in item["transcripts"]) or (self.sounds and item["sounds"] is not None)
+        learned = learned or (self.described and any(item["described"]))
         if self.stage.loss == "align" and not learned:
             return None, 0.0
         if self.stage.loss == "distill" and not self.room.can_be_taught(example):
