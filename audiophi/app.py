@@ -1,6 +1,6 @@
 """A checkpoint in the browser (Gradio): record or upload audio, ask, and watch the answer come.
 
-    audiophi demo --model checkpoints/audiophi-tiny-instruct
+    audiophi demo --model checkpoints/audiophi-tiny
 
 `audiophi push DIR org/name --space` publishes this very file and samples/ as a Space. Nothing else of this repository
 is there: the model's code comes from the Hub with the model, whose id is in $AUDIOPHI_MODEL.
@@ -29,7 +29,7 @@ try:  # a clone of AudioPhi, or its package: this tells transformers about it
 except ImportError:  # a Space
     pass
 
-IN_CLONE = Path(__file__).resolve().parents[1] / "checkpoints" / "audiophi-tiny-instruct"
+IN_CLONE = Path(__file__).resolve().parents[1] / "checkpoints" / "audiophi-tiny"
 SAMPLES = sorted(map(str, Path(__file__).resolve().parent.glob("samples/*.ogg")))  # tools/make_samples.py
 MAX_SECONDS = 600
 MAX_FILE_SIZE = "100mb"
@@ -125,7 +125,8 @@ def wordings(pipe):
 
 def answer(pipe, waveform, instruction, search=True):
     """Yields (words so far, status, times) while they are written. times: None until the end, then of a transcript
-    [(word, start, end in seconds), …], and [] for what is no transcript, or without an alignment head.
+    [(word, start, end in seconds, how sure in percent; None with one ear), …], and [] for what is no transcript, or
+    without an alignment head.
 
     First a draft, one token after the other, because beams cannot be streamed; then, with `search` and where the
     checkpoint decodes with beams, what these find. Ends early, also in between, when the generator is closed.
@@ -141,6 +142,7 @@ def answer(pipe, waveform, instruction, search=True):
 
     settings = {"instruction": instruction.strip(), "stopping_criteria": StoppingCriteriaList([is_stopped])}
     settings |= {"return_timestamps": "word"} if aligns(pipe) else {}
+    settings |= {"return_confidence": True} if pipe.model.config.hear_with == "both" else {}
     streamer = TextIteratorStreamer(pipe.tokenizer, skip_prompt=True, skip_special_tokens=True)
     yield words, "Listening …", None
     with ThreadPoolExecutor(1) as thread:
@@ -163,7 +165,9 @@ def answer(pipe, waveform, instruction, search=True):
             stopped.set()  # leaving `with` waits for the thread
     status = f"Done ({how}): {seconds:.1f} s of audio in {time.monotonic() - began:.1f} s."
     text, chunks = result["generated_text"], result.get("chunks", [])
-    times = [(chunk["text"], *chunk["timestamp"]) for chunk in chunks]
+    sure = [chunk.get("confidence") for chunk in chunks]
+    sure = [None if value is None else round(100 * value) for value in sure]
+    times = [(chunk["text"], *chunk["timestamp"], value) for chunk, value in zip(chunks, sure, strict=True)]
     yield text, status if text else f"{status} The model wrote nothing: it heard no words.", times
 
 
@@ -275,7 +279,7 @@ def build(pipe, name, longest=MAX_SECONDS):
                 status = gr.Markdown(elem_id="status")
                 plot = gr.Plot(label="Waveform and spectrogram", show_label=False, elem_id="plot")
         with gr.Accordion("When the words of a transcript are said", open=False, elem_id="when", visible=aligns(pipe)):
-            times = gr.Dataframe(headers=["word", "from, s", "to, s"], datatype=["str", "number", "number"],
+            times = gr.Dataframe(headers=["word", "from, s", "to, s", "sure, %"], datatype=["str", *["number"] * 3],
                                  interactive=False, max_height=300, show_label=False, elem_id="times")  # fmt: skip
         with gr.Accordion("How it answers", open=False, elem_id="how"):
             heard = gr.HighlightedText(
@@ -295,7 +299,7 @@ def main(argv=None, program="app.py"):
     parser = argparse.ArgumentParser(prog=program, description=__doc__.splitlines()[0])
     model = os.environ.get("AUDIOPHI_MODEL") or (str(IN_CLONE) if IN_CLONE.is_dir() else None)
     parser.add_argument("--model", default=model, required=not model, help="checkpoint: folder or Hub id; default: "
-                        "$AUDIOPHI_MODEL, else in a clone of AudioPhi checkpoints/audiophi-tiny-instruct")  # fmt: skip
+                        "$AUDIOPHI_MODEL, else in a clone of AudioPhi checkpoints/audiophi-tiny")  # fmt: skip
     parser.add_argument("--device", help="default: a GPU where there is one")
     parser.add_argument("--port", type=int, help="default: $GRADIO_SERVER_PORT, else the first free one from 7860")
     args = parser.parse_args(argv)

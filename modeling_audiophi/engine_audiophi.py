@@ -12,12 +12,14 @@ from functools import cached_property
 import torch
 from transformers import GenerationConfig, GenerationMixin
 
+from .confidence_audiophi import word_confidence
 from .generation_audiophi import AUDIO_INPUTS, GENERATION_SETTINGS
 from .word_times_audiophi import word_times
 
 MAX_NEW_TOKENS = 512  # where neither the call nor the model's generation config says
 GENERATE_ARGUMENTS = {*inspect.signature(GenerationMixin.generate).parameters} - {"self", "inputs", "kwargs"}
 GENERATE_ARGUMENTS |= {"tokenizer", "assistant_tokenizer"}  # `generate` takes them out of its kwargs
+NEEDS_BOTH = 'how sure a word is takes two ears: hear_with="both", for a model whose encoder has a decoder of words'
 UNSAVED = {"_from_model_config", "_commit_hash", "transformers_version"}
 
 
@@ -26,12 +28,14 @@ class Answer:
     """To one prompt. texts: as many as num_return_sequences; stopped: whether the first of them has come to its end;
     none and None where the language model was not run. heard: what the alignment alone hears in each clip of the
     prompt, None where it was not asked. words: of the first text, (word, start, end in seconds of its one clip), None
-    where they were not asked for."""
+    where they were not asked for. confidence: how sure both ears are of each word of the first text, split at
+    spaces, from 0 to 1; None likewise."""
 
     texts: list[str]
     stopped: bool | None = None
     heard: list[str] | None = None
     words: list[tuple[str, float, float]] | None = None
+    confidence: list[float] | None = None
 
 
 class Engine:
@@ -42,7 +46,15 @@ class Engine:
 
     @torch.inference_mode()
     def __call__(
-        self, prompts, task=None, continued=False, with_alignment=False, with_lm=True, with_times=False, **settings
+        self,
+        prompts,
+        task=None,
+        continued=False,
+        with_alignment=False,
+        with_lm=True,
+        with_times=False,
+        with_confidence=False,
+        **settings,
     ):
         """A batch of prompts → a list of `Answer`s. The audio is encoded once.
 
@@ -51,10 +63,12 @@ class Engine:
             task: how to decode, see `generate`; None: as the prompts ask, where they all ask for the same.
             continued: go on with the last turn's words, instead of answering it.
             with_alignment, with_lm: which of the two hear: the alignment head alone, and the language model.
-            with_times: find out when the words of each answer are said; for prompts of one clip each.
+            with_times, with_confidence: find out when the words of each answer are said, and how sure two ears are of
+                them; for prompts of one clip each.
             settings: of `generate`.
         Raises TypeError for settings that nobody knows; ValueError for what is out of range, chats that cannot be
-        read, an unknown task, and `with_alignment` or `with_times` without an alignment head.
+        read, an unknown task, `with_alignment` or `with_times` without an alignment head, and `with_confidence` without
+        two ears.
         """
         inputs = self.processor.apply_chat_template(
             prompts,
@@ -73,10 +87,12 @@ class Engine:
             if with_lm:
                 arguments = self.arguments(task, inputs["asked"], **settings)
                 arguments["generation_config"].verbatim &= not continued
-            if with_alignment or with_times:
+            config = arguments.get("generation_config")
+            if with_confidence and (config is None or config.hear_with != "both"):
+                raise ValueError(NEEDS_BOTH)
+            if with_alignment or with_times or with_confidence:
                 audio = {name: inputs.pop(name) for name in AUDIO_INPUTS if name in inputs}
                 if audio:
-                    config = arguments.get("generation_config")
                     ears = (config.hear_with, config.hear_beams) if with_lm else ()
                     how = {"with_alignment": True, "with_readout": with_lm}
                     inputs["audio_features"] = self.model.hear(audio, *ears, **how)
@@ -88,6 +104,11 @@ class Engine:
             if with_times:
                 for answer, times in zip(answers, self._times(answers, inputs["audio_features"]), strict=True):
                     answer.words = times
+            if with_confidence:
+                audio = inputs["audio_features"]
+                for answer, pairs, spelled in zip(answers, audio.words, audio.spelled, strict=True):
+                    sure = word_confidence(answer.texts[0], pairs, spelled, config.hear_confidence)
+                    answer.confidence = [round(value, 3) for value in sure]
             return answers
         finally:
             self.model.train(was_training)

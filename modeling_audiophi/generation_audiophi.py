@@ -35,6 +35,7 @@ GENERATION_SETTINGS = {
     "hear_beams": None,
     "hear_ctc_weight": 0.1,
     "hear_lm_weight": 0.0,
+    "hear_confidence": None,
     "verbatim": False,
 }
 LENGTHS = (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens"))
@@ -71,6 +72,7 @@ class AudioPhiGenerationMixin(GenerationMixin):
             hear_beams (1; both: 4): texts that the decoder proposes.
             hear_ctc_weight (0.1), hear_lm_weight (0): shares of alignment and LLM in choosing from them with "both",
                 see `choose_words`.
+            hear_confidence: three numbers, see `word_confidence`; the engine's alone.
             verbatim (False): with a decoder, the answer is its text itself, without the LLM.
         Raises ValueError for an unknown task, values outside these ranges, and where there is no alignment head.
         """

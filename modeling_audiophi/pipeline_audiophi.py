@@ -11,14 +11,14 @@ from numbers import Real
 from transformers import Pipeline
 
 from .chunks_audiophi import OneStreamOfSeveral
-from .engine_audiophi import Engine
+from .engine_audiophi import NEEDS_BOTH, Engine
 from .pipeline_rows_audiophi import ROW_ERRORS, Results, RowReader, is_one_input, loader, undecoded, window_seconds
 
 
 class AudioTextToTextPipeline(Pipeline):
     """Audio and a question in, words out.
 
-        pipe = pipeline("audio-text-to-text", model="checkpoints/audiophi-tiny-instruct")
+        pipe = pipeline("audio-text-to-text", model="checkpoints/audiophi-tiny")
         pipe("speech.wav")                                     # {"generated_text": "…"}
         pipe("rain.flac", task=…)                              # one of pipe.processor.tasks
         pipe("speech.wav", instruction="Is the speaker happy?", max_new_tokens=50)
@@ -42,6 +42,8 @@ class AudioTextToTextPipeline(Pipeline):
             task allows it (`in_pieces`); default: the encoder's window (30 s), 0: never.
         return_timestamps: add "chunks" where the task allows pieces: [{"timestamp": (start, end) in seconds, "text"},
             …], of each piece (True), or of each word ("word"; with an alignment head, see word_times_audiophi.py).
+        return_confidence (False): with both ears add "words" where the task allows pieces: [{"text", "confidence"}, …],
+            from 0 to 1 (confidence_audiophi.py); chunks of words have theirs, too.
         sampling_rate: Hz, of bare arrays.
         batch_size (1), num_workers (0): rows decoded at a time; processes that read and prepare them.
         everything else, or `generate_kwargs={…}`: for `generate`, say max_new_tokens (512), num_beams,
@@ -89,6 +91,7 @@ class AudioTextToTextPipeline(Pipeline):
             rows = [inputs] if alone else undecoded(inputs)
             how = {"generate_kwargs": settings, "batch_size": batch_size}
             how["with_times"] = postprocess.get("return_timestamps") == "word"
+            how["with_confidence"] = bool(postprocess.get("return_confidence"))
             results = Results(
                 loader(rows, reader, batch_size, num_workers or self._num_workers),
                 lambda batch: self.forward(batch, **how),
@@ -112,6 +115,7 @@ class AudioTextToTextPipeline(Pipeline):
         instruction=None,
         chunk_length_s=None,
         return_timestamps=None,
+        return_confidence=None,
         sampling_rate=None,
         generate_kwargs=None,
         **kwargs,
@@ -128,7 +132,9 @@ class AudioTextToTextPipeline(Pipeline):
         preprocess = {**preprocess, "sampling_rate": sampling_rate}
         if task is not None or instruction is not None:
             RowReader(self.processor).request(task, instruction)  # a wrong one is no row's fault
-        postprocess = {"return_timestamps": return_timestamps}
+        if return_confidence and self.model.config.hear_with != "both" and kwargs.get("hear_with") != "both":
+            raise ValueError(f"return_confidence: {NEEDS_BOTH}")
+        postprocess = {"return_timestamps": return_timestamps, "return_confidence": return_confidence}
         twice = sorted({*(generate_kwargs or {})} & {*kwargs})
         if twice:
             raise ValueError(f"given twice, directly and in generate_kwargs: {', '.join(twice)}")
@@ -151,27 +157,29 @@ class AudioTextToTextPipeline(Pipeline):
         """See `RowReader.read`."""
         return RowReader(self.processor, **arguments).read(row)
 
-    def _forward(self, rows, generate_kwargs=None, batch_size=1, with_times=False):
+    def _forward(self, rows, generate_kwargs=None, batch_size=1, with_times=False, with_confidence=False):
         """Rows of `preprocess`, or {"error"} → per row {"answers": one per prompt, "seconds"} or {"error"}.
-        `with_times`: of the words, where a row is a recording in pieces."""
+        `with_times`, `with_confidence`: of the words, where a row is a recording in pieces."""
         settings, answers, groups = generate_kwargs or {}, {}, {}
         for number, row in enumerate(rows):
             for piece in range(len(row.get("prompts", ()))):
-                timed = with_times and row["seconds"] is not None
-                groups.setdefault((row["task"], row["continued"], timed), []).append((number, piece))
+                more = row["seconds"] is not None
+                key = (row["task"], row["continued"], with_times and more, with_confidence and more)
+                groups.setdefault(key, []).append((number, piece))
         total, stream = sum(map(len, groups.values())), None
         if settings.get("streamer") is not None and total > 1:
             space = self.tokenizer.encode(" ", add_special_tokens=False)
             ends = self.engine.arguments(**settings)["generation_config"].eos_token_id
             stream = OneStreamOfSeveral(settings["streamer"], space, ends)
             settings = {**settings, "streamer": stream}
-        for (task, continued, timed), places in groups.items():
+        for (task, continued, timed, sure), places in groups.items():
             for start in range(0, len(places), batch_size):
                 batch = places[start : start + batch_size]
                 if stream is not None:
                     stream.last = len(answers) + len(batch) == total
                 prompts = [rows[number]["prompts"][piece] for number, piece in batch]
-                asked = {"task": task, "continued": continued, "with_times": timed, **settings}
+                asked = {"task": task, "continued": continued, **settings}
+                asked |= {"with_times": timed, "with_confidence": sure}
                 answers.update(zip(batch, self._answers(prompts, asked), strict=True))
         results = []
         for number, row in enumerate(rows):
@@ -191,7 +199,7 @@ class AudioTextToTextPipeline(Pipeline):
 
     # ---- words -> result ---------------------------------------------------------------------------------------------
 
-    def postprocess(self, row, return_timestamps=False):
+    def postprocess(self, row, return_timestamps=False, return_confidence=False):
         """A row of `_forward` → the caller's result; see the class."""
         if "error" in row:
             return {"generated_text": None, "error": str(row["error"])}
@@ -211,6 +219,15 @@ class AudioTextToTextPipeline(Pipeline):
                     for word, a, b in answer.words
                 ]
             result["chunks"] = [{"timestamp": seconds, "text": text} for seconds, text in pairs]
+        if return_confidence and row["seconds"] is not None:
+            result["words"] = [
+                {"text": word, "confidence": sure}
+                for text, answer in zip(texts, answers, strict=True)
+                for word, sure in zip(text.split(), answer.confidence, strict=True)
+            ]
+            if return_timestamps == "word":
+                for chunk, word in zip(result["chunks"], result["words"], strict=True):
+                    chunk["confidence"] = word["confidence"]
         return result
 
     def save_pretrained(self, save_directory, **kwargs):

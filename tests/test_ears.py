@@ -125,6 +125,8 @@ def test_both_takes_the_candidate_that_the_alignment_prefers(
         told = json.loads((folder / "decoding.json").read_text())["ears"]
         assert told["clips"] == 1 and model.generation_config.hear_ctc_weight == told["chosen"] == best
         assert {trial["error_rate"] for trial in told["tried"]} == {0.0, 100.0}
+        assert (told["confidence"]["words"], told["confidence"]["wrong"]) == (1, 0)
+        assert model.generation_config.hear_confidence == told["confidence"]["chosen"]
 
     def transcript(**settings):
         written = model.generate(**inputs, task="transcribe", verbatim=True, **settings)[0, start:]

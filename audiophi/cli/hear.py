@@ -9,7 +9,7 @@ from .results import ResultFile, when_changed
 
 STDIN = "-"
 SUBTITLES = {"srt": ("", ","), "vtt": ("WEBVTT\n\n", ".")}  # what begins the file, and the point of seconds
-DEFAULT_MODEL = Path(__file__).resolve().parents[2] / "checkpoints" / "audiophi-tiny-instruct"
+DEFAULT_MODEL = Path(__file__).resolve().parents[2] / "checkpoints" / "audiophi-tiny"
 
 
 def add_hearing_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,7 +17,7 @@ def add_hearing_arguments(parser: argparse.ArgumentParser) -> None:
     in_clone = DEFAULT_MODEL.is_dir()
     parser.add_argument(
         "--model", required=not in_clone, default=str(DEFAULT_MODEL) if in_clone else None,
-        help="checkpoint: folder or Hub id; in a clone of AudioPhi by default checkpoints/audiophi-tiny-instruct",
+        help="checkpoint: folder or Hub id; in a clone of AudioPhi by default checkpoints/audiophi-tiny",
     )  # fmt: skip
     parser.add_argument("--output", type=Path, metavar="RESULTS.jsonl", help="write results there, one JSON line per "
                         "file as it is done, instead of printing them; files already in it are skipped")  # fmt: skip
@@ -83,9 +83,12 @@ def load_pipeline(args: argparse.Namespace):
     return pipeline("audio-text-to-text", model=model, processor=processor, device=args.device)
 
 
-def hear(args: argparse.Namespace, question: dict[str, str], form: str, timestamps: str = "piece") -> int:
+def hear(
+    args: argparse.Namespace, question: dict[str, str], form: str, timestamps: str = "piece", confidence: bool = False
+) -> int:
     """Ask `question` ({"task": name} or {"instruction": words}) about every file, print or write the answers in `form`,
-    with times of each piece or word → exit code. OSError, ValueError where no file can be heard at all."""
+    with times of each piece or word, and how sure each word is → exit code. OSError, ValueError where no file can be
+    heard at all."""
     from tqdm import tqdm
 
     for name in ("batch_size", "max_new_tokens", "num_beams"):
@@ -98,6 +101,7 @@ def hear(args: argparse.Namespace, question: dict[str, str], form: str, timestam
     made_with = {name: getattr(args, name) for name in ("max_new_tokens", "num_beams", "hear_with", "dtype")}
     made_with["model"] = newest_change(args.model)
     made_with |= {"timestamps": timestamps} if timestamps == "word" else {}
+    made_with |= {"confidence": True} if confidence else {}
     with ResultFile(args.output, {"model": str(args.model), **question, "made_with": made_with}) as results:
         todo = [file for file in files if file not in results.done or file == STDIN]
         if len(todo) < len(files):
@@ -110,6 +114,7 @@ def hear(args: argparse.Namespace, question: dict[str, str], form: str, timestam
             settings["num_beams"] = args.num_beams
         # A generator, because a list would be answered only when all of it is done.
         settings["return_timestamps"] = "word" if timestamps == "word" else True
+        settings |= {"return_confidence": True} if confidence else {}
         answers = pipe((sys.stdin.buffer if file == STDIN else file for file in todo), **settings)
         # Silent where nobody watches (disable=None) and for a single file.
         with tqdm(
@@ -146,6 +151,8 @@ def as_result(file: str, answer: dict) -> dict:
     if "chunks" in answer:
         pieces = [(*chunk["timestamp"], chunk["text"]) for chunk in answer["chunks"]]
         result["chunks"] = [{"start": start, "end": end, "text": text} for start, end, text in pieces]
+    if "words" in answer:
+        result["words"] = answer["words"]
     return result
 
 

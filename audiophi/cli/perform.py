@@ -24,16 +24,22 @@ class Perform:
             parser.add_argument("--stream", type=float, nargs="?", const=6.0, metavar="SECONDS",
                                 help="of -: write what is said in every 6, or so many, seconds")  # fmt: skip
             parser.add_argument("--timestamps", choices=("piece", "word"), default="piece", help="what has times")
+            parser.add_argument("--confidence", action="store_true", help="how sure each word is, in JSON: for models "
+                                "that hear with both ears")  # fmt: skip
         parser.add_argument("--format", choices=formats, default="txt", help=about)
 
     def run(self, args) -> int:
         if getattr(args, "stream", None) is not None:
             return self.stream(args)
-        return hear(args, {"task": self.task.name}, args.format, getattr(args, "timestamps", "piece"))
+        timestamps, confidence = getattr(args, "timestamps", "piece"), getattr(args, "confidence", False)
+        if confidence and args.format != "json" and not args.output:
+            args.error("--confidence is told in JSON: --format json, or --output")
+        return hear(args, {"task": self.task.name}, args.format, timestamps, confidence)
 
     def stream(self, args) -> int:
         shortest, longest = SECONDS
-        if args.files != [STDIN] or args.output or args.timestamps != "piece" or args.format not in ("txt", "json"):
+        other = args.output or args.timestamps != "piece" or args.confidence
+        if args.files != [STDIN] or other or args.format not in ("txt", "json"):
             args.error("--stream is for standard input alone (audiophi transcribe - --stream), as txt or json")
         if not shortest <= args.stream <= longest:
             args.error(f"--stream takes {shortest:g} to {longest:g} seconds")
