@@ -12,6 +12,7 @@ from transformers import pipeline
 
 from modeling_audiophi.confidence_audiophi import UNFITTED, fitted, found_in, plain_words, word_confidence, word_votes
 from tests.test_ears import whisper_dir  # noqa: F401, a fixture
+from tools.measure_confidence import reliability
 
 WORDS = st.lists(st.sampled_from(["a", "dog", "barks", "the", "bark", "Fox,"]), max_size=8)
 
@@ -49,6 +50,12 @@ def test_what_is_fitted_is_calibrated():
         logit = weights[0] + weights[1] * kind[0] + weights[2] * kind[1]
         assert 1 / (1 + math.exp(-logit)) == pytest.approx(share, abs=0.06)
     assert all(abs(value) < 20 for value in fitted([(1.0, 1.0)] * 50, [True] * 50))
+
+
+def test_reliability_of_words():
+    rows, error = reliability([0.1, 0.15, 0.97, 1.0], [False, True, True, True])
+    assert [row[:3] for row in rows] == [(0.0, 0.2, 2), (0.95, 0.98, 1), (0.98, 1.0, 1)]
+    assert [row[4] for row in rows] == [0.5, 1.0, 1.0] and error == pytest.approx((2 * 0.375 + 0.03) / 4)
 
 
 def test_the_pipeline_tells_it_of_every_word(make_tiny_model, whisper_dir, waveform, monkeypatch):  # noqa: F811
