@@ -196,6 +196,14 @@ def compared(heard, answered):
     return [part for part in parts if part[0]]
 
 
+def doubtful(times):
+    """The words of `answer`'s times as `gr.HighlightedText` takes them: marked where they are rather wrong than right;
+    None where nobody knows."""
+    if not times or times[0][3] is None:
+        return None
+    return [(word, "doubtful" if sure < 50 else None) for word, _, _, sure in times]
+
+
 @contextmanager
 def readable():
     """What the input is to blame for becomes a message on the page. Anything else is the server's fault: its log has
@@ -251,9 +259,9 @@ def build(pipe, name, longest=MAX_SECONDS):
         with readable():
             waveform, text = read(pipe, path, longest), ""
             for text, said, times in answer(pipe, waveform, instruction, search):
-                yield text, said, None, times
+                yield text, said, None, times, doubtful(times)
             heard = reading(pipe, waveform, instruction)
-            yield text, said, None if heard is None else compared(heard, text), times
+            yield text, said, None if heard is None else compared(heard, text), times, doubtful(times)
 
     with gr.Blocks(title=f"AudioPhi: {name}", delete_cache=(KEEP_SECONDS, KEEP_SECONDS)) as page:
         gr.Markdown(f"# AudioPhi\nA small language model that listens. Checkpoint: `{name}`", elem_id="heading")
@@ -279,6 +287,10 @@ def build(pipe, name, longest=MAX_SECONDS):
                 status = gr.Markdown(elem_id="status")
                 plot = gr.Plot(label="Waveform and spectrogram", show_label=False, elem_id="plot")
         with gr.Accordion("When the words of a transcript are said", open=False, elem_id="when", visible=aligns(pipe)):
+            doubt = gr.HighlightedText(
+                label="Doubtful words are grey", color_map={"doubtful": "gray"}, elem_id="doubt",
+                visible=pipe.model.config.hear_with == "both",
+            )  # fmt: skip
             times = gr.Dataframe(headers=["word", "from, s", "to, s", "sure, %"], datatype=["str", *["number"] * 3],
                                  interactive=False, max_height=300, show_label=False, elem_id="times")  # fmt: skip
         with gr.Accordion("How it answers", open=False, elem_id="how"):
@@ -289,8 +301,8 @@ def build(pipe, name, longest=MAX_SECONDS):
             )  # fmt: skip
             gr.Markdown(explanation(pipe, longest))
         audio.change(show, audio, plot, show_progress="hidden")
-        asked = gr.on([go.click, instruction.submit], ask, [audio, instruction, search], [words, status, heard, times],
-                      api_name="ask", show_progress="hidden")  # fmt: skip
+        asked = gr.on([go.click, instruction.submit], ask, [audio, instruction, search],
+                      [words, status, heard, times, doubt], api_name="ask", show_progress="hidden")  # fmt: skip
         stop.click(lambda: "Stopped.", None, status, cancels=[asked], queue=False)
     return page
 

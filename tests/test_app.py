@@ -61,15 +61,21 @@ def test_the_words_of_a_transcript_have_their_times(pipe, page, make_tiny_model,
         steps = list(page[0](str(tmp_path / "clip.wav"), ASK, search))
         how = {} if search else {"num_beams": 1, "length_penalty": 1.0}
         wanted = pipe((clip, RATE), return_timestamps="word", **how)
-        assert steps[-1][3] == [(chunk["text"], *chunk["timestamp"]) for chunk in wanted["chunks"]]
+        assert steps[-1][3] == [(chunk["text"], *chunk["timestamp"], None) for chunk in wanted["chunks"]]
         assert [word for word, *_ in steps[-1][3]] == steps[-1][0].split() != []
-        assert all(0 <= start < end <= 2.9 for _, start, end in steps[-1][3])
+        assert all(0 <= start < end <= 2.9 for _, start, end, _ in steps[-1][3])
         assert steps[0][3] is None
     *_, last = app.answer(pipe, clip, "Describe the sound.")
     assert last[0] and last[2] == []
     model, processor = make_tiny_model(align=False)
     *_, last = app.answer(pipeline("audio-text-to-text", model=model, processor=processor, max_new_tokens=8), clip, ASK)
     assert last[0] and last[2] == []
+
+
+def test_doubtful_words_are_marked():
+    times = [("the", 0.0, 0.2, 97), ("garlic", 0.2, 0.6, 31)]
+    assert app.doubtful(times) == [("the", None), ("garlic", "doubtful")]
+    assert app.doubtful([("the", 0.0, 0.2, None)]) is None and app.doubtful([]) is None and app.doubtful(None) is None
 
 
 def test_closing_the_page_stops_the_model(pipe, waveform):
@@ -191,14 +197,13 @@ def offered(page):
     return {sample[0] for sample in instructions.samples}
 
 
-@pytest.mark.parametrize("name", ["audiophi-tiny", "audiophi-tiny-instruct"])
-def test_a_released_checkpoint_offers_what_it_was_trained_on(name, pipe):
+def test_the_released_checkpoint_offers_what_it_was_trained_on(pipe):
     """In no words that are recognised but were kept for tests, and every kind of question about one clip."""
-    processor = AutoProcessor.from_pretrained(ROOT / "checkpoints" / name)
-    found = offered(app.build(With(pipe, processor=processor), name))
+    processor = AutoProcessor.from_pretrained(ROOT / "checkpoints" / "audiophi-tiny")
+    found = offered(app.build(With(pipe, processor=processor), "audiophi-tiny"))
     assert found >= {*TASKS["transcribe"].wordings} and not found & {*TASKS["transcribe"].test_wordings}
     questions = {"What is the last word?", "Is the speaker a man or a woman?", "Is this dog bark or chainsaw?"}
-    assert found & questions == (questions if name.endswith("instruct") else set())
+    assert found >= questions
 
 
 class With:
@@ -230,7 +235,7 @@ def test_the_alignments_own_reading_is_beside_the_answer(page, pipe, waveform, t
     for prompt in prompts:
         assert pipe.engine([prompt], with_alignment=True)[0].heard[0] in heard
     *steps, last = page[0](str(path), ASK, True)
-    assert last[2] == app.compared(heard, last[0]) and {parts for _, _, parts, _ in steps} == {None}
+    assert last[2] == app.compared(heard, last[0]) and {parts for _, _, parts, *_ in steps} == {None}
     assert app.compared("the cat sat", "a cat sat down") == [
         ("the", "alignment alone"), ("a", "answer alone"), ("cat sat", None), ("down", "answer alone"),
     ]  # fmt: skip
