@@ -113,6 +113,7 @@ def make_model(weights: str):
     if weights == "checkpoint":
         trained = AudioPhiForConditionalGeneration.from_pretrained(CHECKPOINT, dtype=torch.float32)
         state = merged_state_dict(trained)
+    config.hear_with = "alignment"  # the other ear is measured by transcribe_folder.py
     config.lora = {"audio": None, "text": None}
     config.use_cache = True
     if weights == "tiny":
@@ -124,7 +125,8 @@ def make_model(weights: str):
         model.generation_config = copy.deepcopy(trained.generation_config)
     else:
         take_alignment_vocabulary(model)
-        model.model.readout.start_at(model.get_input_embeddings().weight.square().mean().sqrt())
+        with torch.no_grad():
+            model.model.readout.start_at(model.get_input_embeddings().weight.square().mean().sqrt())
         model.generation_config = type(model.generation_config).from_pretrained(CHECKPOINT)
         keep_steadily(model, KEPT_PER_SECOND, config.num_audio_tokens(processor.frame_counts(10 * RATE)) / 10)
     return model.eval(), processor

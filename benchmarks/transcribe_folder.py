@@ -4,9 +4,9 @@
 
 The files (default: 40 development clips of data/synthetic_speech, written as FLAC) are transcribed in turn by
 
-    audiophi      the command, with checkpoints/audiophi-tiny as it decodes (greedily, with CTC and the prior)
-    one by one    the same with `--batch_size 1`, its default: what the alignment heard is the draft of each transcript
-    two ears      the command with `--hear_with both`: alignment and Whisper's own decoder, four beams
+    two ears      the command, with checkpoints/audiophi-tiny as it is: alignment and Whisper base's decoder, four beams
+    audiophi      the same with `--hear_with alignment`: the LLM writes what the alignment hears
+    one by one    that with `--batch_size 1`, its default: what the alignment heard is the draft of each transcript
     whisper       openai/whisper-tiny.en in transformers' `automatic-speech-recognition` pipeline, greedy, its default
     whisper base  openai/whisper-base likewise
 
@@ -26,7 +26,8 @@ from pathlib import Path
 from measuring import CHECKPOINT, RATE, markdown, median, script, spoken_clips
 
 WHISPER = {"whisper": "openai/whisper-tiny.en", "whisper base": "openai/whisper-base"}
-OURS = {"audiophi": [], "one by one": ["--batch_size", "1"], "two ears": ["--hear_with", "both"]}
+ALIGNMENT = ["--hear_with", "alignment"]
+OURS = {"two ears": [], "audiophi": ALIGNMENT, "one by one": [*ALIGNMENT, "--batch_size", "1"]}
 CONTESTANTS = (*OURS, *WHISPER)
 ROUNDS = 3
 FILES = 40
@@ -153,7 +154,7 @@ def measure(options, save) -> dict:
             section["contestants"] = {
                 who: summary(runs, section["audio_seconds"], words) for who, runs in found.items()
             }
-            ours, single, both, theirs, base = (section["contestants"][who]["work"] for who in CONTESTANTS)
+            both, ours, single, theirs, base = (section["contestants"][who]["work"] for who in CONTESTANTS)
             section["headline"] = {
                 "transcribe_ratio": round(theirs / ours, 3),
                 "transcribe_ratio_one_by_one": round(theirs / single, 3),

@@ -27,7 +27,7 @@ FLAGS = (
     *("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"),
 )
 SAMPLE, SPOKEN = ROOT / "audiophi/samples/man.ogg", "our flight to oslo was late by two hundred and nine minutes"
-MODEL = "audiophi-tiny-instruct"
+MODEL = "audiophi-tiny"
 SECONDS = 240  # for the model to answer, on a machine with other things to do
 
 

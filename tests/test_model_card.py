@@ -295,7 +295,10 @@ def test_the_projects_own_recipes(published, checkpoint, tmp_path):
     assert "audio-captioning" in card.data.tags and 'task="caption"' in card.text
     card = card_of(published, recipes=[RECIPES / "qwen2_whisper_common_voice_de.yaml"])
     assert card.data.language == ["de"] and "Common Voice" in card.text
-    pair = [RECIPES / "audiophi_tiny.yaml", RECIPES / "audiophi_tiny_continued.yaml"]
+    text = (RECIPES / "audiophi_tiny.yaml").read_text()
+    again = tmp_path / "again.yaml"
+    again.write_text(text.replace("name: audiophi_tiny\n", "name: again\ninit_from: outputs/audiophi_tiny/final\n"))
+    pair = [RECIPES / "audiophi_tiny.yaml", again]
     assert "It goes on from" not in card_of(published, recipes=pair).text
     assert "It goes on from `outputs/audiophi_tiny/final`" in card_of(published, recipes=pair[1:]).text
     known = {pattern: licence.id for pattern, licence in COMPONENTS}
@@ -304,9 +307,9 @@ def test_the_projects_own_recipes(published, checkpoint, tmp_path):
 
 def test_tasks_that_ask_alike_are_named_once(published):
     """Five tasks make questions, and each was an answer of its own in the card."""
-    text = card_of(published, recipes=[RECIPES / "instructions.yaml"]).text
+    text = card_of(published, recipes=[RECIPES / "audiophi_tiny.yaml"]).text
     assert text.count("answers to questions about audio") == 1 and text.count("an answer to any question") == 1
-    assert "| at most 1,400 steps, in 60 minutes |" in text
+    assert "| at most 1,400 steps, in 45 minutes |" in text
 
 
 def test_what_the_author_states(published, tmp_path):

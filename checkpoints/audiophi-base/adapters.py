@@ -1,1 +1,0 @@
-../../modeling_audiophi/adapters.py

@@ -1,1 +1,0 @@
-../../modeling_audiophi/clip_tokens.py

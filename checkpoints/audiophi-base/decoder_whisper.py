@@ -1,1 +1,0 @@
-../../modeling_audiophi/decoder_whisper.py

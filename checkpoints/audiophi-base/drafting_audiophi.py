@@ -1,1 +1,0 @@
-../../modeling_audiophi/drafting_audiophi.py

@@ -1,1 +1,0 @@
-../../modeling_audiophi/ears_audiophi.py

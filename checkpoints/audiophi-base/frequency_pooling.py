@@ -1,1 +1,0 @@
-../../modeling_audiophi/frequency_pooling.py

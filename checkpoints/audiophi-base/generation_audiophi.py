@@ -1,1 +1,0 @@
-../../modeling_audiophi/generation_audiophi.py

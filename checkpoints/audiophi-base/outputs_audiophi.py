@@ -1,1 +1,0 @@
-../../modeling_audiophi/outputs_audiophi.py

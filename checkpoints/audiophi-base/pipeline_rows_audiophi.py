@@ -1,1 +1,0 @@
-../../modeling_audiophi/pipeline_rows_audiophi.py

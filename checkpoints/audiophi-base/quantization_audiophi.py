@@ -1,1 +1,0 @@
-../../modeling_audiophi/quantization_audiophi.py

@@ -1,1 +1,0 @@
-../../modeling_audiophi/token_losses_audiophi.py

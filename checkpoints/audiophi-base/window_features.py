@@ -1,1 +1,0 @@
-../../processing/window_features.py

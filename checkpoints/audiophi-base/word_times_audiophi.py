@@ -1,1 +1,0 @@
-../../modeling_audiophi/word_times_audiophi.py

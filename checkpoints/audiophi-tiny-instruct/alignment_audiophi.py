@@ -1,1 +1,0 @@
-../../modeling_audiophi/alignment_audiophi.py

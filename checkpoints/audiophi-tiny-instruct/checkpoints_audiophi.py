@@ -1,1 +1,0 @@
-../../modeling_audiophi/checkpoints_audiophi.py

@@ -1,1 +1,0 @@
-../../modeling_audiophi/ctc_loss_audiophi.py

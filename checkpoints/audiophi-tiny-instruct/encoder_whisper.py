@@ -1,1 +1,0 @@
-../../modeling_audiophi/encoder_whisper.py

@@ -1,1 +1,0 @@
-../../modeling_audiophi/engine_audiophi.py

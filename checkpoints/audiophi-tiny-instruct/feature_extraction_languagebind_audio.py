@@ -1,1 +1,0 @@
-../../processing/feature_extraction_languagebind_audio.py

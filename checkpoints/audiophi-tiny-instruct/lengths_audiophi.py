@@ -1,1 +1,0 @@
-../../modeling_audiophi/lengths_audiophi.py

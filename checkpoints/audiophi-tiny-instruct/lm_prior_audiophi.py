@@ -1,1 +1,0 @@
-../../modeling_audiophi/lm_prior_audiophi.py

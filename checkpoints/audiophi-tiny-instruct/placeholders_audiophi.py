@@ -1,1 +1,0 @@
-../../modeling_audiophi/placeholders_audiophi.py

@@ -1,1 +1,0 @@
-../../processing/processing_audiophi.py

@@ -1,1 +1,0 @@
-../../modeling_audiophi/adapter_mlp2x_gelu.py

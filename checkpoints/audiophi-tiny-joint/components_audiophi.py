@@ -1,1 +1,0 @@
-../../modeling_audiophi/components_audiophi.py

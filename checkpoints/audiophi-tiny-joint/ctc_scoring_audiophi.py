@@ -1,1 +1,0 @@
-../../modeling_audiophi/ctc_scoring_audiophi.py

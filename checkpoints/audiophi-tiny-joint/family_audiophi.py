@@ -1,1 +1,0 @@
-../../modeling_audiophi/family_audiophi.py

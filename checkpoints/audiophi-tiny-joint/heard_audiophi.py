@@ -1,1 +1,0 @@
-../../modeling_audiophi/heard_audiophi.py

@@ -1,1 +1,0 @@
-../../modeling_audiophi/kv_cache_audiophi.py

@@ -1,1 +1,0 @@
-../../modeling_audiophi/modeling_xeus.py

@@ -1,1 +1,0 @@
-../../modeling_audiophi/packed_weights_audiophi.py

@@ -1,1 +1,0 @@
-../../processing/plain_text.py

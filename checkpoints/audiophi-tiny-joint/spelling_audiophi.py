@@ -1,1 +1,0 @@
-../../modeling_audiophi/spelling_audiophi.py

@@ -1,1 +1,0 @@
-../../modeling_audiophi/tuning_audiophi.py

@@ -1,0 +1,1 @@
+../../modeling_audiophi/confidence_audiophi.py
