@@ -66,7 +66,7 @@ def test_every_kind_of_key_can_be_overridden(recipe_file):
         (["--stages.0.epochs", "1"], "either steps or epochs"),
         (["--stages.0.batch_seconds", "9"], "either batch_size or batch_seconds"),
         (["--stages.0.tune.adapter", "frozen"], "everything is frozen"),
-        (["--stages.0.tune.adapter", "frozen", "--stages.0.tune.readout", "full"], "reaches encoder and adapter only"),
+        (["--stages.0.tune.adapter", "frozen", "--stages.0.tune.readout", "full"], "reaches encoder, adapter"),
         (["--stages.0.tune.llm", "full"], "does not run the LLM"),
         (["--alignment", "null"], "alignment"),
         (["--stages.0.name", "a/b"], "cannot name a folder"),
