@@ -219,7 +219,7 @@ def speech_file(tmp_path):
 def test_a_stranger_transcribes_real_speech_as_the_package_does(tmp_path, speech_file):
     from modeling_audiophi import resolve_component
 
-    names = ("openai/whisper-tiny.en", "HuggingFaceTB/SmolLM2-135M-Instruct")
+    names = ("openai/whisper-base", "HuggingFaceTB/SmolLM2-135M-Instruct")
     try:
         folders = {name: resolve_component(name) for name in names}
     except OSError as error:
@@ -243,4 +243,4 @@ AudioPhiProcessor.from_pretrained({str(ROOT / "checkpoints" / "audiophi-tiny")!r
         assert len(expected.split()) > 5
         assert found_by(run_stranger(transcribe, tmp_path / "b", **settings)) == expected
         # Float32, as the model is loaded; the base components alone would be several times as much.
-        assert sum(len(data) for data in hub.files("acme/audiophi-tiny").values()) < 60_000_000
+        assert sum(len(data) for data in hub.files("acme/audiophi-tiny").values()) < 100_000_000

@@ -146,7 +146,9 @@ def test_audio_without_speech_is_to_be_transcribed_as_nothing(librispeech, esc50
     corpus = Corpus(sources, BadRows(tmp_path / "bad.jsonl", 0))
     assert [corpus.example(row).task for row in corpus.rows[6:]] == ["no_speech"] * 4 + ["caption"] * 4
     run = types.SimpleNamespace(say=print)
-    assert len(teaching_alignment(run, corpus, False)) == 10 and len(teaching_alignment(run, corpus, True)) == 14
+    assert len(teaching_alignment(run, corpus, sounds=False, described=False)) == 10
+    assert len(teaching_alignment(run, corpus, sounds=True, described=False)) == 14
+    assert len(teaching_alignment(run, corpus, sounds=False, described=True)) == 14
     captions = sum(len(corpus.example(row).references) for row in corpus.rows[10:])
     assert captions >= 4 * len(TEMPLATES) and len(list(corpus.texts("lower", sounds=True))) > len(TEMPLATES)
     _, processor = make_tiny_model()

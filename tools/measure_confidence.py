@@ -21,6 +21,7 @@ BOUNDS = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 1.0)
 def words_of(pipe, data: str, split: str | None, limit: int | None) -> tuple[list[float], list[bool]]:
     """Confidence of every written word of a data set's transcripts, and whether it is in what was said."""
     from audiophi.data.datasets import load_examples
+    from audiophi.tasks import default_task
     from modeling_audiophi.confidence_audiophi import found_in, plain_words
 
     rows, sure, right = load_examples(data, split=split), [], []
@@ -28,7 +29,7 @@ def words_of(pipe, data: str, split: str | None, limit: int | None) -> tuple[lis
     for number, row in enumerate(rows, 1):
         clip = {"raw": row.clips[0].read(row.id, pipe.processor.sampling_rate)}
         clip["sampling_rate"] = pipe.processor.sampling_rate
-        words = pipe(clip, task="transcribe", return_confidence=True)["words"]
+        words = pipe(clip, task=default_task().name, return_confidence=True)["words"]
         sure += [word["confidence"] for word in words]
         right += found_in(plain_words(" ".join(word["text"] for word in words)), plain_words(row.reference))
         if number % 20 == 0:
