@@ -9,6 +9,8 @@ numbers are fitted on development clips when training is done (audiophi/training
 import difflib
 import math
 
+import torch
+
 # Bias, weight of the texts' vote, weight of the alignment's, where the generation config has none of its own.
 UNFITTED = (-1.0, 3.0, 2.0)
 
@@ -53,8 +55,6 @@ def word_confidence(text, pairs, spelled, weights=None):
 def fitted(votes, right):
     """Weights of `word_confidence` that make what is `right` (bool per word) likeliest, with a weak pull towards
     UNFITTED, so that a few clips without errors do not make it sure of everything."""
-    import torch
-
     rows = torch.tensor([(1.0, *pair) for pair in votes], dtype=torch.float64)
     target, start = torch.tensor(right, dtype=torch.float64), torch.tensor(UNFITTED, dtype=torch.float64)
     weights = start.clone()
