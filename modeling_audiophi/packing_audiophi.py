@@ -11,9 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-# Rows are filled up to the longest prompt, or this many tokens: attention's cost grows with the square.
-ROOM = 512
-# Packing has to leave out at least this share of a batch to be worth its copies.
+# Rows as long as the longest prompt, or so many times, are tried: longer ones have less left over, but attention's cost
+# grows with the square.
+ROOMS = (1, 1.25, 1.5, 2, 3, 4)
+# In rows of this many tokens attention costs as much as the rest (SmolLM2-135M, forward and backward, bf16 on a CPU).
+ATTENTION = 1350
+# Packing has to spare at least this share of a batch's cost to be worth its copies.
 WORTH = 0.1
 
 
@@ -44,24 +47,16 @@ def can_pack(language_model) -> bool:
 
 
 def pack_rows(attention_mask, language_model):
-    """`Packed` of a batch by its mask (B, L), the longest prompts first into the first row that has room (first-fit
-    decreasing); None where it is not worth it, or `language_model` cannot tell prompts of a row apart."""
+    """`Packed` of a batch by its mask (B, L), in rows of the length that costs the least; None where it is not worth
+    it, or `language_model` cannot tell prompts of a row apart."""
     if not can_pack(language_model):
         return None
     one_row = "flash" in (language_model.config._attn_implementation or "")  # as it wants it
     mask = attention_mask.bool().cpu().numpy()  # waits for the device once
     lengths, (batch, width) = mask.sum(1).tolist(), mask.shape
-    room = sum(lengths) if one_row else min(sum(lengths), max(ROOM, *lengths))
-    rows, free = [], []
-    for number in sorted(range(batch), key=lambda number: -lengths[number]):
-        row = next((row for row, left in enumerate(free) if left >= lengths[number]), len(rows))
-        if row == len(rows):
-            rows.append([])
-            free.append(room)
-        rows[row].append(number)
-        free[row] -= lengths[number]
-    size = room - min(free, default=0)
-    if len(rows) * size > (1 - WORTH) * batch * width:
+    rooms = {sum(lengths)} if one_row else {min(sum(lengths), int(max(lengths) * times)) for times in ROOMS}
+    rows, size = min((fill(lengths, room) for room in sorted(rooms)), key=lambda found: cost(len(found[0]), found[1]))
+    if cost(len(rows), size) > (1 - WORTH) * cost(batch, width):
         return None
     columns = [np.flatnonzero(real) + number * width for number, real in enumerate(mask)]
     source, positions = np.zeros((len(rows), size), np.int64), np.zeros((len(rows), size), np.int64)
@@ -77,3 +72,22 @@ def pack_rows(attention_mask, language_model):
         positions[row, start:] = np.arange(size - start)
     made = (source, positions, place.reshape(batch, width))
     return Packed(*(torch.from_numpy(values).to(attention_mask.device) for values in made))
+
+
+def fill(lengths, room):
+    """Prompts of `lengths` in rows of `room` tokens at most, the longest first into the first row that has room
+    (first-fit decreasing): the numbers of each row's prompts, and the longest row's tokens."""
+    rows, free = [], []
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        row = next((row for row, left in enumerate(free) if left >= lengths[number]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            free.append(room)
+        rows[row].append(number)
+        free[row] -= lengths[number]
+    return rows, room - min(free, default=0)
+
+
+def cost(rows, size):
+    """What `rows` of `size` tokens cost, in tokens that attend to nothing else, times `ATTENTION`."""
+    return rows * size * (ATTENTION + size)
