@@ -71,7 +71,7 @@ def tiny_llama(made=[]):  # noqa: B006
 
 
 def test_rows_are_as_long_as_costs_the_least():
-    """Eight chats of a training step: in rows of 512 tokens a quarter is left over, and attention looks at half more."""
+    """Eight chats of a training step: of rows of 512 tokens a quarter is left over, and attention sees half more."""
     lengths = [60, 90, 110, 130, 150, 170, 200, 260]
     packed = pack_rows(mask_of(lengths), tiny_llama())
     assert packed.source.shape == (5, 260)
