@@ -67,10 +67,11 @@ def test_precision_and_checkpointing_end_with_their_stage(settings, tmp_path, co
     """The second stage computes as it would in a run that is taken up there."""
     first = {**LM, "steps": 2, "precision": "bf16", "gradient_checkpointing": True, "noise": 0.1}
     second = {**LM, "name": "more", "steps": 2, "precision": precision}
-    in_one_go = train(settings(first, second, cache=False, output_dir=str(tmp_path / "one")))
+    keys = {"cache": False, "frozen_dtype": "float32"}  # auto depends on all stages, of which the run at first has one
+    in_one_go = train(settings(first, second, output_dir=str(tmp_path / "one"), **keys))
     assert computed[-2:] == [torch.float32 if precision == "fp32" else torch.bfloat16] * 2
-    train(settings(first, cache=False, output_dir=str(tmp_path / "two")))
-    in_two = train(settings(first, second, cache=False, output_dir=str(tmp_path / "two")))
+    train(settings(first, output_dir=str(tmp_path / "two"), **keys))
+    in_two = train(settings(first, second, output_dir=str(tmp_path / "two"), **keys))
     assert largest_difference(in_one_go, in_two) == 0
 
 
@@ -185,7 +186,9 @@ def test_where_frozen_weights_are_rounded_unasked(settings, monkeypatch):
         made = [{**ALIGN, "name": f"stage{i}", "precision": value} for i, value in enumerate(precisions)]
         return precision.frozen_dtype(recipe_from_dict(settings(*made, **keys)))
 
-    assert chosen("bf16") == torch.float32, "a CPU"
+    for instructions, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(precision, "cpu_multiplies_bf16", lambda found=instructions: found)
+        assert chosen("bf16") == dtype and chosen("fp32") == torch.float32
     assert chosen("fp32", frozen_dtype="bfloat16") == torch.bfloat16
     monkeypatch.setattr(precision, "training_device", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)

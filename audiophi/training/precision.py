@@ -13,13 +13,13 @@ def training_device() -> torch.device:
 def frozen_dtype(recipe: Recipe, kind: str | None = None) -> torch.dtype:
     """What frozen weights are kept in on a kind of device ("cuda"; None: on this machine's, as far as it has bf16).
 
-    "auto" is bfloat16 where all stages run in bf16 on a GPU, which would else round the weights in every step.
+    "auto" is bfloat16 where all stages run in bf16, which would else round the weights in every step.
     """
     if recipe.frozen_dtype != "auto":
         return getattr(torch, recipe.frozen_dtype)
     here = training_device().type
     used = {stage.precision if kind else fast_precision(stage.precision, here)[0] for stage in recipe.stages}
-    return torch.bfloat16 if (kind or here) != "cpu" and used == {"bf16"} else torch.float32
+    return torch.bfloat16 if used == {"bf16"} else torch.float32
 
 
 def fast_precision(wanted: str, device_type: str) -> tuple[str, str | None]:

@@ -237,7 +237,7 @@ class Recipe:
     cache: bool = True  # keep the frozen encoder's outputs on disk
     cache_dir: str = "cache"
     cache_dtype: Literal["float16", "float32"] = "float16"
-    # Of the frozen LLM, and of an encoder that is not cached; auto: bfloat16 where all stages run in bf16 on a GPU.
+    # Of the frozen LLM, and of an encoder that is not cached; auto: bfloat16 where all stages run in bf16.
     frozen_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     output_dir: str = "outputs/{name}"
     save_dtype: Literal["float32", "bfloat16", "float16", "int8"] = "float32"  # of the weights in final/
