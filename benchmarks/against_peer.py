@@ -2,7 +2,7 @@
 
     python benchmarks/against_peer.py [--quick] [--minutes 14] [--weights random] [--output benchmarks/results.json]
 
-Peers: Voxtral's and Qwen2-Audio's classes around Whisper tiny's encoder and SmolLM2-135M, the same weights as ours, all
+Peers: Voxtral's and Qwen2-Audio's classes around Whisper base's encoder and SmolLM2-135M, the same weights as ours, all
 float32 on the CPU. The same speech, words, instruction and chat format for all; features are extracted beforehand (what
 that costs stands in a column of its own). Side by side in one process, interleaved repetitions, medians.
 
