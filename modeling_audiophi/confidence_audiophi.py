@@ -10,21 +10,30 @@ import difflib
 import math
 
 import torch
+from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 
+ENGLISH = EnglishTextNormalizer({})
 # Bias, weight of the texts' vote, weight of the alignment's, where the generation config has none of its own.
 UNFITTED = (-1.0, 3.0, 2.0)
 
 
-def plain_words(text):
-    """Words of a text as they are compared: in small letters, of letters and digits alone."""
-    return ["".join(c for c in word if c.isalnum()) for word in text.lower().split()]
+def plain(text):
+    """A text as it is compared, without capitals and marks, in ASCII also with "9" for "nine", "doctor" for "Dr."."""
+    if text.isascii():  # elsewhere Whisper's normaliser takes "schön" for "schon"
+        return ENGLISH(text).strip()
+    return "".join(c for c in text.lower() if c.isalnum() or c == " ")
 
 
-def found_in(words, others):
-    """Which of `words` stand in `others`, in order: a list of bool."""
-    found = [False] * len(words)
-    for start, _, size in difflib.SequenceMatcher(None, words, others, autojunk=False).get_matching_blocks():
-        found[start : start + size] = [True] * size
+def found_in(text, other):
+    """Which words of `text` (split at spaces) stand in `other`, in order, however it writes them: a list of bool."""
+    words, others = text.split(), other.split()
+    matcher = difflib.SequenceMatcher(None, [*map(plain, words)], [*map(plain, others)], autojunk=False)
+    found = []
+    for kind, start, end, first, last in matcher.get_opcodes():
+        same = kind == "equal"
+        if kind == "replace":  # "209" and "two hundred and nine" are of different lengths
+            same = plain(" ".join(words[start:end])) == plain(" ".join(others[first:last]))
+        found += [same] * (end - start)
     return found
 
 
@@ -35,15 +44,14 @@ def word_votes(text, pairs, spelled):
     `pairs`: the decoder's texts and their mean log probability per token, each as likely as that says of all its
     words. `spelled`: what the alignment heard.
     """
-    words = plain_words(text)
     lengths = [len(other.split()) + 1 for other, _ in pairs]
     logs = [score * length for (_, score), length in zip(pairs, lengths, strict=True)]
     shares = [math.exp(value - max(logs)) for value in logs]  # none without texts
-    votes = [0.0] * len(words)
+    votes = [0.0] * len(text.split())
     for share, (other, _) in zip(shares, pairs, strict=True):
-        for place, found in enumerate(found_in(words, plain_words(other))):
+        for place, found in enumerate(found_in(text, other)):
             votes[place] += found * share / sum(shares)
-    return list(zip(votes, map(float, found_in(words, plain_words(spelled or ""))), strict=True))
+    return list(zip(votes, map(float, found_in(text, spelled or "")), strict=True))
 
 
 def word_confidence(text, pairs, spelled, weights=None):

@@ -2,8 +2,7 @@
 
 import json
 import os
-import subprocess
-import sys
+import resource
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from audiophi.training.corpus import Corpus
 from audiophi.training.feature_cache import FeatureCache, clip_key, fingerprint_of, hash_audio, hash_weights
 from audiophi.training.precision import fast_precision
 from audiophi.training.recipe import recipe_from_dict
-from tests.tiny_runs import ENVIRONMENT
 
 
 def clip(seed, *lengths, dim=6):
@@ -86,23 +84,17 @@ def test_audio_key_is_content_and_speed(tmp_path):
 
 
 def test_more_shards_than_file_descriptors(tmp_path):
-    """In a process of its own: the limit is the whole process's."""
-    code = """
-import logging, resource, sys, torch
-from audiophi.training.bad_rows import BadRows
-from audiophi.training.cache_filling import fill_cache, open_cache
-from audiophi.training.corpus import Corpus
-from audiophi.training.feature_cache import FeatureCache
-cache = FeatureCache(sys.argv[1], {}, "float32", shard_bytes=1)
-resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
-for number in range(300):
-    cache.put(f"clip{number}", [torch.full((2, 3), float(number))])
-again = FeatureCache(sys.argv[1], {}, "float32")
-assert len(again) == len(list(again.folder.glob("*.npy"))) == 300
-assert all(float(c.get(f"clip{n}")[0].sum()) == 6 * n for n in range(300) for c in (cache, again))
-"""
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    cache = FeatureCache(tmp_path, {}, "float32", shard_bytes=1)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/dev/fd"))) + 50, limits[1]))
+    try:
+        for number in range(300):
+            cache.put(f"clip{number}", [torch.full((2, 3), float(number))])
+        again = FeatureCache(tmp_path, {}, "float32")
+        assert len(again) == len(list(again.folder.glob("*.npy"))) == 300
+        assert all(float(c.get(f"clip{n}")[0].sum()) == 6 * n for n in range(300) for c in (cache, again))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_what_cannot_be_read_now_is_not_removed(tmp_path, caplog):

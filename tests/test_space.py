@@ -1,9 +1,7 @@
 """`audiophi push --space`: the real client against a Hub on this machine, and the Space in a process of its own."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -118,14 +116,12 @@ def test_requirements_are_the_projects():
     assert "torch" in ours and ours <= {Requirement(line).name for line in REQUIREMENTS.split()}
 
 
-def test_a_wrong_id_is_refused_before_anything_is_sent(checkpoint, capsys):
+def test_a_wrong_id_is_refused_before_anything_is_sent(checkpoint, monkeypatch, capsys):
     with LoopbackHub({TOKEN: "acme"}) as hub:
-        command = [sys.executable, "-m", "audiophi", "push", checkpoint]
-        settings = {**os.environ, "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}
-        done = subprocess.run(
-            [*command, "acme/phi", "--space", "acme/a/b"], cwd=ROOT, env=settings, capture_output=True
-        )
-        assert done.returncode == 1 and b"acme/a/b" in done.stderr and hub.requests == []
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        assert main(["push", checkpoint, "acme/phi", "--space", "acme/a/b"]) == 1 and hub.requests == []
+    assert "acme/a/b" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["push", checkpoint, "phi", "--space"])
     assert "ORG/NAME" in capsys.readouterr().err

@@ -18,6 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from audiophi.cli.train import main as train_command
 from audiophi.training.cache_filling import encoding_progress
 from audiophi.training.corpus import TooManyBadRows
 from audiophi.training.recipe import RecipeError
@@ -296,16 +297,12 @@ def test_unknown_adapter_keys_are_refused(settings):
         train(settings(ALIGN, adapter={"type": "mlp", "stak": 4}))
 
 
-def test_command_line_errors_have_exit_codes(settings, tmp_path):
+def test_command_line_errors_have_exit_codes(settings, tmp_path, capsys):
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(yaml.safe_dump(settings(ALIGN)))
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), str(recipe), "--stages.0.stepz", "3"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 2 and "stages.0.stepz" in result.stderr and "steps" in result.stderr
+    assert train_command([str(recipe), "--stages.0.stepz", "3"]) == 2
+    said = capsys.readouterr().err
+    assert "stages.0.stepz" in said and "steps" in said
 
 
 def test_benchmark_writes_both_curves(settings, speech, tmp_path, monkeypatch):

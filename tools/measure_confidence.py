@@ -22,7 +22,7 @@ def words_of(pipe, data: str, split: str | None, limit: int | None) -> tuple[lis
     """Confidence of every written word of a data set's transcripts, and whether it is in what was said."""
     from audiophi.data.datasets import load_examples
     from audiophi.tasks import default_task
-    from modeling_audiophi.confidence_audiophi import found_in, plain_words
+    from modeling_audiophi.confidence_audiophi import found_in
 
     rows, sure, right = load_examples(data, split=split), [], []
     rows = rows if limit is None else rows.take(limit)
@@ -31,7 +31,7 @@ def words_of(pipe, data: str, split: str | None, limit: int | None) -> tuple[lis
         clip["sampling_rate"] = pipe.processor.sampling_rate
         words = pipe(clip, task=default_task().name, return_confidence=True)["words"]
         sure += [word["confidence"] for word in words]
-        right += found_in(plain_words(" ".join(word["text"] for word in words)), plain_words(row.reference))
+        right += found_in(" ".join(word["text"] for word in words), row.reference)
         if number % 20 == 0:
             print(f"{number} of {len(rows)} clips, {len(sure) - sum(right)} of {len(sure)} words wrong", flush=True)
     return sure, right

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from audiophi.tasks.transcribe import Transcribe
-from modeling_audiophi.confidence_audiophi import fitted, found_in, plain_words, word_votes
+from modeling_audiophi.confidence_audiophi import fitted, found_in, word_votes
 
 from .callbacks import Development
 from .checkpoints import write_atomically
@@ -49,7 +49,7 @@ def fit_ears(model, development: Development, given: dict, folder: Path, say: Ca
     votes, right = [], []
     for (example, *_), text, (texts, spelled) in zip(rows, best(least["hear_ctc_weight"]), heard, strict=True):
         votes += word_votes(text, [pair[:2] for pair in texts], spelled)
-        right += found_in(plain_words(text), plain_words(example.reference))
+        right += found_in(text, example.reference)
     weights = fitted(votes, right) if votes else None
     model.generation_config.hear_ctc_weight, model.generation_config.hear_confidence = least["hear_ctc_weight"], weights
     file = folder / NAME
