@@ -94,7 +94,9 @@ def write_manifest(folder: Path, rows: int, with_seconds: bool) -> Path:
     with open(path, "w", encoding="utf-8") as file:
         for index in range(rows):
             number = index % len(clips)
-            row = {"id": f"row-{index}", "audio": f"{number}.flac", "text": sentences[index % len(sentences)]}
+            # No text comes twice, as of a corpus.
+            text = f"{sentences[index % len(sentences)]} {sentences[index // len(sentences)]}"
+            row = {"id": f"row-{index}", "audio": f"{number}.flac", "text": text}
             if with_seconds:
                 row["duration"] = len(clips[number][0]) / RATE
             file.write(json.dumps(row) + "\n")
@@ -109,6 +111,7 @@ def prepare_rows(manifest: Path) -> dict[str, dict]:
     from audiophi.training import corpus as corpora
     from audiophi.training.bad_rows import BadRows
     from audiophi.training.batches import BatchSchedule
+    from audiophi.training.kept import kept_vocab
     from audiophi.training.plan import token_rate
     from audiophi.training.prompt_room import PromptRoom
     from audiophi.training.recipe import Source, Stage, recipe_from_dict
@@ -121,6 +124,7 @@ def prepare_rows(manifest: Path) -> dict[str, dict]:
     room = PromptRoom(processor, AudioPhiConfig.from_pretrained(CHECKPOINT), {})
     sources = [Source(str(manifest))]
     bad = BadRows(manifest.with_name("bad_rows.jsonl"), 0.0)
+    cache = str(manifest.with_name("cache"))
     parts, made = {}, {}
 
     def part(name, work):
@@ -131,7 +135,7 @@ def prepare_rows(manifest: Path) -> dict[str, dict]:
     del made["reading the manifest"]
 
     def read():
-        return corpora.Corpus(sources, bad, cache_dir=str(manifest.with_name("cache")))
+        return corpora.Corpus(sources, bad, cache_dir=cache)
 
     def hashes(corpus):
         keys = [corpus.key(row, 0, 1.0) for row in corpus.rows]
@@ -143,14 +147,14 @@ def prepare_rows(manifest: Path) -> dict[str, dict]:
         return BatchSchedule(**sizes, epochs=EPOCHS, batch_seconds=BATCH_SECONDS)
 
     corpus = part("reading and checking its rows", read)
-    part("alignment vocabulary", lambda: tokenizer.vocab(corpus.texts("lower")))
+    part("alignment vocabulary", lambda: kept_vocab(tokenizer, list(corpus.texts()), cache))
     part("hashes of the audio", lambda: hashes(corpus))
     part("token rate, longest prompt", lambda: token_rate(room, corpus))
     schedule = part("order of batches", lambda: order(corpus))
 
     def again():
         second = read()
-        tokenizer.vocab(second.texts("lower"))
+        kept_vocab(tokenizer, list(second.texts()), cache)
         return hashes(second), token_rate(PromptRoom(processor, room.config, {}), second), order(second)
 
     part("(all of it at a second start)", again)

@@ -19,8 +19,9 @@ from audiophi.data.datasets import load_examples
 from audiophi.data.example import AUDIO, Clip, Example, RowError, content_of
 from audiophi.training.bad_rows import BadRows
 from audiophi.training.batches import Draw
-from audiophi.training.corpus import CHARACTERS_PER_SECOND, Corpus, TrainingSet
+from audiophi.training.corpus import Corpus, TrainingSet
 from audiophi.training.recipe import RecipeError, Source, recipe_from_dict
+from audiophi.training.row_facts import CHARACTERS_PER_SECOND
 from audiophi.training.simulated import Confusions, Heard, hear_clips, measure
 from modeling_audiophi.heard_audiophi import simulated_embeddings
 from tests.tiny_runs import ALIGN, LM, TEXTS, largest_difference, train
@@ -378,7 +379,7 @@ def test_rows_are_the_same_whatever_the_batch_and_differ_between_epochs(settings
     sources = [Source(path=plain, heard="simulated"), Source(path=str(speech))]
     corpus = Corpus(sources, BadRows(tmp_path / "bad.jsonl", 0))
     assert corpus.rows[0].lengths == (len(TEXTS[0]) / CHARACTERS_PER_SECOND,)
-    assert sorted(corpus.texts("lower")) == sorted(TEXTS)
+    assert sorted(corpus.texts()) == sorted(TEXTS)
     tokenized = replace_tokenizer(confusions)
     rows = TrainingSet(corpus, None, None, {}, seed=3, confusions=tokenized)
     first, again, later = (rows[Draw(2, epoch, 1.0)] for epoch in (0, 0, 1))

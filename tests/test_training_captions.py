@@ -89,8 +89,8 @@ def test_the_instruction_is_the_sources_or_the_tasks(librispeech, esc50, make_ti
 def test_a_mixture_trains_each_task_with_its_own_words(librispeech, clotho, make_tiny_model, tmp_path):
     sources = [Source(path=str(librispeech), split="dev-clean"), Source(path=str(clotho), split="development")]
     corpus = Corpus(sources, BadRows(tmp_path / "bad.jsonl", 0))
-    assert len(corpus) == 10 and len(list(corpus.texts("lower"))) == 3, "captions are no alignment targets"
-    assert len(list(corpus.texts("lower", sounds=True))) > 3
+    assert len(corpus) == 10 and len(list(corpus.texts())) == 3, "captions are no alignment targets"
+    assert len(list(corpus.texts(sounds=True))) > 3
     _, processor = make_tiny_model()
     rows = TrainingSet(corpus, processor, None, {"transcribe": ["Write."]})
     examples = [rows[Draw(number, 0, 1.0)] for number in (0, 6)]
@@ -150,7 +150,7 @@ def test_audio_without_speech_is_to_be_transcribed_as_nothing(librispeech, esc50
     assert len(teaching_alignment(run, corpus, sounds=True, described=False)) == 14
     assert len(teaching_alignment(run, corpus, sounds=False, described=True)) == 14
     captions = sum(len(corpus.example(row).references) for row in corpus.rows[10:])
-    assert captions >= 4 * len(TEMPLATES) and len(list(corpus.texts("lower", sounds=True))) > len(TEMPLATES)
+    assert captions >= 4 * len(TEMPLATES) and len(list(corpus.texts(sounds=True))) > len(TEMPLATES)
     _, processor = make_tiny_model()
     rows = TrainingSet(corpus, processor, None, {"transcribe": ["Write."]})
     examples = [rows[Draw(number, 0, 1.0)] for number in (0, 6)]

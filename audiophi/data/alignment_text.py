@@ -6,6 +6,7 @@ early they were learned, so keeping only the first N of them gives shorter units
 embeddings remain usable.
 """
 
+import hashlib
 import itertools
 import json
 import string
@@ -70,7 +71,9 @@ class AlignmentTokenizer:
         specification["truncation"] = specification["padding"] = None
         for token in specification["added_tokens"]:  # a transcript has words only, whatever they look like
             token["special"] = token["special"] or bool(token["content"].strip())
-        self._units = Tokenizer.from_str(json.dumps(specification))
+        told = json.dumps(specification)
+        self.made_of = hashlib.sha256(told.encode()).hexdigest()  # equal for tokenizers that do the same
+        self._units = Tokenizer.from_str(told)
         if specification["model"]["type"] == "BPE":
             specification["model"] |= {"merges": [], "ignore_merges": False}
         self._letters = Tokenizer.from_str(json.dumps(specification))

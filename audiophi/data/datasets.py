@@ -14,6 +14,10 @@ met when its row is read, and can be counted and skipped instead of ending the r
 
 import contextlib
 import copy
+import hashlib
+import json
+import marshal
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -111,6 +115,24 @@ class Examples(Sequence):
             there = self._recent[number] if self.rows is None else (self.rows[int(self.numbers[number])], number)
             with contextlib.suppress(RowError):
                 yield self._row(*there)
+
+    def made_of(self) -> str | None:
+        """Hash of what the examples follow from beside the code: equal for equal rows of equal specifications. None
+        where rows hold what cannot be compared."""
+        told = {
+            "specification": {**self.columns.entry, "task": self.task, "posed": self._posed},
+            "columns": self.columns.names,
+            "places": [self._folder, os.path.expanduser("~"), self._reach.folders, self._reach.allow_urls],
+        }
+        told = json.dumps(told, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
+        try:
+            # A table of `datasets` has a hash; later versions of marshal than 2 need not write equal rows alike.
+            rows = marshal.dumps(self.rows, 2) if isinstance(self.rows, list) else self.rows._fingerprint.encode()
+        except ValueError:
+            return None
+        digest = hashlib.sha256(told.encode() + rows)
+        digest.update(self.numbers.tobytes())
+        return digest.hexdigest()
 
     def for_evaluation(self) -> "Examples":
         """The same, each row with one question where its task makes several: the same one always, in wordings that are

@@ -155,28 +155,35 @@ class BatchSchedule(Sampler[list[Draw]]):
         cost = np.where(length > 0, length, 1e-3 * self.tokens[rows])
         noisy = cost * rng.uniform(0.8, 1.25, size=len(rows))
         order = np.argsort(noisy, kind="stable") if self.group_by_length else rng.permutation(len(rows))
-        steps: list[list[int]] = [[]]
-        longest, wordiest = 0.0, 0
-        length, words = length.tolist(), self.tokens[rows].tolist()  # numbers of numpy are slow one by one
-        for i in order.tolist():
-            longest, wordiest = max(longest, length[i]), max(wordiest, words[i])
-            if self.batch_size is not None:
-                full = len(steps[-1]) >= self.batch_size * self.split
-            else:
-                # A step has at least one clip for every micro-batch, however short batch_seconds is.
-                full = longest * (len(steps[-1]) + 1) > self.batch_seconds * self.split
-            if self.batch_tokens is not None:
-                full = full or wordiest * (len(steps[-1]) + 1) > self.batch_tokens * self.split
-            if full and len(steps[-1]) >= self.split:
-                steps.append([])
-                longest, wordiest = length[i], words[i]
-            steps[-1].append(i)
-        if len(steps) > 1 and len(steps[-1]) < self.split:
-            tail = steps.pop()
-            steps[-1] += tail
+        starts = self._starts(length[order].tolist(), self.tokens[rows[order]].tolist())
+        # The tail is no step of its own where it has no clip for every micro-batch.
+        if len(starts) > 1 and len(order) - starts[-1] < self.split:
+            starts.pop()
+        order = order.tolist()
+        steps = [order[a:b] for a, b in itertools.pairwise([*starts, len(order)])]
         while len(steps[-1]) < self.split:
             steps[-1] += steps[-1][: self.split - len(steps[-1])]
-        return Steps(rng, steps, rows.tolist(), speeds.tolist(), length)
+        return Steps(rng, steps, rows.tolist(), speeds.tolist(), length.tolist())
+
+    def _starts(self, lengths: list[float], words: list[int]) -> list[int]:
+        """Where each step of a pass begins, of its draws' lengths and tokens in their order: a step ends before it
+        would be too large, but has a clip for every micro-batch, however short batch_seconds is."""
+        infinite, split = float("inf"), self.split
+        most = infinite if self.batch_size is None else self.batch_size * split
+        seconds = infinite if self.batch_size is not None else self.batch_seconds * split
+        tokens = infinite if self.batch_tokens is None else self.batch_tokens * split
+        starts, count, longest, wordiest = [0], 0, 0.0, 0
+        # A start walks through every row of every epoch: comparisons take a third of the time of `max`.
+        for place, (length, word) in enumerate(zip(lengths, words, strict=True)):
+            count += 1
+            if length > longest:
+                longest = length
+            if word > wordiest:
+                wordiest = word
+            if (longest * count > seconds or count > most or wordiest * count > tokens) and count > split:
+                starts.append(place)
+                count, longest, wordiest = 1, length, word
+        return starts
 
     def _micro_batches(self, step: list[Draw]) -> list[list[Draw]]:
         edges = np.linspace(0, len(step), self.split + 1).round().astype(int)

@@ -7,35 +7,31 @@ naming that list. A row is known by its source and number, never by its id, whic
 import contextlib
 import copy
 import dataclasses
-import io
-from collections.abc import Callable, Iterable
+import itertools
+import os
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import soundfile
 from accelerate import PartialState
 from torch.utils.data import Dataset
 
-from audiophi.data.alignment_text import normalise_transcript
 from audiophi.data.augment import speed_perturb, stretch_time
 from audiophi.data.collator import training_item
 from audiophi.data.dataset_registry import missing_audio_is_normal
 from audiophi.data.datasets import load_examples
-from audiophi.data.example import Clip, Example, RowError, drawing, longest, posed
-from audiophi.tasks import TASKS, wordings
-from processing.audio_io import MAX_SECONDS, AudioError, check_file
+from audiophi.data.example import Clip, Example, drawing, posed
+from audiophi.tasks import wordings
+from processing.audio_io import AudioError
 
 from .audio_index import AudioIndex
 from .bad_rows import BadRows, TooManyBadRows
 from .batches import Draw
-from .feature_cache import FeatureCache, clip_key, hash_audio
+from .feature_cache import FeatureCache, clip_key
 from .recipe import Source
+from .row_facts import Facts, measure_seconds
+from .row_index import RowIndex
 from .simulated import Confusions
-
-# How long a clip would be that is known by its words only, for batches by seconds: what English is read at.
-CHARACTERS_PER_SECOND = 15
 
 
 class Row(NamedTuple):
@@ -95,11 +91,16 @@ class Corpus:
         self.tables = [load_examples(source_spec(source)) for source in sources]
         self.incomplete = [missing_audio_is_normal(source.path) for source in sources]
         total = sum(len(table) for table in self.tables)
-        if together and PartialState().num_processes > 1:
-            self._measure_part(PartialState())
-        for number, table in enumerate(self.tables):
-            for index in range(len(table)):
-                self._add(number, index)
+        facts = [RowIndex(cache_dir, table, text_case) for table in self.tables]
+        if together and cache_dir is not None and PartialState().num_processes > 1:
+            self._measure_part(facts, PartialState())
+        for number, source in enumerate(facts):
+            index = itertools.count()
+            for rows, questions in source.parts():
+                for task, kind, question in questions:
+                    self.questions.setdefault((task or number, kind), question)
+                for row in rows:
+                    self._add(number, next(index), row)
         self.share()
         bad.total = total
         if not self.rows:
@@ -112,64 +113,45 @@ class Corpus:
                 f"They are listed with the reasons in {bad.path}"
             )
 
-    def _add(self, number: int, index: int) -> None:
+    def _add(self, number: int, index: int, facts: Facts) -> None:
         source = self.sources[number]
-        try:
-            example = self.tables[number][index]
-        except RowError as error:
-            self.bad.add(source.path, index, error.id or f"row {index + 1}", str(error))
-            return
-        gone = self.incomplete[number] and missing_file(example)
+        gone = [file for file in facts.files if file and not os.path.exists(file)] if self.incomplete[number] else []
         if gone:
-            self.bad.add(source.path, index, example.id, f"{gone}: no such file", expected=True)
+            self.bad.add(source.path, index, facts.id, f"{gone[0]}: no such file", expected=True)
             return
-        if lacks_words(example, self.text_case):
-            self.bad.add(source.path, index, example.id, "has no text")
+        if facts.reason is not None:
+            self.bad.add(source.path, index, facts.id, facts.reason)
             return
         try:
-            lengths = tuple(clip.seconds or self._measure(source, clip, example.id) for clip in example.clips)
+            lengths = tuple(self._lengths(source, facts))
         except (AudioError, OSError) as error:
-            self.bad.add(source.path, index, example.id, str(error))
+            self.bad.add(source.path, index, facts.id, str(error))
             return
         if source.max_seconds is None or sum(lengths) <= source.max_seconds:
-            task, asked = TASKS[example.task], longest(example)
-            size = text_bytes(asked, (task.target(text, self.text_case) for text in example.references))
-            said = [clip.transcript for clip in example.clips if clip.transcript is not None]
-            sounds = [text for text in map(task.sounds, example.references) if text is not None]
             if source.heard != "simulated":
-                self._said |= dict.fromkeys(said)
-                self._sounds |= dict.fromkeys(sounds)
-            if len(example.clips) == 1:
-                self._note_questions(number, example)
-            files = tuple(file_of(clip) for clip in example.clips)
-            turns = len(asked.messages)
-            described = any(clip.described for clip in example.clips)
-            self.rows.append(Row(number, index, lengths, files, size, turns, bool(said), bool(sounds), described))
+                self._said |= dict.fromkeys(facts.said)
+                self._sounds |= dict.fromkeys(facts.sounds)
+            self._hashes |= {(number, index, clip): held for clip, held in enumerate(facts.hashes) if held}
+            heard = (bool(facts.said), bool(facts.sounds), facts.described)
+            self.rows.append(Row(number, index, lengths, tuple(facts.files), facts.bytes, facts.turns, *heard))
 
-    def _note_questions(self, number: int, example: Example) -> None:
-        for question in example.questions:
-            key = (example.task, question.kind)
-            if key not in self.questions and question.templates:
-                self.questions[key] = question.wordings[0]
-        key = (number, example.kind)
-        if key not in self.questions and [message["role"] for message in example.messages] == ["user"]:
-            content = example.messages[0]["content"]
-            texts = [content] if isinstance(content, str) else [item.get("text", "") for item in content]
-            self.questions[key] = " ".join(filter(None, texts))
+    def _lengths(self, source: Source, facts: Facts) -> Iterator[float]:
+        """Seconds of a row's clips, of their files where the row does not say. Raises AudioError or OSError."""
+        for seconds, file in zip(facts.lengths, facts.files, strict=True):
+            measure = partial(measure_seconds, Clip({"path": file}), facts.id)
+            yield seconds or self._indexes[source.path].seconds(file, measure)
 
-    def _measure(self, source: Source, clip: Clip, name: str) -> float:
-        measure, file = partial(measure_seconds, clip, name), file_of(clip)
-        return self._indexes[source.path].seconds(file, measure) if file else measure()
-
-    def _measure_part(self, state: PartialState) -> None:
-        """Measures one of as many parts of the files as there are processes, and waits for the others."""
-        for source, table in zip(self.sources, self.tables, strict=True):
-            for index in range(state.process_index, len(table), state.num_processes):
-                with contextlib.suppress(RowError, AudioError, OSError):  # all will list it
-                    example = table[index]
-                    for clip in example.clips:
-                        if clip.seconds is None and file_of(clip):
-                            self._measure(source, clip, example.id)
+    def _measure_part(self, facts: list[RowIndex], state: PartialState) -> None:
+        """Looks at one of as many parts of rows and files as there are processes, and waits for the others."""
+        part = slice(state.process_index, None, state.num_processes)
+        for index in facts:
+            index.make(part)
+        state.wait_for_everyone()
+        for source, index in zip(self.sources, facts, strict=True):
+            for rows, _ in index.parts():
+                for row in (row for row in rows[part] if row.reason is None):
+                    with contextlib.suppress(AudioError, OSError):  # all will list it
+                        list(self._lengths(source, row))
         self.share()
 
     def share(self) -> None:
@@ -196,11 +178,10 @@ class Corpus:
     def example(self, row: Row) -> Example:
         return self.tables[row.table][row.index]
 
-    def texts(self, text_case: str, sounds: bool = False) -> Iterable[str]:
+    def texts(self, sounds: bool = False) -> Iterable[str]:
         """What is said in the clips, which the alignment's vocabulary must spell; with `sounds` also the words that
         say what is heard. Not of simulated clips: no audio would teach the alignment those words."""
-        for text in [*self._said, *(self._sounds if sounds else ())]:
-            yield normalise_transcript(text, text_case)
+        return itertools.chain(self._said, self._sounds if sounds else ())
 
     def waveform(self, row: Row, clip: int, speed: float, sampling_rate: int):
         """(samples,) float32 of a row's clip at `sampling_rate`, played `speed` times faster. Raises AudioError."""
@@ -211,11 +192,8 @@ class Corpus:
     def key(self, row: Row, clip: int, speed: float) -> str:
         """The cache's key of a row's clip. Raises OSError for a file that cannot be read."""
         place = (row.table, row.index, clip)
-        if place not in self._hashes and row.files[clip]:
+        if place not in self._hashes:
             self._hashes[place] = self._indexes[self.sources[row.table].path].hash(row.files[clip])
-        elif place not in self._hashes:
-            audio = self.example(row).clips[clip].audio
-            self._hashes[place] = hash_audio(repr_bytes(audio) if audio.get("bytes") is None else audio["bytes"])
         return clip_key(self._hashes[place], speed)
 
     def drop(self, row: Row, reason: str) -> None:
@@ -244,66 +222,6 @@ def source_spec(source: Source) -> dict:
     """A source as `load_examples` takes it: weights and lengths are the batch schedule's and the corpus's business."""
     spec = dataclasses.asdict(source)
     return {key: value for key, value in spec.items() if key not in ("weight", "max_seconds") and value is not None}
-
-
-def lacks_words(example: Example, text_case: str) -> bool:
-    """Whether nothing that can be learned is left of a right answer."""
-    task = TASKS[example.task]
-    return any(text.strip() and not task.target(text, text_case).strip() for text in example.references)
-
-
-def file_of(clip: Clip) -> str | None:
-    """The path of a clip whose audio is in a file of its own."""
-    audio = clip.audio or {}
-    return audio.get("path") if audio.get("bytes") is None and "array" not in audio else None
-
-
-def missing_file(example: Example) -> str | None:
-    """The path of a clip that is not there."""
-    paths = [(clip.audio or {}).get("path") for clip in example.clips]
-    return next((path for path in paths if path and not Path(path).exists()), None)
-
-
-def text_tokens(example: Example) -> int:
-    """About how many tokens of text an example has at most: a third of its bytes."""
-    return text_bytes(longest(example), example.references) // 3 + 1
-
-
-def text_bytes(example: Example, answers: Iterable[str]) -> int:
-    """Bytes of the text of an example's turns and of the longest of its answers."""
-    texts = [max(answers, key=len, default="")]
-    for message in example.messages:
-        content = message["content"]
-        texts += [content] if isinstance(content, str) else [item.get("text", "") for item in content]
-    return sum(len(text.encode()) for text in texts)
-
-
-def repr_bytes(audio: dict) -> bytes:
-    """Samples that a row itself holds, and their rate, as bytes."""
-    samples = np.asarray(audio["array"], dtype=np.float32)
-    return f"{audio.get('sampling_rate')} ".encode() + samples.tobytes()
-
-
-def measure_seconds(clip: Clip, name: str) -> float:
-    """Length of a clip, from the file's header where possible, else by decoding; of a simulated one estimated. Raises
-    AudioError or OSError."""
-    if clip.simulated:
-        return max(1, len(clip.transcript)) / CHARACTERS_PER_SECOND
-    audio = clip.audio
-    if audio is not None and (audio.get("bytes") is not None or audio.get("path")):
-        try:
-            if audio.get("bytes") is None:
-                check_file(audio["path"])
-            info = soundfile.info(audio["path"] if audio.get("bytes") is None else io.BytesIO(audio["bytes"]))
-            if info.frames > 0:
-                seconds = info.frames / info.samplerate
-                if seconds <= MAX_SECONDS:
-                    return seconds
-        except AudioError:
-            raise
-        except (RuntimeError, TypeError, ValueError, OSError):
-            pass  # not a container of libsndfile's: decoding tells more
-    return len(clip.read(name)) / 16000
 
 
 class TrainingSet(Dataset):

@@ -41,6 +41,7 @@ from .curves import draw_curves
 from .decoding_fit import fit_decoding
 from .ears_fit import fit_ears
 from .guards import LossGuard
+from .kept import kept_vocab
 from .plan import describe_stage, measure_step, steps_in_time
 from .precision import fast_precision, training_device
 from .recipe import Recipe, RecipeError, Source, Stage
@@ -175,8 +176,8 @@ def prepare(recipe: Recipe, folder: Path, signals: StopSignals, sharded: bool = 
         vocab = full_align_vocab(processor.tokenizer, recipe.alignment.merges)
     elif align_tokenizer is not None:
         sounds = learns_sounds(recipe)
-        texts = (text for corpus in corpora.values() for text in corpus.texts(recipe.text_case, sounds))
-        vocab = align_tokenizer.vocab(texts)
+        texts = list(dict.fromkeys(text for corpus in corpora.values() for text in corpus.texts(sounds)))
+        vocab = kept_vocab(align_tokenizer, texts, recipe.cache_dir)
     questions = [question for corpus in corpora.values() for question in corpus.questions.values()]
     model = build_model(recipe, processor, vocab, trained_tasks(recipe, corpora.values()), questions)
     if recipe.data.eval:

@@ -14,9 +14,10 @@ from processing.audio_io import AudioError
 
 from .bad_rows import BadRows, TooManyBadRows
 from .batches import BatchSchedule
-from .corpus import drawing, item_of, lacks_words, measure_seconds, missing_file, source_spec, text_tokens
+from .corpus import drawing, item_of, source_spec
 from .prompt_room import PromptRoom
 from .recipe import RecipeError, Source
+from .row_facts import lacks_words, measure_seconds, missing_file, text_tokens
 from .simulated import Confusions
 
 
