@@ -520,8 +520,9 @@ class AudioPhiForConditionalGeneration(
         counted = (targets != -100) & rows[:, None]
         if not torch.equal(targets[counted], read[read != -100]):
             raise ValueError("teacher_labels have other tokens than the labels of the same rows")
-        if not bool(rows.any()):
-            return self.compute_logits(hidden[:0, 0]).sum()
+        if not bool(rows.any()):  # the first row, for nothing: with FSDP2 other processes wait for this one's layers
+            rows = torch.arange(len(rows), device=rows.device) == 0
+            attention_mask = None
         with as_teacher(self.model.language_model):
             there = rows.to(input_ids.device)
             mask = None if attention_mask is None else attention_mask[there]
@@ -534,7 +535,7 @@ class AudioPhiForConditionalGeneration(
             return kl_divergence(self.compute_logits(heard), teacher, temperature)
 
         total = sum_of_tokens(divergence, self.config.text_config.vocab_size, hidden[counted], known)
-        return total / (len(known) if num_items is None else num_items)
+        return total / (max(1, len(known)) if num_items is None else num_items)
 
 
 def next_tokens(labels):

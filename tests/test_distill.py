@@ -19,7 +19,7 @@ from audiophi.tasks import TASKS
 from audiophi.training.prompt_room import PromptRoom
 from audiophi.training.recipe import RecipeError, recipe_from_dict
 from modeling_audiophi.distillation_audiophi import as_teacher, kl_divergence
-from tests.test_clusters import launch
+from tests.test_clusters import TWO, launch
 from tests.tiny_runs import LM, largest_difference, train
 
 RATE = 16_000
@@ -364,13 +364,15 @@ def test_accumulation_changes_nothing(settings, questions, tmp_path, keys):
 
 
 @pytest.mark.faults
-def test_two_processes_train_what_one_trains(settings, questions, tmp_path):
-    """Tokens that have a teacher are counted over both."""
-    stage = {**DISTILL, "loss": "lm", "distill_weight": 1.0, "steps": 2, "warmup": 0.0, "lora": {"r": 2, "dropout": 0}}
+@pytest.mark.parametrize("kind", TWO)
+def test_two_processes_train_what_one_trains(settings, questions, tmp_path, kind):
+    """Tokens that have a teacher are counted over both. With one row at a time one process often has a teacher where
+    the other has none, and none waits for ever."""
+    stage = {**DISTILL, "loss": "lm", "distill_weight": 1.0, "steps": 3, "warmup": 0.0, "lora": {"r": 2, "dropout": 0}}
+    stage["llm_learning_rate"] = 1e-3
     keys = {"data": {"train": [{"path": str(questions)}]}, "adapter": {**settings()["adapter"], "dropout": 0.0}}
-    launch(tmp_path / "two", settings({**stage, "batch_size": 4, "llm_learning_rate": 1e-3}, **keys))
-    one = {**stage, "batch_size": 8, "llm_learning_rate": 1e-3}
-    weights = train(settings(one, **keys, output_dir=str(tmp_path / "one")))
+    launch(tmp_path / "two", settings({**stage, "batch_size": 1, "grad_accum": 4}, **keys), TWO[kind])
+    weights = train(settings({**stage, "batch_size": 1, "grad_accum": 8}, **keys, output_dir=str(tmp_path / "one")))
     losses = [[entry["distill_loss"] for entry in history(settings, name)] for name in ("one", "two/run")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert largest_difference(weights, load_file(tmp_path / "two" / "run" / "final" / "model.safetensors")) < 3e-4
@@ -403,14 +405,6 @@ def test_distill_needs_no_alignment_head(settings):
     assert recipe.stages[0].distills and not recipe.stages[0].aligns
     names = [recipe_from_dict(settings({**LM, "distill_weight": w})).stages[0].losses for w in (0.0, 0.5)]
     assert names == ["lm", "lm + 0.5 distill"]
-
-
-def test_fsdp_is_refused(settings):
-    from audiophi.training.sharding import check_recipe
-
-    for stage in ({**DISTILL}, {**LM, "distill_weight": 1.0}):
-        with pytest.raises(RecipeError, match="FSDP2 cannot distill"):
-            check_recipe(recipe_from_dict(settings(stage)))
 
 
 def test_only_words_have_a_teacher_among_questions_that_are_made():

@@ -57,9 +57,6 @@ def check_recipe(recipe: Recipe) -> None:
             raise RecipeError(f"stages.{number}.optimizer: bitsandbytes cannot share its states; FSDP2 needs adamw")
         if stage.precision == "fp16":
             raise RecipeError(f"stages.{number}.precision: FSDP2 has no loss scaling for fp16; use bf16 or fp32")
-        if stage.distills:
-            # The teacher runs where a batch has one: other processes would wait for their part of it.
-            raise RecipeError(f"stages.{number}.loss: FSDP2 cannot distill; use DDP")
 
 
 def sharded_copy(model: nn.Module) -> nn.Module:
