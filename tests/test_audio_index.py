@@ -136,6 +136,8 @@ def test_the_alignments_vocabulary_is_kept_by_its_texts(tmp_path, checkpoint):
         for texts in (["one two"], ["one two", "éa"]):
             assert kept_vocab(align, texts, str(tmp_path)) == align.vocab(texts)
     assert len(list((tmp_path / "align_vocab").iterdir())) == 4
+    (tmp_path / "full").write_text("")  # where nothing can be written
+    assert kept_vocab(whole, ["one"], str(tmp_path / "full")) == whole.vocab(["one"])
 
 
 def test_ascii_is_cleaned_as_any_other_text():

@@ -1,5 +1,6 @@
 """What takes long to find out about data and follows from it alone, kept on disk for the next start."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -26,10 +27,11 @@ def kept(cache_dir: str | Path | None, name: str | None, make: Callable):
         return json.loads(file.read_text())
     except (OSError, ValueError):
         made = make()
-    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{uuid.uuid4().hex}.partial")
-    partial.write_text(json.dumps(made))
-    os.replace(partial, file)
+    with contextlib.suppress(OSError):  # a full or read-only disk only costs the time to make it again
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(made))
+        os.replace(partial, file)
     return made
 
 
