@@ -300,6 +300,7 @@ def training_arguments(recipe: Recipe, stage: Stage, number: int, folder: Path) 
         run_name=f"{recipe.name} {stage.name}",
         seed=recipe.seed + number,
         logging_nan_inf_filter=False,  # a NaN must be seen
+        use_cache=True,  # Trainer writes it into the config, which is saved
     )
     if (gpus := arguments.n_gpu) > 1:
         # Trainer would make it an nn.DataParallel, which cannot cut batches of clips and windows into parts.
