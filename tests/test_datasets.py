@@ -13,6 +13,7 @@ import soundfile
 
 from audiophi.data.dataset_files import audio_files
 from audiophi.data.dataset_streams import stream_examples
+from audiophi.data.datasets import load_examples
 from audiophi.data.example import RowError
 from processing import AudioError, load_audio
 from tests.layouts import load, read
@@ -219,6 +220,19 @@ def test_hub_data_set_without_a_split_names_the_choices(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: {"train": None, "test": None})
     with pytest.raises(ValueError, match="choose a split, .* of train, test"):
         load("org/name")
+
+
+@pytest.mark.parametrize("number", ["a0001", "arctic-12", "7"])
+def test_the_number_of_a_sentence_is_no_question(tmp_path, number):
+    """CMU ARCTIC's prompts have numbers, and a column `prompt` usually asks something."""
+    soundfile.write(tmp_path / "a.wav", np.zeros(1600), 16_000)
+    rows = [{"audio": "a.wav", "text": "Author of the danger trail.", "prompt": text} for text in (number, "2+2=?")]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = load_examples({"path": str(tmp_path)})
+    with pytest.raises(RowError, match=f"question would be '{number}'.*instruction_column.*task: transcribe"):
+        found[0]
+    assert found[1].task == "answer"
+    assert load_examples({"path": str(tmp_path), "task": "transcribe"})[0].reference == "Author of the danger trail."
 
 
 def test_bad_rows_cost_themselves(folder, streaming):

@@ -1,10 +1,15 @@
 """answer: whatever a row itself asks, about any number of clips or none, over any number of turns, answered word for
 word as its author wrote it."""
 
+import re
+
 from audiophi.data.example import RowError
 from audiophi.evaluation import answers
 
 from .base import Report, Row, Task, base_example, own_question, saying, silent
+
+# What is no question: the number of a sentence, which some corpora call its prompt ("a0001" of CMU ARCTIC).
+NUMBER = re.compile(r"[a-z]*[-_]?\d+", re.IGNORECASE)
 
 
 class Answer(Task):
@@ -54,6 +59,11 @@ class Answer(Task):
         right = row.answers or row.references or ((row.text,) if row.text is not None else ())
         if not row.messages and not row.instruction:
             raise RowError(f"{row.id}: has an answer, but no question")
+        if NUMBER.fullmatch(row.instruction or ""):
+            raise RowError(
+                f"{row.id}: its question would be {row.instruction!r}, which asks nothing. Name the column that asks "
+                "(instruction_column), or what is to be learned (task: transcribe)"
+            )
         if not any(text.strip() for text in right):
             raise RowError(f"{row.id}: has a question, but no answer")
         clips = silent(row.clips) if row.speech is False else saying(row.clips, row.transcript)
