@@ -229,7 +229,7 @@ def test_the_number_of_a_sentence_is_no_question(tmp_path, number):
     rows = [{"audio": "a.wav", "text": "Author of the danger trail.", "prompt": text} for text in (number, "2+2=?")]
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = load_examples({"path": str(tmp_path)})
-    with pytest.raises(RowError, match=f"question would be '{number}'.*instruction_column.*task: transcribe"):
+    with pytest.raises(RowError, match=f"question would be '{number}'.*instruction_column.*(task)"):
         found[0]
     assert found[1].task == "answer"
     assert load_examples({"path": str(tmp_path), "task": "transcribe"})[0].reference == "Author of the danger trail."

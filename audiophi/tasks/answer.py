@@ -62,7 +62,7 @@ class Answer(Task):
         if NUMBER.fullmatch(row.instruction or ""):
             raise RowError(
                 f"{row.id}: its question would be {row.instruction!r}, which asks nothing. Name the column that asks "
-                "(instruction_column), or what is to be learned (task: transcribe)"
+                "(instruction_column), or what is to be learned of such rows (task)"
             )
         if not any(text.strip() for text in right):
             raise RowError(f"{row.id}: has a question, but no answer")
