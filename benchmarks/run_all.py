@@ -11,7 +11,9 @@ alone and writes its own into outputs/bench.
 
 import argparse
 import importlib
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -98,11 +100,8 @@ def main(arguments: list[str]) -> int:
         command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--minutes", str(minutes)]
         command += ["--weights", options.weights, "--output", str(results), *["--quick"] * options.quick]
         start = time.perf_counter()
-        try:
-            # A round that has begun is ended; one that hangs is not waited for.
-            code = subprocess.run(command, cwd=ROOT, timeout=120 * minutes + 120).returncode
-        except subprocess.TimeoutExpired:
-            code = "a time-out"
+        # A round that has begun is ended; one that hangs is not waited for.
+        code = run(command, seconds=120 * minutes + 120)
         print(f"== {name}: {time.perf_counter() - start:.0f} s", flush=True)
         if code:
             failed.append(name)
@@ -111,6 +110,20 @@ def main(arguments: list[str]) -> int:
     if options.tables:
         write_page(page, results)
     return 1 if failed else 0
+
+
+def run(command: list[str], seconds: float) -> int | str:
+    """Its exit status. After `seconds` it is ended, with the processes that it has begun: they would slow down all that
+    is measured after it."""
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    try:
+        return process.wait(seconds)
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if isinstance(error, subprocess.TimeoutExpired):
+            return "a time-out"
+        raise
 
 
 def write_page(page: Path, results: Path) -> None:

@@ -2,7 +2,7 @@
 
     python benchmarks/transcribe_folder.py [--quick] [--minutes 5] [--folder DIR] [--batch_size 8]
 
-The files (default: 40 development clips of data/synthetic_speech, written as FLAC) are transcribed in turn by
+The files (default: 24 development clips of data/synthetic_speech, written as FLAC) are transcribed in turn by
 
     two ears      the command, with checkpoints/audiophi-tiny as it is: alignment and Whisper base's decoder, four beams
     audiophi      the same with `--hear_with alignment`: the LLM writes what the alignment hears
@@ -30,7 +30,7 @@ ALIGNMENT = ["--hear_with", "alignment"]
 OURS = {"two ears": [], "audiophi": ALIGNMENT, "one by one": [*ALIGNMENT, "--batch_size", "1"]}
 CONTESTANTS = (*OURS, *WHISPER)
 ROUNDS = 3
-FILES = 40
+FILES = 24
 MAX_NEW_TOKENS = 160  # for a piece of at most 30 s, as in the checkpoint's evaluation; only loops reach it
 
 
@@ -150,10 +150,9 @@ def measure(options, save) -> dict:
                 break
             for who, runs in found.items():
                 runs.append(hear(who, folder, models[who], options.batch_size))
+                section["contestants"][who] = summary(runs, section["audio_seconds"], words)
+                save(section)
             section["rounds"] += 1
-            section["contestants"] = {
-                who: summary(runs, section["audio_seconds"], words) for who, runs in found.items()
-            }
             both, ours, single, theirs, base = (section["contestants"][who]["work"] for who in CONTESTANTS)
             section["headline"] = {
                 "transcribe_ratio": round(theirs / ours, 3),
@@ -191,7 +190,8 @@ def table(section: dict) -> str:
     ]  # fmt: skip
     header = ["", "real-time factor", "with start and loading", "seconds", "with start and loading", "WER %"]
     told = f"{section['files']} files, {section['audio_seconds']:.0f} s of audio, {section['batch_size']} at a time, "
-    return markdown(header, rows) + f"\n\n{told}median of {section['rounds']}."
+    rounds = f"median of {section['rounds']}" if section["rounds"] else "of a first round that was not ended"
+    return markdown(header, rows) + f"\n\n{told}{rounds}."
 
 
 def add_options(parser) -> None:

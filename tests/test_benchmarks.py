@@ -1,7 +1,9 @@
 """The benchmarks of `make bench` at tiny size: the same code, in seconds. Their figures say nothing."""
 
 import json
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -290,17 +292,17 @@ def test_the_page_shows_what_the_results_file_holds():
 def test_all_are_run_each_with_its_share_of_the_time(tmp_path, monkeypatch, capfd):
     commands = []
 
-    def child(command, cwd, timeout):
+    def child(command, seconds):
         commands.append(command)
         name = command[1].rpartition("/")[2].removesuffix(".py")
         if name == "transcribe_folder":
             section = {"machine": measuring.machine(), "weights": "random", "quick": True, "complete": True}
             section |= {"seconds": 1.0, "skipped": "a test", "headline": {"transcribe_ratio": 2.5}}
             measuring.write_results(tmp_path / "results.json", name, section)
-        return SimpleNamespace(returncode=1 if name == "profile_step" else 0)
+        return 1 if name == "profile_step" else 0
 
     monkeypatch.setattr(run_all, "TRIAL", tmp_path)
-    monkeypatch.setattr(run_all.subprocess, "run", child)
+    monkeypatch.setattr(run_all, "run", child)
     assert run_all.main(["--quick", "--minutes", "10", "--weights", "random"]) == 1
     assert "profile_step ended with 1" in capfd.readouterr().err
     minutes = [float(command[command.index("--minutes") + 1]) for command in commands]
@@ -311,3 +313,18 @@ def test_all_are_run_each_with_its_share_of_the_time(tmp_path, monkeypatch, capf
     commands.clear()
     assert run_all.main(["--quick", "--only", "cost_vs_work"]) == 0
     assert len(commands) == 1 and "cost_vs_work.py" in commands[0][1]
+
+
+def test_what_takes_too_long_is_ended_with_all_that_it_began(tmp_path):
+    file, other = tmp_path / "pid", "import time; time.sleep(60)"
+    begins = f"import subprocess, sys; c = subprocess.Popen([sys.executable, '-c', {other!r}])"
+    begins += f"; open({str(file)!r}, 'w').write(str(c.pid)); c.wait()"
+    assert run_all.run([sys.executable, "-c", begins], seconds=5) == "a time-out"
+    child = Path("/proc", file.read_text(), "stat")
+    for _ in range(50):
+        if not child.exists() or child.read_text().split()[2] == "Z":
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("it goes on")
+    assert run_all.run([sys.executable, "-c", "raise SystemExit(3)"], seconds=60) == 3
