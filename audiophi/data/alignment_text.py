@@ -15,6 +15,7 @@ import unicodedata
 from tokenizers import Tokenizer
 
 CASES = ("lower", "keep")
+BATCH = 1000  # texts that are spelled at once
 # What "lower" makes of ASCII, by character.
 PLAIN_ASCII = {code: c.lower() if (c := chr(code)).isalnum() or c == "'" else " " for code in range(128)}
 
@@ -93,10 +94,11 @@ class AlignmentTokenizer:
     def vocab(self, texts) -> list[int]:
         """Sorted ids that occur in `texts`, and those by which any word in their scripts can be spelled: of a-z and
         their own characters as such, of these' neighbours in Unicode without merges (that is, mostly as bytes)."""
-        ids, letters = set(), set(string.ascii_lowercase + "'")
-        for text in texts:
-            ids.update(self.encode(text))
-            letters.update(text.replace(" ", ""))
+        ids, letters, texts = set(), set(string.ascii_lowercase + "'"), filter(None, map(str.strip, texts))
+        while part := [self._space + text for text in itertools.islice(texts, BATCH)]:
+            for encoding in self._units.encode_batch_fast(part, add_special_tokens=False):  # on all cores
+                ids.update(encoding.ids)
+            letters.update(*(text.replace(" ", "") for text in part))
         for letter in letters:
             ids.update(self.encode(letter))
             ids.update(self._units.encode(letter, add_special_tokens=False).ids)
