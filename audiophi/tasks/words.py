@@ -105,7 +105,16 @@ SPEAKS = Kind(
     YES_NO,
 )
 SECOND = Kind("second_word", (), ("Which word comes second?", "Tell me the second word that you hear."))
-AFTER = Kind("which_last", (), ('Of "{one}" and "{two}", which is said later?',), "choice")
+AFTER = Kind(
+    "which_last",
+    (
+        'Which word is said last, "{one}" or "{two}"?',
+        'Which comes after the other, "{one}" or "{two}"?',
+        'What does the speaker say last: "{one}" or "{two}"?',
+    ),
+    ('Of "{one}" and "{two}", which is said later?',),
+    "choice",
+)
 NOTHING = Kind(
     "nothing_said",
     (
@@ -113,6 +122,14 @@ NOTHING = Kind(
         "What is said here?",
         "Repeat what is said in capital letters.",
         "Name the last word that is said. Answer with one word.",
+        "What is the last word?",
+        "Which word does the speaker begin with?",
+        "Write only the last word of this recording.",
+        "Write the words in capitals.",
+        "Transcribe the speech in upper case.",
+        "List the words that are said, separated by commas.",
+        "Which words do you hear?",
+        "Tell me what is said.",
     ),
     ("Tell me the very first word you hear.", "Type out the speech using only capital letters."),
 )
