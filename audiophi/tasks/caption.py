@@ -11,6 +11,7 @@ class Caption(Task):
     order = 10
     wordings = ("Describe the sound.",)
     test_wordings = ("What can be heard in this recording?", "Say what you hear.", "Describe this audio clip.")
+    decoding = {"no_repeat_ngram_size": 3}  # "a recording of a recording of ..." of a sound that it does not know
     command = "Describe the sounds in audio files."
     shown = ("cider_d", "label_accuracy", "label_accuracy_shuffled")
     main_score = "cider_d"
