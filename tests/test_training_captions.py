@@ -189,7 +189,9 @@ def test_speech_and_sounds_are_trained_and_evaluated_together(settings, librispe
     speech, sounds = {"path": str(librispeech), "split": "dev-clean"}, {"path": str(esc50)}
     data = {"train": [speech, {**sounds, "filter": {"fold": [1]}}], "eval": [speech, sounds]}
     stages = ({"name": "align", "loss": "align"}, {"name": "lm", "loss": "lm"}, {"name": "both", "loss": "both"})
-    run_recipe(recipe_from_dict(settings(*stages, data=data, alignment={"merges": 20}, readout="collapse")))
+    final = run_recipe(recipe_from_dict(settings(*stages, data=data, alignment={"merges": 20}, readout="collapse")))
+    decoding = json.loads(Path(final, "generation_config.json").read_text())["tasks"]
+    assert decoding["caption"]["no_repeat_ngram_size"] == 3, "a caption of a sound that it does not know loops"
     assert "align: 2 rows are left out" in capsys.readouterr().out
     entries = [json.loads(line) for line in (tmp_path / "out" / "history.jsonl").read_text().splitlines()]
     first, *_, last = [entry for entry in entries if "wer_align" in entry]
