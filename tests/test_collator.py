@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
 
 from audiophi.data.alignment_text import AlignmentTokenizer
 from audiophi.data.collator import AudioPhiCollator, training_item
@@ -322,3 +323,29 @@ def test_an_unknown_text_case_is_refused(examples):
 def test_mixed_kinds_of_clips_in_a_batch_are_refused(processor, examples):
     with pytest.raises(ValueError, match="clips of one batch"):
         AudioPhiCollator(processor, "lm")([examples[0], cached(4)])
+
+
+def test_rows_of_a_data_set_train_with_transformers_own_trainer(make_tiny_model, audio, tmp_path):
+    model, processor = make_tiny_model()
+    (first, rate), second = audio
+    rows = [
+        {"audio": {"array": first, "sampling_rate": rate}, "text": "The QUICK, brown fox!"},
+        {"audio": second, "text": "Two.", "instruction": "How many words?"},
+    ]
+    collate = AudioPhiCollator(processor, "lm")
+    batch, alone = collate(rows), collate([rows[1]])
+    known = [item([processor.encode_audio(audio[0])], "The QUICK, brown fox!"),
+             item([processor.encode_audio(second)], "Two.", "How many words?", "answer")]  # fmt: skip
+    known = collate(known)
+    assert known.keys() == batch.keys() and all(torch.equal(batch[name], known[name]) for name in batch)
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=2, per_device_eval_batch_size=1, max_steps=2, report_to=[], use_cpu=True,
+        remove_unused_columns=False, label_names=["labels"], disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, data_collator=collate, train_dataset=rows)
+    assert trainer.train().training_loss > 0
+    found = trainer.predict(rows[1:])
+    assert found.predictions.shape == (*alone["labels"].shape, model.config.get_text_config().vocab_size)
+    for row, said in (({"audio": second}, "without text"), ({"file": "x.wav"}, "without audio and text")):
+        with pytest.raises(ValueError, match=f"{said}: it has 'audio'|{said}: it has 'file'"):
+            collate([row])

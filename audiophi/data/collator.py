@@ -5,17 +5,18 @@ that clips arrive as features, or as cached outputs of the frozen encoder, inste
 """
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from audiophi.tasks import TASKS
+from audiophi.tasks.base import Row
 from modeling_audiophi.alignment_audiophi import NO_TARGET
 from processing.processing_audiophi import HEARD, AudioPhiProcessor
 
 from .alignment_text import AlignmentTokenizer, normalise_transcript
-from .example import Example, in_words, with_clips
+from .example import Clip, Example, in_words, with_clips
 
 MODES = ("align", "lm", "both")
 LEARNED = ("all", "last")
@@ -56,9 +57,24 @@ def training_item(
     }
 
 
+def item_of_row(row: Mapping, processor: AudioPhiProcessor) -> dict:
+    """`training_item` of a row as data sets have them: {"audio": what the processor loads, "text": what is said}, or
+    with "instruction" {"text": the answer to it}. Raises ValueError, AudioError among them."""
+    missing = [name for name in ("audio", "text") if row.get(name) is None]
+    if missing:
+        raise ValueError(f"a row without {' and '.join(missing)}: it has {', '.join(map(repr, row)) or 'nothing'}.")
+    text, asked = row["text"], row.get("instruction")
+    task = TASKS["answer" if asked else "transcribe"]
+    name = str(row.get("id", row["audio"] if isinstance(row["audio"], str) else "a row"))
+    told = {"instruction": asked, "answers": (text,)} if asked else {"text": text}
+    example = task.example(Row(0, name, "", clips=(Clip(None),), **told))
+    return training_item(example, [processor.encode_audio(row["audio"])], wordings=task.wordings, id=name)
+
+
 @dataclass
 class AudioPhiCollator:
-    """Callable for a DataLoader; its items are dicts from `training_item`.
+    """Callable for a DataLoader; its items are dicts from `training_item`, or rows as `item_of_row` takes them, with
+    which transformers' own Trainer works, too.
 
     Args:
         processor: of the model.
@@ -114,8 +130,9 @@ class AudioPhiCollator:
             same tokens labelled. A row without a teacher (`Task.read`, or too long for the context) is all padding.
 
         Raises:
-            ValueError naming an item whose answer makes other tokens where the transcript is read.
+            ValueError naming an item whose answer makes other tokens where the transcript is read, or of `item_of_row`.
         """
+        items = [item if "clips" in item else item_of_row(item, self.processor) for item in items]
         items = [{**item, "clips": [as_windows(clip) for clip in item["clips"]]} for item in items]
         if self.mode == "align":
             batch = self.processor.pad_audio([clip for item in items for clip in item["clips"]])
