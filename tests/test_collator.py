@@ -339,8 +339,8 @@ def test_rows_of_a_data_set_train_with_transformers_own_trainer(make_tiny_model,
     known = collate(known)
     assert known.keys() == batch.keys() and all(torch.equal(batch[name], known[name]) for name in batch)
     arguments = TrainingArguments(
-        str(tmp_path), per_device_train_batch_size=2, per_device_eval_batch_size=1, max_steps=2, report_to=[], use_cpu=True,
-        remove_unused_columns=False, label_names=["labels"], disable_tqdm=True, save_strategy="no",
+        str(tmp_path), per_device_train_batch_size=2, per_device_eval_batch_size=1, max_steps=2, report_to=[],
+        remove_unused_columns=False, label_names=["labels"], disable_tqdm=True, save_strategy="no", use_cpu=True,
     )  # fmt: skip
     trainer = Trainer(model, arguments, data_collator=collate, train_dataset=rows)
     assert trainer.train().training_loss > 0
