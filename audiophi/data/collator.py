@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from audiophi.tasks import TASKS
-from audiophi.tasks.base import Row
+from audiophi.tasks import TASKS, Row, task_of_source
 from modeling_audiophi.alignment_audiophi import NO_TARGET
 from processing.processing_audiophi import HEARD, AudioPhiProcessor
 
@@ -57,18 +56,18 @@ def training_item(
     }
 
 
-def item_of_row(row: Mapping, processor: AudioPhiProcessor) -> dict:
+def item_of_row(row: Mapping, processor: AudioPhiProcessor, text_case: str = "lower") -> dict:
     """`training_item` of a row as data sets have them: {"audio": what the processor loads, "text": what is said}, or
     with "instruction" {"text": the answer to it}. Raises ValueError, AudioError among them."""
     missing = [name for name in ("audio", "text") if row.get(name) is None]
     if missing:
         raise ValueError(f"a row without {' and '.join(missing)}: it has {', '.join(map(repr, row)) or 'nothing'}.")
-    text, asked = row["text"], row.get("instruction")
-    task = TASKS["answer" if asked else "transcribe"]
+    asked = row.get("instruction") or None
+    task = task_of_source({"audio", "text"} | ({"instruction"} if asked else set()), asked)
     name = str(row.get("id", row["audio"] if isinstance(row["audio"], str) else "a row"))
-    told = {"instruction": asked, "answers": (text,)} if asked else {"text": text}
-    example = task.example(Row(0, name, "", clips=(Clip(None),), **told))
-    return training_item(example, [processor.encode_audio(row["audio"])], wordings=task.wordings, id=name)
+    example = task.example(Row(0, name, "", clips=(Clip(None),), text=row["text"], instruction=asked))
+    clips = [processor.encode_audio(row["audio"])]
+    return training_item(example, clips, wordings=task.wordings, text_case=text_case, id=name)
 
 
 @dataclass
@@ -132,7 +131,7 @@ class AudioPhiCollator:
         Raises:
             ValueError naming an item whose answer makes other tokens where the transcript is read, or of `item_of_row`.
         """
-        items = [item if "clips" in item else item_of_row(item, self.processor) for item in items]
+        items = [item if "clips" in item else item_of_row(item, self.processor, self.text_case) for item in items]
         items = [{**item, "clips": [as_windows(clip) for clip in item["clips"]]} for item in items]
         if self.mode == "align":
             batch = self.processor.pad_audio([clip for item in items for clip in item["clips"]])
