@@ -37,26 +37,33 @@ endif
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal --durations=10
 
-test-slow: .venv/installed
+test-slow: .venv/installed-test
 	$(BIN)/python tools/get_components.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
 
-test-faults: .venv/installed
+test-faults: .venv/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m faults --durations=10
 
-bench: .venv/installed
+bench: .venv/installed-test
 	$(BIN)/python tools/get_components.py
 	$(BIN)/python benchmarks/run_all.py $(BENCH)
 
-lint: .venv/installed
+lint: .venv/installed-test
 	$(BIN)/ruff check .
 
-# The stamp is written last, so an interrupted installation is taken up again.
+# Compiling all of torch, transformers and Gradio takes longer than compiling, at the first import, what is used.
+QUIETLY := --quiet --disable-pip-version-check --no-compile
+
+# The stamps are written last, so an interrupted installation is taken up again.
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or newer is needed, this is ' + sys.version"
 	@$(PYTHON) -c "import ensurepip" || (echo "venv is missing: apt-get install python3-venv"; exit 1)
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[test]"
+	$(BIN)/python -m pip install $(QUIETLY) -e ".[demo]"
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/python -m pip install $(QUIETLY) -e ".[test]"
 	touch $@
 
 clean:
