@@ -10,6 +10,7 @@ number, and is the same every time.
 
 import io
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -34,14 +35,19 @@ def rows(path: Path, split: str | None = None, audio_folder: Path | None = None)
     if split is not None:
         raise ValueError(f"noise:{path}: has no splits.")
     for number in range(int(str(path))):
-        kind, rng = KINDS[number % len(KINDS)], np.random.default_rng(number)
-        samples, buffer = make_clip(kind, rng.uniform(*SECONDS), rng), io.BytesIO()
-        sf.write(buffer, samples, SAMPLE_RATE, format="FLAC")
-        name = f"{kind}-{number}"
-        yield {
-            "audio": {"bytes": buffer.getvalue(), "path": f"{name}.flac"}, "text": "", "label": kind, "id": name,
-            "seconds": len(samples) / SAMPLE_RATE,
-        }  # fmt: skip
+        kind = KINDS[number % len(KINDS)]
+        (flac, seconds), name = encoded(number), f"{kind}-{number}"
+        audio = {"bytes": flac, "path": f"{name}.flac"}
+        yield {"audio": audio, "text": "", "label": kind, "id": name, "seconds": seconds}
+
+
+@lru_cache(maxsize=500)  # each stage reads them again
+def encoded(number: int) -> tuple[bytes, float]:
+    """FLAC and seconds of the clip of this number."""
+    rng, buffer = np.random.default_rng(number), io.BytesIO()
+    samples = make_clip(KINDS[number % len(KINDS)], rng.uniform(*SECONDS), rng)
+    sf.write(buffer, samples, SAMPLE_RATE, format="FLAC")
+    return buffer.getvalue(), len(samples) / SAMPLE_RATE
 
 
 def make_clip(kind: str, seconds: float, rng: np.random.Generator) -> np.ndarray:
@@ -64,10 +70,15 @@ def make_clip(kind: str, seconds: float, rng: np.random.Generator) -> np.ndarray
 
 def coloured(size: int, rng: np.random.Generator) -> np.ndarray:
     """Noise of a random slope, (size,) of mean square 1."""
-    spectrum = np.fft.rfft(rng.standard_normal(size))
+    spectrum = np.fft.rfft(rng.standard_normal(size), padded(size))
     spectrum[1:] /= np.arange(1, len(spectrum)) ** rng.uniform(0, 1.2)  # 0 white, 0.5 pink, 1 brown
-    samples = np.fft.irfft(spectrum, size)
+    samples = np.fft.irfft(spectrum)[:size]
     return samples / (np.sqrt(np.mean(samples**2)) + 1e-12)
+
+
+def padded(size: int) -> int:
+    """At least `size`: a power of two. A prime takes ten times as long."""
+    return 1 << (size - 1).bit_length()
 
 
 def hum(size: int, rng: np.random.Generator) -> np.ndarray:
@@ -124,11 +135,12 @@ def beeps(size: int, rng: np.random.Generator) -> np.ndarray:
 
 def rustle(size: int, rng: np.random.Generator) -> np.ndarray:
     """Paper, cloth, steps on gravel: noise of a band that swells and fades many times a second, and pauses."""
-    spectrum, bins = np.fft.rfft(rng.standard_normal(size)), np.fft.rfftfreq(size, 1 / SAMPLE_RATE)
+    whole = padded(size)
+    spectrum, bins = np.fft.rfft(rng.standard_normal(size), whole), np.fft.rfftfreq(whole, 1 / SAMPLE_RATE)
     spectrum[(bins < rng.uniform(50, 2000)) | (bins > rng.uniform(3000, 8000))] = 0
     swell = rng.standard_normal(2 + int(size / SAMPLE_RATE * rng.uniform(5, 40))) - rng.uniform(-0.5, 0.5)
     swell = np.interp(np.linspace(0, 1, size), np.linspace(0, 1, len(swell)), np.maximum(swell, 0) ** 2)
-    return np.fft.irfft(spectrum, size) * (swell + 1e-3)
+    return np.fft.irfft(spectrum)[:size] * (swell + 1e-3)
 
 
 SOUNDS = {"clicks": clicks, "beeps": beeps, "rustle": rustle}
