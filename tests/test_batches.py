@@ -62,9 +62,9 @@ def test_a_few_batches_stand_for_all(grouped):
     seconds, tokens = list(rng.lognormal(1.5, 0.7, 4000)), list(rng.integers(20, 400, 4000))
     schedule = BatchSchedule(seconds, tokens=tokens, epochs=1, batch_size=8, group_by_length=grouped)
     work = [sum(schedule.work(draw) for draw in batch) for batch in schedule]
-    few = [sum(schedule.work(draw) for draw in batch) for batch in schedule.sample()]
+    few = [sum(schedule.work(draw) for draw in batch) for batch in schedule.sample(8)]
     assert len(few) == 8 and np.mean(few) == pytest.approx(np.mean(work), rel=0.05)
-    assert len(BatchSchedule([1.0], steps=3, batch_size=1).sample()) == 1
+    assert len(BatchSchedule([1.0], steps=3, batch_size=1).sample(8)) == 1
 
 
 def test_accumulation_splits_the_same_steps():
@@ -95,10 +95,10 @@ def test_the_batches_that_are_measured_are_the_largest_and_some_of_all():
     longest, wordiest = schedule.largest()
     assert schedule.padded(longest)[0] == max(len(b) * max(SECONDS[d.row] for d in b) for b in batches)
     assert schedule.padded(wordiest)[1] == max(len(b) * max(tokens[d.row] for d in b) for b in batches)
-    sample = schedule.sample()
-    assert len(sample) == 8 and all(batch in batches for batch in sample) and sample == schedule.sample()
+    sample = schedule.sample(8)
+    assert len(sample) == 8 and all(batch in batches for batch in sample) and sample == schedule.sample(8)
     assert len(BatchSchedule(SECONDS, epochs=1, batch_size=8).largest()) == 1, "without text one batch is both"
-    assert len(BatchSchedule(SECONDS[:2], steps=1, batch_size=8).sample()) == 1
+    assert len(BatchSchedule(SECONDS[:2], steps=1, batch_size=8).sample(8)) == 1
 
 
 def test_mixture_weights_and_speeds():

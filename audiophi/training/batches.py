@@ -100,7 +100,7 @@ class BatchSchedule(Sampler[list[Draw]]):
         found = [max(batches, key=lambda batch: self.padded(batch)[:: step]) for step in (1, -1)]
         return found[: 1 + (found[0] != found[1])]
 
-    def sample(self, count: int = 8) -> list[list[Draw]]:
+    def sample(self, count: int) -> list[list[Draw]]:
         """Micro-batches of the first pass, to time a step: of equal parts of it, from those with the least audio and
         text to those with the most, the one in the middle of each, so that a few stand for all."""
         batches = sorted(self._first_pass(), key=lambda batch: sum(self.work(draw) for draw in batch))

@@ -20,6 +20,9 @@ from .memory import STATE_BYTES
 from .prompt_room import PromptRoom
 from .recipe import RecipeError, Stage
 
+SAMPLED = 8  # micro-batches that are timed
+MEASURING = 0.05  # of a stage's minutes, unless two of them take longer
+
 
 def parameter_table(model: torch.nn.Module) -> list[tuple[str, int, int]]:
     """(part, parameters, of them trained) per part."""
@@ -57,8 +60,8 @@ def token_rate(room: PromptRoom, corpus: Corpus, sampled: int = 200) -> dict[str
 
 
 def measure_step(model, schedule: BatchSchedule, batch_of: Callable[[list], dict], trainer) -> tuple[float, float]:
-    """Runs the largest micro-batches (do they fit?) and times some from all over the schedule -> (seconds per optimiser
-    step, peak memory, bytes).
+    """Runs the largest micro-batches (do they fit?) and times some from all over the schedule, fewer where the stage
+    has few minutes -> (seconds per optimiser step, peak memory, bytes).
 
     `batch_of`: Draws -> a collated batch. Nothing is learned: gradients are dropped and random states restored. Raises
     RecipeError where memory is too small.
@@ -68,11 +71,10 @@ def measure_step(model, schedule: BatchSchedule, batch_of: Callable[[list], dict
         torch.cuda.reset_peak_memory_stats()
     was_training = model.training
     model.train()
-    largest, sample = schedule.largest(), schedule.sample()
-    with preserved_random_state():
-        for number, draws in enumerate(largest + sample):
-            if number == len(largest):
-                start = time.perf_counter()
+
+    def seconds_each(batches: list) -> float:
+        start = time.perf_counter()
+        for draws in batches:
             try:
                 trainer.measure_loss(batch_of(draws)).backward()
             except RuntimeError as error:
@@ -81,7 +83,12 @@ def measure_step(model, schedule: BatchSchedule, batch_of: Callable[[list], dict
                 raise RecipeError(does_not_fit(trainer.stage, len(draws), *schedule.padded(draws))) from error
             if on_gpu:
                 torch.cuda.synchronize()
-        spent = (time.perf_counter() - start) / len(sample)
+        return (time.perf_counter() - start) / len(batches)
+
+    with preserved_random_state():
+        longest, minutes = seconds_each(schedule.largest()), trainer.stage.minutes
+        count = SAMPLED if minutes is None else int(60 * minutes * MEASURING / longest)
+        spent = seconds_each(schedule.sample(min(max(2, count), SAMPLED)))
     model.zero_grad(set_to_none=True)
     model.train(was_training)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
