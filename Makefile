@@ -20,7 +20,7 @@ quickstart: .venv/installed
 	$(BIN)/python eval.py --model $(RUN)/final --data data/synthetic_speech --split test --output_dir $(RUN)/eval --show 8
 	$(BIN)/python tools/make_questions.py recipes/quickstart.yaml $(RUN)/questions.jsonl --per_kind 4
 	$(BIN)/python eval.py --model $(RUN)/final --data $(RUN)/questions.jsonl --task answer --max_new_tokens 40 \
-		--output_dir $(RUN)/eval-answers --show 8
+		--conditions shuffled_audio --output_dir $(RUN)/eval-answers --show 8
 	$(BIN)/audiophi card $(RUN)/final --metrics $(RUN)/eval/metrics.json $(RUN)/eval-answers/metrics.json
 ifneq ($(LIBRISPEECH),)
 	$(BIN)/python eval.py --model $(RUN)/final --data $(LIBRISPEECH) --limit $(LIMIT) \
@@ -51,8 +51,9 @@ bench: .venv/installed-test
 lint: .venv/installed-test
 	$(BIN)/ruff check .
 
-# Compiling all of torch, transformers and Gradio takes longer than compiling, at the first import, what is used.
+# pip compiles on one core, and leaves out what PYTHONDONTWRITEBYTECODE forbids: every start would take twice as long.
 QUIETLY := --quiet --disable-pip-version-check --no-compile
+COMPILE := -m compileall -q -j 0
 
 # The stamps are written last, so an interrupted installation is taken up again.
 .venv/installed: pyproject.toml
@@ -60,10 +61,12 @@ QUIETLY := --quiet --disable-pip-version-check --no-compile
 	@$(PYTHON) -c "import ensurepip" || (echo "venv is missing: apt-get install python3-venv"; exit 1)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(QUIETLY) -e ".[demo]"
+	-@$(BIN)/python $(COMPILE) .venv/lib >/dev/null 2>&1  # some packages carry templates that are no Python
 	touch $@
 
 .venv/installed-test: .venv/installed
 	$(BIN)/python -m pip install $(QUIETLY) -e ".[test]"
+	-@$(BIN)/python $(COMPILE) .venv/lib >/dev/null 2>&1
 	touch $@
 
 clean:

@@ -61,6 +61,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
                         "its words, or what the LLM answers that reads them")  # fmt: skip
     parser.add_argument("--forgetting", metavar="DATA", help="text-only rows, asked with and without what training "
                         "changed in the LLM")  # fmt: skip
+    parser.add_argument("--conditions", nargs="*", choices=tuple(CONDITIONS), help="further ways to ask all rows; "
+                        "default: those of the task; none named: none")  # fmt: skip
     parser.add_argument("--show", type=int, default=0, help="print N answers beside their references")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -85,6 +87,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for name, tasks in owners.items():
         if args.task not in tasks and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} is for --task {' or '.join(tasks)}")
+    if strange := {*(args.conditions or ())} - {*TASKS[args.task].conditions}:
+        parser.error(f"--conditions {' '.join(sorted(strange))}: task {args.task} has no such way to ask")
     args.own = {
         name: getattr(args, name) for name, tasks in owners.items() if args.task in tasks and name not in shared
     }
@@ -211,7 +215,7 @@ def evaluate(args: argparse.Namespace, report: Callable[[dict], None]) -> tuple[
     predictions = predict_all(rows, listen, task, args.output_dir / "predictions.jsonl", ours, fresh, args, "model")
     conditions = {}
     listen.with_alignment = False
-    for name in task.conditions:
+    for name in task.conditions if args.conditions is None else args.conditions:
         asked = predict_condition(name, rows, predictions, listen, task, ours, fresh, args)
         if asked is not None:
             conditions[name] = asked
