@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from .components_audiophi import resolve_component
 from .encoders import encoder_class
+from .lora_audiophi import without_lora
 from .outputs_audiophi import AudioPhiAudioOutput
 
 BEAMS = 4  # of the decoder where its texts are chosen from
@@ -75,40 +76,27 @@ class EarsMixin:
         audio.words = words
         return audio
 
-    def choose_words(self, audio, prompt, mask, fusion):
-        """`audio` of `hear` with each clip's candidates in their order by decoder, alignment and language model:
-        score + hear_ctc_weight * log p_CTC + hear_lm_weight * log p_LLM, all per token.
-
-        `prompt` (B, L), `mask` (B, L): the language model that hears reads each candidate behind it, in one pass a
-        prompt, where every prompt has one clip.
-        """
-        ctc, lm = fusion["hear_ctc_weight"], fusion["hear_lm_weight"]
+    def choose_words(self, audio, fusion):
+        """`audio` of `hear` with each clip's candidates in the order of `together`, the best first."""
         if fusion["hear_with"] != "both":
             return audio
-        if lm and (len(audio.words) != len(prompt) or audio.pooler_output is None):
-            raise ValueError("hear_lm_weight is for prompts with one clip each")
-        chosen, begin = [], 0
+        weights, chosen = (fusion["hear_ctc_weight"], fusion["hear_lm_weight"]), []
         for number, pairs in enumerate(audio.words):
-            end = begin + int(audio.counts[number])
-            scores = torch.tensor([score for _, score in pairs])
-            if len(pairs) > 1 and ctc:
-                scores += ctc * self._align_scores(audio, number)
-            if len(pairs) > 1 and lm:
-                row, there = prompt[number : number + 1], mask if mask is None else mask[number : number + 1]
-                ids = [self.words_as_tokens(text) for text, _ in pairs]
-                scores += lm * self._read_scores(row, there, audio.pooler_output[begin:end], ids)
-            order = scores.argsort(descending=True, stable=True).tolist()
-            chosen.append([pairs[place] for place in order])
-            begin = end
+            if len(pairs) > 1:
+                ctc = self._align_scores(audio, number) if weights[0] else torch.zeros(len(pairs))
+                lm = self._prior_scores(pairs, fusion) if weights[1] else torch.zeros(len(pairs))
+                order = together(torch.tensor([score for _, score in pairs]), ctc, lm, weights)
+                pairs = [pairs[place] for place in order.argsort(descending=True, stable=True)]
+            chosen.append(pairs)
         audio.words = chosen
         return audio
 
-    def score_words(self, audio):
-        """Per clip of `hear`'s, with both ears: its candidates, (text, decoder's score, alignment's score) each."""
+    def score_words(self, audio, fusion):
+        """Per clip of `hear`'s, with both ears: its candidates, (text, the scores of `together`) each."""
         scored = []
         for number, pairs in enumerate(audio.words):
-            aligned = self._align_scores(audio, number).tolist() if pairs else []
-            scored.append([(*pair, score) for pair, score in zip(pairs, aligned, strict=True)])
+            others = self._align_scores(audio, number).tolist(), self._prior_scores(pairs, fusion).tolist()
+            scored.append([(*pair, *scores) for pair, *scores in zip(pairs, *others, strict=True)])
         return scored
 
     def _align_scores(self, audio, number):
@@ -117,23 +105,21 @@ class EarsMixin:
         ids = [self.words_as_tokens(text) for text, _ in audio.words[number]]
         return ctc_scores(logits, ids, self.model.alignment.vocab_ids)
 
-    def _read_scores(self, prompt, mask, embeds, ids):
-        """Mean log probability (n,) of each of `ids` behind one prompt (1, L) that hears `embeds` (N, D)."""
-        row = self.model.expand_prompt(prompt, mask, torch.tensor([len(embeds)]), padding_side="left").input_ids[0]
-        texts = nn.utils.rnn.pad_sequence(
-            [torch.cat([row, torch.tensor(text, device=row.device)]) for text in ids],
-            batch_first=True,
-            padding_value=-1,
-        )
-        real = texts >= 0
-        hidden = self.model(
-            input_ids=texts.clamp(min=0), attention_mask=real.long(), audio_embeds=embeds.repeat(len(ids), 1),
-            use_cache=False,
-        ).last_hidden_state[:, len(row) - 1 : -1]  # fmt: skip
-        scores = self.compute_logits(hidden).float().log_softmax(-1)
-        scores = scores.gather(-1, texts[:, len(row) :, None].clamp(min=0))[..., 0]
-        counted = real[:, len(row) :]
-        return ((scores * counted).sum(1) / counted.sum(1).clamp(min=1)).cpu()
+    def _prior_scores(self, pairs, fusion):
+        """Mean log probability per token (n,) of the texts of one clip for the language model as it was before any
+        training, which hears nothing."""
+        ids = [[self.prior_start(fusion), *self.words_as_tokens(text, verbatim=True)] for text, _ in pairs]
+        rows = [torch.tensor(text, device=self.device) for text in ids]
+        if not rows:
+            return torch.zeros(0)
+        texts = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
+        with without_lora(self.model.language_model):
+            hidden = self.model.language_model(
+                input_ids=texts.clamp(min=0), attention_mask=(texts >= 0).long(), use_cache=False
+            ).last_hidden_state[:, :-1]
+        logits = self.compute_logits(hidden).float().transpose(1, 2)
+        losses = nn.functional.cross_entropy(logits, texts[:, 1:], reduction="none")
+        return -(losses.sum(1) / (texts[:, 1:] >= 0).sum(1).clamp(min=1)).cpu()
 
     def read_words(self, audio):
         """`audio` of which the language model reads the best candidate's tokens instead of the readout's words; clip
@@ -168,6 +154,16 @@ class EarsMixin:
                 best = " ".join(pairs[min(place, len(pairs) - 1)][0] for pairs in known)
                 texts.append(self.words_as_tokens(best, verbatim=True))
         return texts
+
+
+def together(decoder, alignment, prior, weights):
+    """What orders the candidates (n,) of a clip: mean log probabilities per token of the decoder, of CTC and of the
+    language model that hears nothing, decoder - weights[0] * alignment² + weights[1] * prior.
+
+    Squared, since the alignment itself is wrong in a word of four: a text that it finds a little less likely is hardly
+    worse for that, one that it does not hear at all is out (dev/LOG.md, 2026-11-27).
+    """
+    return decoder - weights[0] * alignment**2 + weights[1] * prior
 
 
 def read_instead(audio, texts, whole, embed, device):

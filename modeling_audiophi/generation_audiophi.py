@@ -33,8 +33,8 @@ GENERATION_SETTINGS = {
     "draft_tokens": 0,
     "hear_with": None,
     "hear_beams": None,
-    "hear_ctc_weight": 0.1,
-    "hear_lm_weight": 0.0,
+    "hear_ctc_weight": 0.02,
+    "hear_lm_weight": 0.1,
     "hear_confidence": None,
     "verbatim": False,
 }
@@ -65,13 +65,13 @@ class AudioPhiGenerationMixin(GenerationMixin):
                 counts.
             ctc_temperature (1): of its posteriors; CTC is surer of itself than it should be, more makes it less so.
             lm_prior_weight (0): see `LanguageModelPrior`; without effect where ctc_weight is 0.
-            lm_prior_start_id (the LLM's bos): token that begins a text for that prior.
+            lm_prior_start_id (the LLM's bos): token that begins a text for that prior, and for hear_lm_weight.
             draft_tokens (0): tokens of the alignment's transcript that the LLM checks at once where one sequence is
                 decoded greedily (`HeardDraft`): the same words, sooner. 0: one by one.
             hear_with (the config's): "alignment", "decoder" or "both", see `AudioPhiConfig`.
             hear_beams (1; both: 4): texts that the decoder proposes.
-            hear_ctc_weight (0.1), hear_lm_weight (0): shares of alignment and LLM in choosing from them with "both",
-                see `choose_words`.
+            hear_ctc_weight (0.02), hear_lm_weight (0.1): shares of the alignment, and of the LLM without audio, in
+                choosing from them with "both", see `together` in ears_audiophi.py.
             hear_confidence: three numbers, see `word_confidence`; the engine's alone.
             verbatim (False): with a decoder, the answer is its text itself, without the LLM.
         Raises ValueError for an unknown task, values outside these ranges, and where there is no alignment head.
@@ -100,7 +100,7 @@ class AudioPhiGenerationMixin(GenerationMixin):
                 self.model.expand_prompt(prompt, mask, self.model.most_counts(audio_inputs), padding_side="left")
             audio = self.hear(audio_inputs, fusion["hear_with"], fusion["hear_beams"])
         if audio.words is not None:
-            audio = self.choose_words(audio, prompt, mask, fusion)
+            audio = self.choose_words(audio, fusion)
             clips = last_clips(prompt, self.config.audio_token_id, asked)
             if fusion["verbatim"] and all(clips):
                 config = self.generation_config if generation_config is None else generation_config
@@ -245,12 +245,7 @@ class AudioPhiGenerationMixin(GenerationMixin):
         scorers = [CTCPrefixScorer(log_probs, lengths, vocab_ids, ends, prompt_length, weight, remember)]
         if not fusion["lm_prior_weight"]:
             return scorers
-        start = fusion["lm_prior_start_id"]
-        if start is None:
-            start = self.config.text_config.bos_token_id
-        if start is None:
-            start = ends[0] if ends else 0
-
+        start = self.prior_start(fusion)
         language_model = self.model.language_model
 
         def predict(tokens, cache):
@@ -261,6 +256,11 @@ class AudioPhiGenerationMixin(GenerationMixin):
         config = language_model.config
         prior = (predict, config, vocab_ids, ends, lengths > 0, start, prompt_length, fusion["lm_prior_weight"])
         return [*scorers, LanguageModelPrior(*prior) if draft is None else DraftedPrior(draft, *prior)]
+
+    def prior_start(self, fusion):
+        """Token id that begins a text for the language model without audio."""
+        own, ends = self.config.text_config.bos_token_id, self._end_ids(None, {})
+        return next(token for token in (fusion["lm_prior_start_id"], own, *ends, 0) if token is not None)
 
     def _count_from(self, added, generation_config, kwargs):
         """Total lengths that count the prompt, with the `added` columns (fewer than none are possible); new-token

@@ -12,7 +12,7 @@ from transformers import AutoModel, WhisperConfig, WhisperFeatureExtractor, Whis
 from audiophi.data.collator import AudioPhiCollator
 from audiophi.training.callbacks import Development
 from audiophi.training.corpus import BadRows, Corpus
-from audiophi.training.ears_fit import fit_ears
+from audiophi.training.ears_fit import choose, fit_ears
 from audiophi.training.recipe import Source
 from modeling_audiophi import AudioPhiForConditionalGeneration, decoder_whisper
 from modeling_audiophi.decoder_whisper import WhisperDecoder
@@ -108,40 +108,62 @@ def test_both_takes_the_candidate_that_the_alignment_prefers(
         return logits
 
     monkeypatch.setattr(model.model, "align", align)
-    # Of the weights that are tried on development clips, the first one with the fewest errors stays.
+    # Development clips say how much the alignment counts: no more than it must.
     audio_inputs = {name: value for name, value in inputs.items() if name.startswith(("input_f", "audio"))}
-    scored = model.score_words(model.hear(audio_inputs, "both"))
+    fusion = model.decoding_settings(task="transcribe")[2]
+    scored = model.score_words(model.hear(audio_inputs, "both"), fusion)
     assert [pair[:2] for pair in scored[0]] == pairs and max(scored[0], key=lambda pair: pair[2])[0] == second
-    for said, best in ((second, 0.1), (first, 0.0)):
+    for said in (second, first):
         folder = tmp_path / said
         folder.mkdir()
         soundfile.write(folder / "a.wav", waveform(0.7), 16_000)
-        (folder / "metadata.jsonl").write_text(json.dumps({"audio": "a.wav", "text": said}) + "\n")
+        (folder / "metadata.jsonl").write_text((json.dumps({"audio": "a.wav", "text": said}) + "\n") * 3)
         corpus = Corpus([Source(str(folder))], BadRows(folder / "bad.jsonl", 1.0), "lower", None)
-        development = Development(corpus, processor, 1, 1, 8)
-        fit_ears(model, development, {"hear_ctc_weight": 0.3}, folder, print)
+        development = Development(corpus, processor, 3, 1, 8)
+        fit_ears(model, development, {"hear_ctc_weight": 0.3, "hear_lm_weight": 0.0}, folder, print)
         assert not (folder / "decoding.json").exists()
-        fit_ears(model, development, {}, folder, print)
+        fit_ears(model, development, {"hear_lm_weight": 0.0}, folder, print)
         told = json.loads((folder / "decoding.json").read_text())["ears"]
-        assert told["clips"] == 1 and model.generation_config.hear_ctc_weight == told["chosen"] == best
-        assert {trial["error_rate"] for trial in told["tried"]} == {0.0, 100.0}
-        assert (told["confidence"]["words"], told["confidence"]["wrong"]) == (1, 0)
-        assert model.generation_config.hear_confidence == told["confidence"]["chosen"]
+        chosen = told["chosen"]
+        assert (told["clips"], told["domains"]) == (3, 1) and chosen["hear_lm_weight"] == 0.0
+        assert (chosen["hear_ctc_weight"] > 0) == (said == second)
+        assert {round(trial["error_rate"], 6) for trial in told["tried"]} == {0.0, 100.0}
+        assert (told["words"], told["wrong"]) == (3, 0)
+        assert {name: getattr(model.generation_config, name) for name in chosen} == chosen
 
     def transcript(**settings):
         written = model.generate(**inputs, task="transcribe", verbatim=True, **settings)[0, start:]
         return processor.tokenizer.decode(written, skip_special_tokens=True)
 
-    assert transcript(hear_ctc_weight=0.0) == first
-    assert transcript(hear_ctc_weight=1.0) == second
+    assert transcript(hear_ctc_weight=0.0, hear_lm_weight=0.0) == first
+    assert transcript(hear_ctc_weight=1.0, hear_lm_weight=0.0) == second
     assert transcript(hear_ctc_weight=1.0, hear_with="decoder") == first
-    # The LLM reads all candidates in one pass: it prefers what it finds likeliest itself.
-    audio = model.get_audio_features(**audio_inputs)
-    ids = [model.words_as_tokens(text) for text, _ in pairs]
-    scores = model._read_scores(inputs["input_ids"], None, audio.pooler_output, ids)
-    alone = [model._read_scores(inputs["input_ids"], None, audio.pooler_output, [one])[0] for one in ids]
-    assert torch.allclose(scores, torch.stack(alone), atol=1e-5)
-    assert transcript(hear_ctc_weight=0.0, hear_lm_weight=1e6) == pairs[int(scores.argmax())][0]
+    # The LLM without audio and LoRA reads all candidates in one pass, short ones as if alone.
+    mixed = [(first, 0.0), (f"{second} {third} {first}", 0.0)]
+    scores = model._prior_scores(mixed, fusion)
+    language_model, begin = model.model.language_model, model.prior_start(fusion)
+    for (text, _), score in zip(mixed, scores, strict=True):
+        ids = torch.tensor([[begin, *model.words_as_tokens(text, verbatim=True)]])
+        likely = model.compute_logits(language_model(input_ids=ids).last_hidden_state)[0, :-1].log_softmax(-1)
+        assert torch.isclose(score, likely.gather(-1, ids[0, 1:, None]).mean(), atol=1e-5)
+    preferred = int(model._prior_scores(pairs, fusion).argmax())
+    assert transcript(hear_ctc_weight=0.0, hear_lm_weight=1e6) == pairs[preferred][0]
+    assert len(model._prior_scores([], fusion)) == 0
+
+
+def test_the_alignment_counts_no_more_than_development_clips_can_tell():
+    grid = [(weight, lm) for weight in (0.0, 0.01, 0.1) for lm in (0.0, 0.1)]
+    words, domains = torch.full((40,), 10.0), ["a"] * 30 + ["b"] * 10
+    errors = torch.ones(6, 40)
+    errors[:2, 30:] = 9.0  # without it domain b is lost
+    errors[3] = 0.9  # the LLM helps beside it
+    errors[5] = 0.9
+    errors[5, 0] -= 0.5  # better on a single clip: no more than chance
+    rates, place = choose(grid, errors, words, domains)
+    assert grid[place] == (0.01, 0.1) and rates[5] < rates[3] == pytest.approx(9.0)
+    assert rates[0] == pytest.approx((10 + 90) / 2)  # each domain alike
+    errors[5] -= 0.5
+    assert grid[choose(grid, errors, words, domains)[1]] == (0.1, 0.1)
 
 
 def test_the_alignments_own_text_is_a_candidate_and_is_read_as_the_readout(make_tiny_model, whisper_dir, waveform):

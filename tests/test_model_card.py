@@ -184,12 +184,14 @@ def test_on_which_clips_the_decoding_was_chosen(published, tmp_path, capsys):
     capsys.readouterr()
     assert main(["card", str(folder), "--check"]) == 1 and "+How it decodes" in capsys.readouterr().out
     # With two ears also what the alignment counts, as long as it does.
-    trials = [{"hear_ctc_weight": weight, "error_rate": rate} for weight, rate in ((0.1, 4.0), (0.15, 3.21))]
-    kept.write_text(json.dumps({"ears": {"clips": 36, "chosen": 0.15, "tried": trials}}))
+    weighed = {"hear_ctc_weight": 0.02, "hear_lm_weight": 0.1}
+    trials = [{**weighed, "hear_lm_weight": 0.0, "error_rate": 3.0}, {**weighed, "error_rate": 3.21}]
+    kept.write_text(json.dumps({"ears": {"clips": 36, "domains": 2, "chosen": weighed, "tried": trials}}))
     assert "How it decodes" not in card_of(folder).text and "two ears" not in card_of(folder).text
-    (folder / "generation_config.json").write_text(json.dumps({**saved, "hear_ctc_weight": 0.15}))
-    assert "`hear_ctc_weight` 0.15 beside the encoder's decoder: of 2 values the first" in card_of(folder).text
-    assert "36 development clips, 3.21 %. A figure on these clips flatters." in card_of(folder).text
+    (folder / "generation_config.json").write_text(json.dumps({**saved, **weighed}))
+    text = card_of(folder).text
+    assert "(`hear_ctc_weight` 0.02, `hear_lm_weight` 0.1) was found on 36 development clips: of 2 pairs" in text
+    assert "standard error, 3.21 % (the mean over 2 sources). A figure on these clips flatters." in text
     # What a run wrote before it said of which data.
     kept.write_text(json.dumps({"clips": 5, "chosen": chosen, "tried": tried}))
     assert "was chosen on 5 development clips: of 2 settings" in card_of(folder).text

@@ -225,15 +225,17 @@ def decoding_text(fitted: dict, saved: dict, about: About, answers: HubAnswers) 
 
 
 def ears_text(fitted: dict, saved: dict) -> str | None:
-    """How the alignment was weighed beside the encoder's decoder."""
+    """How alignment and language model were weighed beside the encoder's decoder."""
     ears = fitted.get("ears")
-    if not ears or saved.get("hear_ctc_weight") != ears["chosen"]:
+    if not ears or any(saved.get(name) != value for name, value in ears["chosen"].items()):
         return None
-    errors = [trial["error_rate"] for trial in ears["tried"]]
+    chosen = {name: ears["chosen"][name] for name in ears["tried"][0] if name != "error_rate"}
+    error = next(trial["error_rate"] for trial in ears["tried"] if chosen.items() <= trial.items())
     return (
-        f"With two ears the alignment counts `hear_ctc_weight` {ears['chosen']:g} beside the encoder's decoder: of "
-        f"{len(errors)} values the first with the fewest word errors on {ears['clips']:,} development clips, "
-        f"{min(errors):.2f} %."
+        f"With two ears, what is chosen from the texts of the encoder's decoder and the alignment's "
+        f"({', '.join(f'`{name}` {value:g}' for name, value in chosen.items())}) was found on {ears['clips']:,} "
+        f"development clips: of {len(ears['tried'])} pairs of weights the one that trusts the alignment least and is "
+        f"behind the best by no more than a standard error, {error:.2f} % (the mean over {ears['domains']} sources)."
     )
 
 

@@ -110,6 +110,7 @@ class Evaluation:
     max_new_tokens: int = 96
     # At the end the weights of decoding that `generation` does not give are chosen on these clips (decoding_fit.py).
     fit_decoding: bool = True
+    ears_clips: int = 300  # on which two ears are weighed then, each heard once (ears_fit.py)
 
 
 @dataclass

@@ -130,7 +130,10 @@ def finish(run: Run) -> None:
         given = {**run.recipe.generation, **run.recipe.generation.get(Transcribe.name, {})}
         learned = run.recipe.init_from is not None or any(stage.loss != "align" for stage in run.recipe.stages)
         fit_decoding(run.model, run.development, given, run.folder, run.say, llm_learned=learned)
-        fit_ears(run.model, run.development, given, run.folder, run.say)
+        if run.model.config.hear_with == "both":
+            clips = run.recipe.evaluation.ears_clips
+            heard = development_of(run.recipe, run.folder, run.processor, clips, together=False)
+            fit_ears(run.model, heard, given, run.folder, run.say)
     draw_curves(run.history.read(), run.folder / "curves.png", run.recipe.name)
     save_model(run, final, getattr(torch, run.recipe.save_dtype), with_card=True)
     size = sum(file.stat().st_size for file in final.glob("*.safetensors"))
@@ -138,6 +141,13 @@ def finish(run: Run) -> None:
     if run.upload is not None:
         run.upload.offer(final, run.recipe.name)
         run.upload.finish()
+
+
+def development_of(recipe: Recipe, folder: Path, processor, clips: int, together: bool = True) -> Development:
+    """At most so many rows of `data.eval`, read by all processes together or by this one alone."""
+    bad, told = BadRows(folder / "bad_rows_eval.jsonl", 1.0), recipe.evaluation
+    corpus = Corpus(recipe.data.eval, bad, recipe.text_case, recipe.cache_dir, together)
+    return Development(corpus, processor, clips, told.batch_size, told.max_new_tokens, recipe.instructions)
 
 
 def trained_tasks(recipe: Recipe, corpora: Iterable[Corpus]) -> list[str]:
@@ -181,15 +191,7 @@ def prepare(recipe: Recipe, folder: Path, signals: StopSignals, sharded: bool = 
     questions = [question for corpus in corpora.values() for question in corpus.questions.values()]
     model = build_model(recipe, processor, vocab, trained_tasks(recipe, corpora.values()), questions)
     if recipe.data.eval:
-        eval_bad = BadRows(folder / "bad_rows_eval.jsonl", 1.0)
-        development = Development(
-            Corpus(recipe.data.eval, eval_bad, recipe.text_case, recipe.cache_dir),
-            processor,
-            recipe.evaluation.clips,
-            recipe.evaluation.batch_size,
-            recipe.evaluation.max_new_tokens,
-            recipe.instructions,
-        )
+        development = development_of(recipe, folder, processor, recipe.evaluation.clips)
     history, upload = History(folder / "history.jsonl"), None
     if recipe.push_to_hub and PartialState().is_main_process:
         refuse_local_components(model)
