@@ -53,7 +53,8 @@ lint: .venv/installed-test
 
 # pip compiles on one core, and leaves out what PYTHONDONTWRITEBYTECODE forbids: every start would take twice as long.
 QUIETLY := --quiet --disable-pip-version-check --no-compile
-COMPILE := -m compileall -q -j 0
+# Some packages carry templates that are no Python.
+COMPILE := $(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null 2>&1 || true
 
 # The stamps are written last, so an interrupted installation is taken up again.
 .venv/installed: pyproject.toml
@@ -61,12 +62,12 @@ COMPILE := -m compileall -q -j 0
 	@$(PYTHON) -c "import ensurepip" || (echo "venv is missing: apt-get install python3-venv"; exit 1)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install $(QUIETLY) -e ".[demo]"
-	-@$(BIN)/python $(COMPILE) .venv/lib >/dev/null 2>&1  # some packages carry templates that are no Python
+	@$(COMPILE)
 	touch $@
 
 .venv/installed-test: .venv/installed
 	$(BIN)/python -m pip install $(QUIETLY) -e ".[test]"
-	-@$(BIN)/python $(COMPILE) .venv/lib >/dev/null 2>&1
+	@$(COMPILE)
 	touch $@
 
 clean:
