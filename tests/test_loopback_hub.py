@@ -216,6 +216,7 @@ def speech_file(tmp_path):
     return str(tmp_path / "speech.ogg")
 
 
+@pytest.mark.slow
 def test_a_stranger_transcribes_real_speech_as_the_package_does(tmp_path, speech_file):
     from modeling_audiophi import resolve_component
 
