@@ -120,6 +120,16 @@ def test_bad_arguments_and_data(checkpoint, corpus, tmp_path, capsys):
         run_eval(checkpoint, corpus, tmp_path / "out", "--limit", "0")
 
 
+def test_only_the_conditions_that_are_named_are_asked(checkpoint, corpus, tmp_path, capsys):
+    assert run_eval(checkpoint, corpus, tmp_path / "out", "--conditions") == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["wer"] is not None and metrics["wer_silence"] is None
+    assert not (tmp_path / "out" / "predictions_silence.jsonl").exists()
+    with pytest.raises(SystemExit):
+        run_eval(checkpoint, corpus, tmp_path / "out", "--conditions", "silence", "text")
+    assert "--conditions text" in capsys.readouterr().err
+
+
 def test_an_interrupted_evaluation_continues(checkpoint, corpus, tmp_path, monkeypatch):
     out = tmp_path / "out"
     assert run_eval(checkpoint, corpus, out) == 0

@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("recipe")
     args = parser.parse_args()
+    from audiophi.training.decoding_fit import given_decoding
     from audiophi.training.ears_fit import fit_ears
     from audiophi.training.recipe import load_recipe
     from audiophi.training.stages import development_of
@@ -31,7 +32,7 @@ def main() -> None:
     processor = AudioPhiProcessor.from_pretrained(args.checkpoint)
     with tempfile.TemporaryDirectory() as folder:  # for the list of rows that cannot be read
         development = development_of(recipe, Path(folder), processor, recipe.evaluation.ears_clips, together=False)
-    fit_ears(model, development, recipe.generation, Path(args.checkpoint) / "card", print)
+    fit_ears(model, development, given_decoding(recipe.generation), Path(args.checkpoint) / "card", print)
     model.generation_config.save_pretrained(args.checkpoint)
 
 

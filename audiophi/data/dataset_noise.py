@@ -35,19 +35,19 @@ def rows(path: Path, split: str | None = None, audio_folder: Path | None = None)
     if split is not None:
         raise ValueError(f"noise:{path}: has no splits.")
     for number in range(int(str(path))):
-        kind = KINDS[number % len(KINDS)]
-        (flac, seconds), name = encoded(number), f"{kind}-{number}"
+        kind, flac, seconds = encoded(number)
+        name = f"{kind}-{number}"
         audio = {"bytes": flac, "path": f"{name}.flac"}
         yield {"audio": audio, "text": "", "label": kind, "id": name, "seconds": seconds}
 
 
 @lru_cache(maxsize=500)  # each stage reads them again
-def encoded(number: int) -> tuple[bytes, float]:
-    """FLAC and seconds of the clip of this number."""
-    rng, buffer = np.random.default_rng(number), io.BytesIO()
-    samples = make_clip(KINDS[number % len(KINDS)], rng.uniform(*SECONDS), rng)
+def encoded(number: int) -> tuple[str, bytes, float]:
+    """Kind, FLAC and seconds of the clip of this number."""
+    kind, rng, buffer = KINDS[number % len(KINDS)], np.random.default_rng(number), io.BytesIO()
+    samples = make_clip(kind, rng.uniform(*SECONDS), rng)
     sf.write(buffer, samples, SAMPLE_RATE, format="FLAC")
-    return buffer.getvalue(), len(samples) / SAMPLE_RATE
+    return kind, buffer.getvalue(), len(samples) / SAMPLE_RATE
 
 
 def make_clip(kind: str, seconds: float, rng: np.random.Generator) -> np.ndarray:

@@ -76,5 +76,10 @@ def fit_decoding(
     say(f"decoding: {shown(best)}, with {least:.4g} % errors")
 
 
+def given_decoding(generation: dict) -> dict:
+    """What a recipe's `generation` says of transcripts: what is not to be chosen."""
+    return {**generation, **generation.get(Transcribe.name, {})}
+
+
 def shown(settings: dict) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in settings.items())

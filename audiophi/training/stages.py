@@ -22,7 +22,6 @@ from transformers import PrinterCallback, ProgressCallback, TrainingArguments, s
 from audiophi.data.dataset_streams import stream_examples
 from audiophi.data.example import RowError
 from audiophi.tasks import default_task
-from audiophi.tasks.transcribe import Transcribe
 
 from .build import (
     apply_tuning,
@@ -38,7 +37,7 @@ from .checkpoints import DamagedModel, checksums, damage, resumable_checkpoint, 
 from .continuing import DONE_NAME, check_same_recipe, remember_recipe
 from .corpus import BadRows, Corpus, source_spec
 from .curves import draw_curves
-from .decoding_fit import fit_decoding
+from .decoding_fit import fit_decoding, given_decoding
 from .ears_fit import fit_ears
 from .guards import LossGuard
 from .kept import kept_vocab
@@ -127,7 +126,7 @@ def finish(run: Run) -> None:
     final = run.folder / "final"
     if run.recipe.evaluation.fit_decoding and run.development is not None:
         run.model.to(training_device())
-        given = {**run.recipe.generation, **run.recipe.generation.get(Transcribe.name, {})}
+        given = given_decoding(run.recipe.generation)
         learned = run.recipe.init_from is not None or any(stage.loss != "align" for stage in run.recipe.stages)
         fit_decoding(run.model, run.development, given, run.folder, run.say, llm_learned=learned)
         if run.model.config.hear_with == "both":
